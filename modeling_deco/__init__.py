@@ -1,0 +1,54 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""DeCo vision-language models for Transformers.
+
+`import modeling_deco` registers DeCo with AutoConfig, AutoModel, AutoModelForImageTextToText and AutoProcessor.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ._registration import register_with_auto_classes
+
+if TYPE_CHECKING:
+    from .configuration_deco import DecoConfig, num_image_tokens
+    from .modeling_deco import DecoForConditionalGeneration, DecoModel, DecoPreTrainedModel
+    from .processing_deco import DecoProcessor
+    from .projectors import AvgPoolProjector, pool_patch_grid
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "AvgPoolProjector": "projectors",
+    "DecoConfig": "configuration_deco",
+    "DecoForConditionalGeneration": "modeling_deco",
+    "DecoModel": "modeling_deco",
+    "DecoPreTrainedModel": "modeling_deco",
+    "DecoProcessor": "processing_deco",
+    "num_image_tokens": "configuration_deco",
+    "pool_patch_grid": "projectors",
+}
+
+
+def __getattr__(name: str):  # torch is loaded when a class is first asked for, as in transformers
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted({*globals(), *_MODULE_OF})
+
+
+register_with_auto_classes()
+
+__all__ = [
+    "AvgPoolProjector",
+    "DecoConfig",
+    "DecoForConditionalGeneration",
+    "DecoModel",
+    "DecoPreTrainedModel",
+    "DecoProcessor",
+    "num_image_tokens",
+    "pool_patch_grid",
+]
