@@ -51,10 +51,9 @@ def test_cell_labels_equal_counted_pixels(grid, scenes, boxes):
         for value in range(10):
             counts = (pixels == value).reshape(grid, side, grid, side).sum((1, 3))
             found = present[picture, ..., value].numpy()
-            assert (found <= (counts > 0)).all()
-            assert found[counts >= counts.sum() / 6].all() == (counts.sum() > 0) or counts.sum() == 0
+            expected = (counts > 0) & ((counts >= counts.sum() / 6) | (counts == counts.max()))
+            assert (found == expected).all()
             assert (known[picture, ..., value].numpy() == (found | (counts == 0))).all()
-            assert found.any() == (counts.sum() > 0)
 
 
 def test_pixel_values_are_those_of_the_image_processor(scenes):
@@ -117,6 +116,7 @@ def test_interrupted_training_resumes_to_the_same_weights(tmp_path, monkeypatch)
 
     loaded = [tower.CLIPVisionModel.from_pretrained(args.output_dir).state_dict() for args in (whole, parted)]
     assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
+    tower.set_seed(whole.seed)
     initial = tower.build_tower().state_dict()
     moved = [name for name in initial if not torch.equal(initial[name], loaded[0][name])]
     assert len(moved) == len([name for name in initial if not name.startswith("post_layernorm")])

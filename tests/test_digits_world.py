@@ -162,9 +162,9 @@ def test_answers_agree_with_the_digits_and_begin_with_what_was_asked_for(scenes)
             subject, truth = answer_independently(question, digits)
             assert question.answer.startswith(subject)
             if isinstance(truth, bool):
-                assert question.answer.endswith(": yes." if truth else ": no.")
+                assert question.answer.endswith(" yes." if truth else " no.")
             elif isinstance(truth, str):
-                assert question.answer == f"{subject} is {truth}."
+                assert question.answer == f"{subject} {truth}."
             elif isinstance(truth, tuple):
                 x0, y0, x1, y1 = map(int, question.answer.rstrip(".").split()[-4:])
                 assert (2 * (x0 + x1), 2 * (y0 + y1)) == pytest.approx(truth, abs=2)
@@ -211,10 +211,10 @@ def test_reference_answers_score(scenes):
 @pytest.mark.parametrize(
     ("reference", "written", "right"),
     [
-        ("7 is red.", "7 is red", True),
-        ("7 is red.", "4 is red.", False),
-        ("7 is red.", "red.", False),
-        ("7: yes.", "7: no.", False),
+        ("7 red.", "7 red", True),
+        ("7 red.", "4 red.", False),
+        ("7 red.", "red.", False),
+        ("7 yes.", "7 no.", False),
         ("4 7 1.", "4 1 7.", False),
         ("4 7 1.", "4 7.", False),
         ("3 digits.", "3 digits. 3 digits.", False),
@@ -228,17 +228,17 @@ def test_everything_that_was_written_counts(reference, written, right):
 @pytest.mark.parametrize(
     ("written", "right"),
     [
-        ("7 is at 4 10 9 14.", True),
-        ("7 is at 4 10 9 15.", True),
-        ("7 is at 5 11 10 15.", False),  # 4 x 3 of 28 units shared
-        ("7 is at 9 14 4 10.", False),
-        ("3 is at 4 10 9 14.", False),
-        ("7 is at 4 10 9.", False),
-        ("7 is at 4 10 9 14 14.", False),
+        ("7 4 10 9 14.", True),
+        ("7 4 10 9 15.", True),
+        ("7 5 11 10 15.", False),  # 4 x 3 of 28 units shared
+        ("7 9 14 4 10.", False),
+        ("3 4 10 9 14.", False),
+        ("7 4 10 9.", False),
+        ("7 4 10 9 14 14.", False),
     ],
 )
 def test_boxes_are_judged_by_overlap(written, right):
-    question = world.Question("locate", "Where is the 7?", "7 is at 4 10 9 14.", box=(16, 40, 36, 56))
+    question = world.Question("locate", "Where is the 7?", "7 4 10 9 14.", box=(16, 40, 36, 56))
     assert world.score(question, written) is right
 
 
@@ -287,14 +287,14 @@ def test_image_token_survives_saving(tokenizer, tmp_path):
     reloaded = AutoTokenizer.from_pretrained(tmp_path)
     assert (reloaded.image_token, reloaded.image_token_id) == ("<image>", tokenizer.image_token_id)
     assert len(reloaded) == len(SPECIAL_TOKENS) + len(WORDS)
-    assert reloaded.decode(reloaded("7: yes.").input_ids) == "7: yes."
+    assert reloaded.decode(reloaded("7 yes.").input_ids) == "7 yes."
 
 
 CONVERSATIONS = {
-    "strings": [{"role": "user", "content": "<image>\nIs there a 7?"}, {"role": "assistant", "content": "7: yes."}],
+    "strings": [{"role": "user", "content": "<image>\nIs there a 7?"}, {"role": "assistant", "content": "7 yes."}],
     "parts": [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a 7?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "7: yes."}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "7 yes."}]},
     ],
 }
 
@@ -303,7 +303,7 @@ CONVERSATIONS = {
 def test_template_gives_the_same_tokens_for_strings_and_parts(form, tokenizer):
     token_ids = tokenizer.apply_chat_template(CONVERSATIONS[form], return_dict=True).input_ids
     tokens = tokenizer.convert_ids_to_tokens(token_ids)
-    assert " ".join(tokens) == "<bos> <user> <image> is there a 7 ? <assistant> 7 : yes . <eos>"
+    assert " ".join(tokens) == "<bos> <user> <image> is there a 7 ? <assistant> 7 yes . <eos>"
 
 
 @pytest.mark.parametrize("form", CONVERSATIONS)
@@ -314,11 +314,11 @@ def test_only_answers_and_their_eos_are_trained(form, tokenizer):
     ]
     encoded = tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
     trained = [token for token, mask in zip(encoded.input_ids, encoded.assistant_masks, strict=True) if mask]
-    assert tokenizer.convert_ids_to_tokens(trained) == ["7", ":", "yes", ".", "<eos>", "7", "2", ".", "<eos>"]
+    assert tokenizer.convert_ids_to_tokens(trained) == ["7", "yes", ".", "<eos>", "7", "2", ".", "<eos>"]
 
 
 def test_generation_prompt_is_the_start_of_the_trained_text(tokenizer):
     conversation = CONVERSATIONS["parts"]
     prompt = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(conversation, tokenize=False)
-    assert whole == prompt + "7: yes.<eos>"
+    assert whole == prompt + "7 yes.<eos>"

@@ -1,0 +1,50 @@
+# Every target builds what it needs in .venv, from constraints.txt, and works from any folder (make -C).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# The tests are many small models: two single-threaded workers beat one with two threads.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+.PHONY: help demo test test-slow test-common quality style build clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt
+	@echo "Building the environment $(VENV) (first time only; torch is the large part) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable ".[digits]"
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	@echo "Adding what tests and training need ..."
+	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/demo.stamp ## ask the shipped checkpoint about a picture of handwriting it has never seen
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/dev.stamp ## every test but the slow ones and those that need a GPU
+	$(PYTEST) --numprocesses 2 tests
+
+test-slow: $(VENV)/dev.stamp ## the slow tests
+	$(PYTEST) -m slow tests
+
+test-common: $(VENV)/dev.stamp ## transformers' own test suites, from its source distribution, applied to DeCo
+	$(BIN)/python tests/common/fetch.py
+	$(PYTEST) --numprocesses 2 -m common tests/common
+
+quality: $(VENV)/dev.stamp ## lint and format, check only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/dev.stamp ## lint and format, mending what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: $(VENV)/dev.stamp ## wheel and source distribution
+	$(BIN)/python -m build
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .cache demo

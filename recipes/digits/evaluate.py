@@ -1,0 +1,121 @@
+"""Accuracy of a checkpoint on the digits world, by kind of question, from what the model itself writes.
+
+    python -m modeling_deco.recipes.digits.evaluate --model DIR --pooled-grid-size 6 [--json]
+
+Pictures are made of held-out scans and hold at least two digits, so that no question can be answered without looking
+the digit up. The standard error is over pictures, since the questions of one are not independent.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from tqdm.auto import tqdm
+
+from modeling_deco.recipes.digits.world import KINDS, SPLITS, questions, render, score
+
+BATCH_SIZE = 256  # questions
+
+
+@torch.inference_mode()
+def answer(model, processor, images, texts, pooled_grid_size=None) -> list[str]:
+    """Greedy answers to one question per image."""
+    messages = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+        for image, text in zip(images, texts, strict=True)
+    ]
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "pooled_grid_size": pooled_grid_size},
+    ).to(model.device)
+    generated = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    return processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def accuracy_by_kind(
+    model, processor, split, num_pictures, pooled_grid_size=None, kinds=KINDS, seed=0
+) -> dict[str, dict[str, float]]:
+    """For each kind: `accuracy` and `standard_error` in percent, and the number of `questions`.
+
+    Args:
+        split: of the scans; pictures hold 2 to 4 digits.
+        kinds: kinds of questions asked about each picture, one for each entry.
+        pooled_grid_size: default: the processor's.
+    """
+    was_training = model.training
+    model.eval()
+    asked = []
+    for index in range(num_pictures):
+        scene = render(split, index, seed=seed, min_digits=2)
+        asked += [(index, scene.image, question) for question in questions(scene, np.random.default_rng(index), kinds)]
+    hits = defaultdict(lambda: defaultdict(list))  # kind -> picture -> right or not
+    for start in tqdm(range(0, len(asked), BATCH_SIZE), desc="evaluate", unit="batch", disable=None, file=sys.stderr):
+        batch = asked[start : start + BATCH_SIZE]
+        texts = [question.text for _, _, question in batch]
+        answers = answer(model, processor, [image for _, image, _ in batch], texts, pooled_grid_size)
+        for (index, _, question), text in zip(batch, answers, strict=True):
+            hits[question.kind][index].append(score(question, text))
+    model.train(was_training)
+    return {kind: _summary(by_picture.values()) for kind, by_picture in hits.items()}
+
+
+def _summary(hits_by_picture) -> dict[str, float]:
+    """Mean over questions, and its standard error with pictures as the independent units (ratio estimator)."""
+    right = np.array([sum(hits) for hits in hits_by_picture], dtype=float)
+    total = np.array([len(hits) for hits in hits_by_picture], dtype=float)
+    mean = right.sum() / total.sum()
+    residuals = (right - mean * total) / total.mean()
+    standard_error = residuals.std(ddof=1) / np.sqrt(len(total)) if len(total) > 1 else float("nan")
+    return {
+        "accuracy": round(100 * mean, 2),
+        "standard_error": round(100 * standard_error, 2),
+        "questions": int(total.sum()),
+    }
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Folder or Hub id of the checkpoint.")],
+    pooled_grid_size: Annotated[int | None, typer.Option(help="Token budget; default: the checkpoint's.")] = None,
+    split: Annotated[str, typer.Option(help=f"Scans to draw from: {', '.join(SPLITS)}.")] = "test",
+    num_pictures: Annotated[int, typer.Option(min=2, help="Pictures, each with one question of every kind.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Another seed gives other pictures.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Print the accuracy of MODEL on held-out handwriting."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import modeling_deco  # noqa: F401 registers the Auto classes
+
+    if split not in SPLITS:
+        raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
+    loaded = AutoModelForImageTextToText.from_pretrained(model)
+    processor = AutoProcessor.from_pretrained(model)
+    if torch.cuda.is_available():
+        loaded = loaded.to("cuda")
+    accuracies = accuracy_by_kind(loaded, processor, split, num_pictures, pooled_grid_size, seed=seed)
+    if as_json:
+        report = {
+            "model": model,
+            "pooled_grid_size": pooled_grid_size or processor.pooled_grid_size,
+            "split": split,
+            "num_pictures": num_pictures,
+            "seed": seed,
+            "accuracy": accuracies,
+        }
+        typer.echo(json.dumps(report))
+        return
+    typer.echo(f"{'':10} accuracy  std. error  questions")
+    for kind, row in accuracies.items():
+        typer.echo(f"{kind:10} {row['accuracy']:7.1f} %  {row['standard_error']:7.1f} %  {row['questions']:9}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,213 @@
+# /// script
+# dependencies = ["modeling-deco[train]", "torch>=2.9"]
+# ///
+"""Train the shipped checkpoint: the digits tower, then DeCo on top of it with TRL's SFTTrainer.
+
+    python -m modeling_deco.recipes.digits.train --output_dir runs/digits
+
+Under two hours on two CPU cores. Seeded; started again with the same arguments, it goes on where it stopped. Pictures
+are rendered from their index, all questions about one stand in one sequence, and each batch is pooled to a grid drawn
+at random, so that one checkpoint serves every token budget. A run whose answers do not depend on the picture is on a
+plateau that some never leave; it is stopped early, with a word about what to do.
+"""
+
+import json
+import logging
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPVisionModel, HfArgumentParser, LlamaConfig, TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor
+from modeling_deco.recipes.digits import tower
+from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
+from modeling_deco.recipes.digits.optimizer import MuonAdamW
+from modeling_deco.recipes.digits.packing import PackedQuestionsCollator
+from modeling_deco.recipes.digits.processor import build_processor
+from modeling_deco.recipes.digits.world import Question, questions, render
+
+logger = logging.getLogger(__name__)
+
+GRID_WEIGHTS = {3: 0.35, 4: 0.2, 6: 0.3, 12: 0.15}  # more of the hard one, fewer of the dear one
+KINDS = ("existence",) * 2 + ("count", "read") + ("colour",) * 2 + ("relation",) * 2 + ("locate",) * 3
+
+
+@dataclass
+class DigitsArguments:
+    """How DeCo is trained on the digits world."""
+
+    output_dir: str = field(metadata={"help": "Holds tower/, deco/ (checkpoints) and final/ (the result)."})
+    num_steps: int = field(default=3000, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=48, metadata={"help": "Pictures per step, each with up to eleven questions."})
+    muon_learning_rate: float = field(default=0.02, metadata={"help": "For the language model's matrices."})
+    adamw_learning_rate: float = field(default=2e-3, metadata={"help": "For the projector and all that is no matrix."})
+    tower_learning_rate_factor: float = field(default=0.1, metadata={"help": "The tower's share of both rates."})
+    plateau_step: int = field(
+        default=300, metadata={"help": "One grid until this step; then it is checked that answers use the picture."}
+    )
+    plateau_accuracy: float = field(default=80.0, metadata={"help": "Least percentage of right existence answers."})
+    save_steps: int = field(default=500, metadata={"help": "Checkpoint this often."})
+    seed: int = field(default=1, metadata={"help": "For weights, pictures and grids."})
+
+
+def build_model(tower_dir: str | os.PathLike, processor: DecoProcessor) -> DecoForConditionalGeneration:
+    """The trained tower under a fresh projector and a fresh four-layer Llama of width 128 (heads of 32)."""
+    tokenizer = processor.tokenizer
+    vision_tower = CLIPVisionModel.from_pretrained(tower_dir)
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config = DecoConfig(
+        vision_config=vision_tower.config,
+        text_config=text_config,
+        image_token_id=processor.image_token_id,
+        pooled_grid_size=processor.pooled_grid_size,
+        vision_feature_layer=-1,
+    )
+    model = DecoForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+    model.generation_config.max_new_tokens = 16
+    return model
+
+
+def build_dataset(num_pictures: int, seed: int) -> Dataset:
+    """Training pictures by index, rendered when they are read: nothing is stored, and any row can be made again."""
+
+    def draw(rows):
+        scenes = [render("train", index, seed=seed, min_digits=1 + (index % 5 > 0)) for index in rows["index"]]
+        rngs = [np.random.default_rng([seed, index]) for index in rows["index"]]
+        return {
+            "index": rows["index"],
+            "images": [[scene.image] for scene in scenes],
+            "messages": [
+                [message for question in questions(scene, rng, KINDS) for message in turn(question)]
+                for scene, rng in zip(scenes, rngs, strict=True)
+            ],
+        }
+
+    return Dataset.from_dict({"index": range(num_pictures)}).with_transform(draw)
+
+
+def turn(question: Question) -> list[dict]:
+    """A question and its answer as chat messages."""
+    return [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}]
+
+
+def build_optimizer(model: DecoForConditionalGeneration, args: DigitsArguments) -> MuonAdamW:
+    """Muon for the matrices of both transformers, AdamW for the rest; the tower at a smaller rate."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        kind = "muon" if ".layers." in name and parameter.ndim == 2 else "adamw"
+        groups.setdefault((kind, name.startswith("model.vision_tower.")), []).append(parameter)
+
+    def with_rates(kind: str, rate: float) -> list[dict]:
+        return [
+            {"params": groups[kind, in_tower], "lr": rate * (args.tower_learning_rate_factor if in_tower else 1)}
+            for in_tower in (False, True)
+        ]
+
+    return MuonAdamW(
+        with_rates("muon", args.muon_learning_rate), with_rates("adamw", args.adamw_learning_rate), weight_decay=0.05
+    )
+
+
+class PlateauCheck(TrainerCallback):
+    """Stops a run whose answers do not depend on the picture."""
+
+    def __init__(self, args: DigitsArguments, processor: DecoProcessor, num_pictures: int = 100):
+        self.args = args
+        self.processor = processor
+        self.num_pictures = num_pictures
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step != self.args.plateau_step:
+            return
+        accuracies = accuracy_by_kind(model, self.processor, "validation", self.num_pictures, kinds=KINDS)
+        shown = ", ".join(f"{kind} {row['accuracy']:.0f}" for kind, row in accuracies.items())
+        logger.info("step %d, percent right on validation scans: %s", state.global_step, shown)
+        existence = accuracies["existence"]["accuracy"]
+        if existence < self.args.plateau_accuracy:
+            raise RuntimeError(
+                f"This run stays on the plateau: at step {state.global_step} {existence:.1f} % of its existence "
+                f"answers are right, below {self.args.plateau_accuracy:.1f} %, so it answers from statistics instead "
+                f"of looking the digit up. Start again with another --seed and another --output_dir."
+            )
+
+
+def train(args: DigitsArguments) -> Path:
+    """Train what is missing of both stages; returns the folder of the finished checkpoint."""
+    output_dir = Path(args.output_dir)
+    if not (output_dir / "tower" / "model.safetensors").exists():
+        tower.train(tower.TowerArguments(output_dir=str(output_dir / "tower")))
+    set_seed(args.seed)
+    on_gpu = torch.cuda.is_available()
+    processor = build_processor()
+    model = build_model(output_dir / "tower", processor)
+    training_args = SFTConfig(
+        output_dir=str(output_dir / "deco"),
+        max_steps=args.num_steps,
+        per_device_train_batch_size=args.batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=False,
+        assistant_only_loss=True,
+        max_length=None,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=8 if on_gpu else 1,
+        logging_steps=50,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        seed=args.seed,
+        report_to="none",
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=build_dataset(args.num_steps * args.batch_size, args.seed),
+        processing_class=processor,
+        data_collator=PackedQuestionsCollator(
+            processor, GRID_WEIGHTS, first_elastic_index=args.plateau_step * args.batch_size, seed=args.seed
+        ),
+        optimizers=(build_optimizer(model, args), None),
+        callbacks=[PlateauCheck(args, processor)],
+    )
+    # The backward pass of PyTorch's fused attention is the slowest part of a step on CPU.
+    with nullcontext() if on_gpu else sdpa_kernel(SDPBackend.MATH):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    final_dir = output_dir / "final"
+    trainer.model.save_pretrained(final_dir)
+    processor.save_pretrained(final_dir)
+    (output_dir / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    return final_dir
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    (args,) = HfArgumentParser(DigitsArguments).parse_args_into_dataclasses()
+    logger.info("checkpoint written to %s", train(args))
+
+
+if __name__ == "__main__":
+    main()

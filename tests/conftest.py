@@ -1,0 +1,39 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""No network: the Hub's client is told so before anything imports it, and each test's sockets are blocked.
+
+The fixtures are shared by the tests of a session and must not be changed; `tiny` builds fresh ones.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import tiny
+from pytest_socket import disable_socket
+
+
+def pytest_runtest_setup():
+    disable_socket(allow_unix_socket=True)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """CLIP and Llama, 6 x 6 patches pooled to 3 x 3."""
+    return tiny.build_model()
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """The model's."""
+    return tiny.build_processor()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, model):
+    """A folder with the model and a processor that has a chat template."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    tiny.build_processor(chat_template=tiny.CHAT_TEMPLATE).save_pretrained(folder)
+    return folder
