@@ -7,15 +7,19 @@ the digit up. The standard error is over pictures, since the questions of one ar
 """
 
 import json
+import platform
 import sys
 from collections import defaultdict
 from typing import Annotated
 
 import numpy as np
 import torch
+import transformers
 import typer
 from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
 from modeling_deco.recipes.digits.world import KINDS, SPLITS, questions, render, score
 
 BATCH_SIZE = 256  # questions
@@ -75,8 +79,8 @@ def _summary(hits_by_picture) -> dict[str, float]:
     residuals = (right - mean * total) / total.mean()
     standard_error = residuals.std(ddof=1) / np.sqrt(len(total)) if len(total) > 1 else float("nan")
     return {
-        "accuracy": round(100 * mean, 2),
-        "standard_error": round(100 * standard_error, 2),
+        "accuracy": round(100 * float(mean), 2),
+        "standard_error": round(100 * float(standard_error), 2),
         "questions": int(total.sum()),
     }
 
@@ -90,10 +94,6 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Print the accuracy of MODEL on held-out handwriting."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    import modeling_deco  # noqa: F401 registers the Auto classes
-
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
     loaded = AutoModelForImageTextToText.from_pretrained(model)
@@ -109,6 +109,12 @@ def main(
             "num_pictures": num_pictures,
             "seed": seed,
             "accuracy": accuracies,
+            "environment": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "device": str(loaded.device),
+            },
         }
         typer.echo(json.dumps(report))
         return
