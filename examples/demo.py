@@ -22,7 +22,7 @@ SMALLER_GRID = 3
 def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    scene = render("test", index=7, seed=2026, min_digits=4)
+    scene = render("test", index=10, seed=2026, min_digits=4)
     PICTURE.parent.mkdir(exist_ok=True)
     scene.image.resize((384, 384), resample=0).save(PICTURE)
     typer.echo(f"Drew held-out handwriting to {PICTURE}\n")

@@ -23,7 +23,7 @@ def deco():
 def _grid(value: str) -> list[int]:
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
     if match is None:
-        raise typer.BadParameter(f"{value!r} is neither a number (8) nor ROWSxCOLS (8x12).")
+        raise ValueError(f"--pooled-grid-size {value!r} is neither a number (8) nor ROWSxCOLS (8x12).")
     return [int(match[1]), int(match[2] or match[1])]
 
 
@@ -35,8 +35,7 @@ def ask(
         str, typer.Option(help="Folder or Hub id of a DeCo checkpoint; the shipped digits checkpoint by default.")
     ] = str(SHIPPED_CHECKPOINT),
     pooled_grid_size: Annotated[
-        list[int] | None,
-        typer.Option(parser=_grid, metavar="N|ROWSxCOLS", help="Token budget; the checkpoint's by default."),
+        str | None, typer.Option(metavar="N|ROWSxCOLS", help="Token budget; the checkpoint's by default.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     as_json: Annotated[
@@ -58,13 +57,14 @@ def ask(
     logging.disable_progress_bar()
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     try:
+        grid = None if pooled_grid_size is None else _grid(pooled_grid_size)
         processor = AutoProcessor.from_pretrained(model)
         pipe = pipeline(
             "image-text-to-text", model=AutoModelForImageTextToText.from_pretrained(model), processor=processor
         )
         (output,) = pipe(
             text=[{"role": "user", "content": content}],
-            processor_kwargs={} if pooled_grid_size is None else {"pooled_grid_size": pooled_grid_size},
+            processor_kwargs={"pooled_grid_size": grid},
             return_full_text=False,
             max_new_tokens=max_new_tokens,
         )
@@ -73,7 +73,7 @@ def ask(
         raise typer.Exit(2) from None
     answer = output["generated_text"].strip()
     if as_json:
-        grid = pooled_grid_size or processor.pooled_grid_size
+        grid = grid or processor.pooled_grid_size
         report = {"answer": answer, "question": question, "image": image, "model": model}
         report |= {"pooled_grid_size": grid, "num_image_tokens": num_image_tokens(grid)}
         answer = json.dumps(report)

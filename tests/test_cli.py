@@ -1,0 +1,99 @@
+"""`deco ask` and the shipped checkpoint: the answer alone on stdout, one line for bad input."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from modeling_deco.cli import SHIPPED_CHECKPOINT, app
+from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
+from modeling_deco.recipes.digits.world import render
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return render("test", index=10, seed=2026, min_digits=4)
+
+
+@pytest.fixture
+def picture(scene, tmp_path):
+    path = tmp_path / "digits.png"
+    scene.image.save(path)
+    return str(path)
+
+
+def ask(*arguments):
+    return CliRunner().invoke(app, ["ask", *arguments])
+
+
+def test_the_answer_alone_goes_to_stdout(scene, picture):
+    digit = scene.digits[0]
+    result = ask(picture, f"What colour is the {digit.value}?")
+    assert (result.exit_code, result.stdout) == (0, f"{digit.value} {digit.colour}.\n")
+
+
+def test_json_reports_the_budget_that_was_used(scene, picture):
+    report = json.loads(ask(picture, "How many digits are there?", "--pooled-grid-size", "3x4", "--json").stdout)
+    assert (report["pooled_grid_size"], report["num_image_tokens"]) == ([3, 4], 12)
+    assert report["answer"] == "4 digits."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.png", "Is there a 7?"], r"Image 1 \('missing\.png'\) cannot be read"),
+        (["{picture}", "Is there a 7?", "--pooled-grid-size", "13"], r"13 x 13 is larger than .* 12 x 12 patches"),
+        (["{picture}", "Is there a 7?", "--pooled-grid-size", "0"], r"pooled_grid_size must be .* got \[0, 0\]"),
+        (
+            ["{picture}", "Is there a 7?", "--pooled-grid-size", "4,4"],
+            r"'4,4' is neither a number .* nor ROWSxCOLS",
+        ),
+        (["{picture}", "Is there a 7?", "--model", "no/such/model"], r"no/such/model"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(arguments, message, picture):
+    result = ask(*[argument.format(picture=picture) for argument in arguments])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.search(message, result.stderr)
+    assert result.stderr.startswith("deco ask: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; from modeling_deco.cli import app; app(['ask', '--help'], standalone_mode=False); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_shipped_checkpoint_is_small_and_whole():
+    files = {path.name for path in SHIPPED_CHECKPOINT.iterdir()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "README.md"} <= files
+    assert "{% generation" in (SHIPPED_CHECKPOINT / "chat_template.jinja").read_text().replace("{%- ", "{% ")
+    assert (SHIPPED_CHECKPOINT / "model.safetensors").stat().st_size <= 8_000_000
+    with safe_open(SHIPPED_CHECKPOINT / "model.safetensors", "pt") as tensors:
+        assert "model.multi_modal_projector.linear_2.weight" in tensors.keys()  # noqa: SIM118
+
+
+def test_shipped_remote_code_is_the_packages_code():
+    for name in ("configuration_deco.py", "modeling_deco.py", "processing_deco.py", "projectors.py"):
+        assert (SHIPPED_CHECKPOINT / name).read_text() == (ROOT / "modeling_deco" / name).read_text(), name
+
+
+@pytest.mark.parametrize(("grid", "least"), [(3, 0.7), (6, 0.85)])
+def test_shipped_checkpoint_reads_held_out_handwriting(grid, least):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(SHIPPED_CHECKPOINT)
+    processor = AutoProcessor.from_pretrained(SHIPPED_CHECKPOINT)
+    accuracies = accuracy_by_kind(model, processor, "test", num_pictures=40, pooled_grid_size=grid)
+    assert set(accuracies) == {"existence", "count", "colour", "read", "relation", "locate"}
+    assert min(row["accuracy"] for row in accuracies.values()) >= 100 * least
