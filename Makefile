@@ -33,7 +33,7 @@ test-slow: $(VENV)/dev.stamp ## the slow tests
 
 test-common: $(VENV)/dev.stamp ## transformers' own test suites, from its source distribution, applied to DeCo
 	$(BIN)/python tests/common/fetch.py
-	$(PYTEST) --numprocesses 2 -m common tests/common
+	$(PYTEST) --numprocesses 2 tests/common
 
 quality: $(VENV)/dev.stamp ## lint and format, check only
 	$(BIN)/ruff check .

@@ -112,6 +112,7 @@ class DecoConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        self.image_token_id = kwargs.pop("image_token_index", self.image_token_id)  # LLaVA's name for it
         self.vision_config = _vision_config(self.vision_config)
         self.text_config = _text_config(self.text_config)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
@@ -172,8 +173,7 @@ class DecoConfig(PreTrainedConfig):
             fields["vision_use_head"] = False
         for name in ("stage_names", "out_features", "out_indices"):  # DINOv2's names of layers, made from their number
             fields.pop(name, None)
-        attn_implementation = self.vision_config._attn_implementation
-        self.vision_config = type(self.vision_config)(**fields, attn_implementation=attn_implementation)
+        self.vision_config = type(self.vision_config)(**fields)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -197,10 +197,12 @@ class DecoConfig(PreTrainedConfig):
         return num_image_tokens(self.pooled_grid_size)
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        self._validate_choices()  # fields may have been set since
         self.auto_map = dict(AUTO_MAP)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        copy_remote_code(save_directory)  # before super, which uploads what it finds
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        super().save_pretrained(save_directory)
+        copy_remote_code(save_directory)
+        if push_to_hub:  # super would upload the files that it wrote itself, and leave the code behind
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
 
 def _vision_config(vision_config) -> PreTrainedConfig:

@@ -20,13 +20,15 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.processing_utils import Unpack
 from transformers.utils import (  # private in part, seen in 5.17 to 5.23
+    TransformersKwargs,
     can_return_tuple,
     logging,
     torch_compilable_check,
 )
 
-from .configuration_deco import DecoConfig
+from .configuration_deco import DecoConfig, parse_grid
 from .projectors import AvgPoolProjector
 
 logger = logging.get_logger(__name__)
@@ -72,6 +74,12 @@ class DecoPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # As custom code, modules without parameters of their own count as initialized, and where weights are missing
+        # from a checkpoint CLIP's attention and MLP would not get CLIP's initialization. Ours is transformers' alone.
+        return False
+
 
 class DecoModel(DecoPreTrainedModel):
     """Vision tower, projector and language model, without the language modeling head."""
@@ -89,7 +97,7 @@ class DecoModel(DecoPreTrainedModel):
         pooled_grid_sizes: torch.LongTensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode, pool and project images.
 
@@ -117,10 +125,9 @@ class DecoModel(DecoPreTrainedModel):
         # hidden_states[-1], not last_hidden_state, which SigLIP and DINOv2 normalize
         patch_features = image_outputs.hidden_states[-1][:, self.config.num_prefix_tokens :]
 
-        if (
-            isinstance(patch_grids, tuple) and pooled_grid_sizes is None
-        ):  # one grid for all: (num_images, tokens, hidden)
-            image_features = list(self.multi_modal_projector(patch_features, patch_grids))
+        if isinstance(patch_grids, tuple) and pooled_grid_sizes is None:  # one grid for all: no loop over images
+            pooled_grid = parse_grid(self.config.pooled_grid_size)
+            image_features = list(self.multi_modal_projector(patch_features, patch_grids, pooled_grid))
         else:
             image_features = self._project_by_grid(patch_features, patch_grids, pooled_grid_sizes)
         image_outputs.pooler_output = image_features
@@ -137,8 +144,7 @@ class DecoModel(DecoPreTrainedModel):
         height, width = pixel_values.shape[-2:]
         patch_grid = (height // vision_config.patch_size, width // vision_config.patch_size)
         inputs = {"pixel_values": pixel_values}
-        # DINOv2 interpolates its positions by itself, CLIP and SigLIP when asked to
-        if patch_grid != self.config.patch_grid and not vision_config.model_type.startswith("dinov2"):
+        if not vision_config.model_type.startswith("dinov2"):  # which does so by itself; at its own size no tower does
             inputs["interpolate_pos_encoding"] = True
         return inputs, patch_grid
 
@@ -148,7 +154,7 @@ class DecoModel(DecoPreTrainedModel):
         if isinstance(patch_grids, tuple):
             patch_grids = [patch_grids] * num_images
         if pooled_grid_sizes is None:
-            pooled_grids = [None] * num_images
+            pooled_grids = [parse_grid(self.config.pooled_grid_size)] * num_images
         else:
             pooled_grids = [tuple(grid) for grid in pooled_grid_sizes.tolist()]
         if len(pooled_grids) != num_images:
@@ -207,7 +213,7 @@ class DecoModel(DecoPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DecoModelOutputWithPast:
         """See `get_image_features` for the images' arguments, and the language model for the others.
 
@@ -321,7 +327,9 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         """See `DecoModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -340,7 +348,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DecoCausalLMOutputWithPast:
         """See `DecoModel.forward`.
 

@@ -5,23 +5,24 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer
-from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers import AutoTokenizer
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import TextInput
 
 from .configuration_deco import AUTO_MAP, copy_remote_code, num_image_tokens, parse_grid
 
 
-class DecoImagesKwargs(ImagesKwargs, total=False):
-    """`pooled_grid_size`: see `DecoProcessor.__call__`."""
+class DecoProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012
+
+
+class DecoCallKwargs(DecoProcessorKwargs, total=False):
+    """`pooled_grid_size`: see `DecoProcessor.__call__`. It stands apart from the fields above, none of which may be an
+    argument of `__init__` too (a rule of transformers since 5.23)."""
 
     pooled_grid_size: int | list | tuple | torch.Tensor | None
-
-
-class DecoProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: DecoImagesKwargs
-
-    _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012
 
 
 class DecoProcessor(ProcessorMixin):
@@ -52,7 +53,14 @@ class DecoProcessor(ProcessorMixin):
         self.pooled_grid_size = pooled_grid_size
         self.image_token = getattr(tokenizer, "image_token", image_token)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        if self.image_token_id in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"The tokenizer has no token {self.image_token!r}; add it by "
+                f"tokenizer.add_tokens({self.image_token!r}, special_tokens=True)."
+            )
         tokenizer.padding_side = "left"
+        if chat_template is None:
+            chat_template = getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
@@ -66,7 +74,12 @@ class DecoProcessor(ProcessorMixin):
         image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
         return cls(image_processor, tokenizer, pooled_grid_size=pooled_grid_size, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, **kwargs: Unpack[DecoProcessorKwargs]):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        **kwargs: Unpack[DecoCallKwargs],
+    ):
         """Prepare images and text for the model.
 
         Args:
@@ -88,7 +101,34 @@ class DecoProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if images is not None:
             images = _read_images(images, self.image_processor.fetch_images)
+            if len(make_flat_list_of_images(images)) == 0:  # of a batch of texts alone
+                images = None
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        if text is not None:  # transformers 5.17 does not count, and no version counts text by text
+            num_tokens = [sample.count(self.image_token) for sample in text]
+            num_images = 0 if images is None else len(make_flat_list_of_images(images))
+            if sum(num_tokens) != num_images:
+                raise ValueError(
+                    f"The number of {self.image_token} tokens in the prompts should be the same as the number of "
+                    f"images: found {sum(num_tokens)} tokens and {num_images} images."
+                )
+            if isinstance(images, list) and all(isinstance(images_of_text, list) for images_of_text in images):
+                numbers = [len(images_of_text) for images_of_text in images]
+                if len(numbers) == len(num_tokens) and numbers != num_tokens:
+                    raise ValueError(
+                        f"The texts have {num_tokens} {self.image_token} tokens, and their images are {numbers}."
+                    )
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _merge_kwargs(self, *args, pooled_grid_size=None, images_kwargs=None, **kwargs):
+        images_kwargs = dict(images_kwargs or {})
+        pooled_grid_size = images_kwargs.pop("pooled_grid_size", pooled_grid_size)
+        merged_kwargs = super()._merge_kwargs(*args, images_kwargs=images_kwargs, **kwargs)
+        if pooled_grid_size is not None:
+            merged_kwargs["images_kwargs"]["pooled_grid_size"] = pooled_grid_size  # for _process_images
+        return merged_kwargs
 
     def _process_images(self, images, pooled_grid_size=None, **kwargs):
         image_inputs, _ = super()._process_images(images, **kwargs)
@@ -114,8 +154,10 @@ class DecoProcessor(ProcessorMixin):
 
     def _check_special_mm_tokens(self, text, text_inputs, modalities):
         input_ids = text_inputs["input_ids"]
+        if hasattr(input_ids, "tolist"):
+            input_ids = input_ids.tolist()
         for sample, (expanded, ids) in enumerate(zip(text, input_ids, strict=True)):
-            expected, found = expanded.count(self.image_token), list(ids).count(self.image_token_id)
+            expected, found = expanded.count(self.image_token), ids.count(self.image_token_id)
             if expected != found:
                 raise ValueError(
                     f"Text {sample} was cut to {len(ids)} tokens, which leaves {found} of its {expected} image "
@@ -123,11 +165,15 @@ class DecoProcessor(ProcessorMixin):
                     f"pooled_grid_size, or turn truncation off."
                 )
 
+    def to_dict(self):
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
+
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        copy_remote_code(save_directory)  # before super, which uploads what it finds
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        files = super().save_pretrained(save_directory)
+        copy_remote_code(save_directory)
+        if push_to_hub:  # super would upload the files that it wrote itself, and leave the code behind
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
 
 
 def _grids_per_image(pooled_grid_size, num_images: int) -> list[tuple[int, int]]:
@@ -159,7 +205,7 @@ def _read_images(images, fetch):
             image = fetch(image)
             if hasattr(image, "load"):  # PIL decodes late: a truncated file fails here, with its name
                 image.load()
-        except (OSError, ValueError, TypeError, SyntaxError) as error:
+        except Exception as error:  # of many kinds, by decoders and by downloads
             name = repr(image if isinstance(image, str) else getattr(image, "filename", None) or type(image).__name__)
             name = name if len(name) <= 120 else name[:117] + "..."
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

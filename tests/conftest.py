@@ -31,9 +31,13 @@ def processor():
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, model):
-    """A folder with the model and a processor that has a chat template."""
+def checkpoint(tmp_path_factory):
+    """A folder with the model, which answers in words of its tokenizer, and a processor with a chat template."""
     folder = tmp_path_factory.mktemp("checkpoint")
+    model = tiny.build_model()
+    words = range(len(tiny.SPECIAL_TOKENS), tiny.IMAGE_TOKEN_ID)
+    model.generation_config.suppress_tokens = [token for token in range(tiny.VOCAB_SIZE) if token not in words]
+    model.generation_config.max_new_tokens = 6
     model.save_pretrained(folder)
     tiny.build_processor(chat_template=tiny.CHAT_TEMPLATE).save_pretrained(folder)
     return folder

@@ -1,0 +1,104 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny DeCo models that the suites are applied to, in the form they ask for (transformers' test_modeling_llava.py)."""
+
+import torch
+from transformers_tests.test_modeling_common import floats_tensor, ids_tensor
+
+from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel
+
+
+class DecoModelTester:
+    """CLIP with a patch grid of 4 x 4, pooled to 2 x 2, and Llama."""
+
+    base_model_class = DecoModel
+    conditional_generation_class = DecoForConditionalGeneration
+    is_training = True
+    batch_size = 3
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    hidden_size = 32
+    vocab_size = 99
+    pad_token_id, bos_token_id, eos_token_id, image_token_id = range(4)
+    pooled_grid_size = 2
+    num_image_tokens = 4
+    seq_length = encoder_seq_length = num_image_tokens + 7
+    vision_config = {  # noqa: RUF012
+        "model_type": "clip_vision_model",
+        "image_size": 8,
+        "patch_size": 2,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 37,
+    }
+    text_config = {  # noqa: RUF012
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "intermediate_size": 36,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 512,
+        "pad_token_id": pad_token_id,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+    }
+
+    def __init__(self, parent):
+        self.parent = parent
+
+    def get_config(self) -> DecoConfig:
+        return DecoConfig(
+            vision_config=self.vision_config,
+            text_config=self.text_config,
+            image_token_id=self.image_token_id,
+            pooled_grid_size=self.pooled_grid_size,
+            vision_feature_layer=-1,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        num_special_tokens = self.image_token_id + 1
+        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size - num_special_tokens)
+        input_ids += num_special_tokens
+        input_ids[:, : self.num_image_tokens] = self.image_token_id
+        image_size = self.vision_config["image_size"]
+        inputs = {
+            "pixel_values": floats_tensor([self.batch_size, 3, image_size, image_size]),
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+        }
+        return self.get_config(), inputs
+
+
+class Siglip2Qwen3Tester(DecoModelTester):
+    """A tower without prefix tokens that takes flat patches, and grouped key-value heads."""
+
+    vision_config = {  # noqa: RUF012
+        **DecoModelTester.vision_config,
+        "model_type": "siglip2_vision_model",
+        "num_patches": 16,
+    }
+    text_config = {  # noqa: RUF012
+        **DecoModelTester.text_config,
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+
+
+class Dinov2GemmaTester(DecoModelTester):
+    """A tower with register tokens, and tied embeddings."""
+
+    vision_config = {  # noqa: RUF012
+        **DecoModelTester.vision_config,
+        "model_type": "dinov2_with_registers",
+        "num_register_tokens": 2,
+    }
+    text_config = {  # noqa: RUF012
+        **DecoModelTester.text_config,
+        "model_type": "gemma",
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }

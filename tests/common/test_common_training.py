@@ -1,0 +1,113 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' suites for training, tensor parallelism and FSDP on DeCo."""
+
+import unittest
+from types import SimpleNamespace
+
+import pytest
+import torch
+from deco_model_tester import DecoModelTester
+from transformers_tests import test_fsdp_mixin, test_tensor_parallel_mixin
+from transformers_tests.distributed_testing_utils import _start_rank_processes
+from transformers_tests.test_fsdp_mixin import FSDPTesterMixin
+from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMixin
+from transformers_tests.test_training_mixin import TrainingTesterMixin
+
+from modeling_deco import DecoForConditionalGeneration, DecoModel
+
+pytestmark = pytest.mark.enable_socket  # processes meet at localhost
+
+
+class DecoWithImagesForConditionalGeneration(DecoForConditionalGeneration):
+    """The suites feed text only. Here each text begins with an image, in training and in generation.
+
+    The vision tower is frozen, as in LLaVA's training: its last norm is never read, and a checkpoint of an optimizer
+    must have a state of each parameter that is trained.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_forward_pre_hook(_put_an_image_first, with_kwargs=True)
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        model = super().from_pretrained(*args, **kwargs)
+        model.model.vision_tower.requires_grad_(False)
+        return model
+
+
+def _put_an_image_first(model, args, kwargs):
+    input_ids = args[0] if args else kwargs["input_ids"]
+    past_key_values = kwargs.get("past_key_values")
+    if past_key_values is not None and past_key_values.get_seq_length() > 0:  # decoding: the image was in the prompt
+        return args, kwargs
+    config = model.config
+    input_ids = input_ids.masked_fill(input_ids == config.image_token_id, config.text_config.eos_token_id)
+    input_ids[:, : config.num_image_tokens] = config.image_token_id
+    size = config.vision_config.image_size
+    pixel_values = torch.linspace(-1, 1, 3 * size**2, dtype=model.dtype).view(1, 3, size, size)
+    pixel_values = pixel_values.repeat(len(input_ids), 1, 1, 1)
+    return (), {**kwargs, "input_ids": input_ids, "pixel_values": pixel_values}
+
+
+class TextModelTester(DecoModelTester):
+    causal_lm_class = DecoWithImagesForConditionalGeneration
+
+    def get_config(self):
+        config = super().get_config()
+        config.vocab_size = self.vocab_size  # where these suites look for it
+        return config
+
+
+class SetUp:
+    all_model_classes = (DecoModel, DecoForConditionalGeneration)
+    model_tester = None
+
+    def setUp(self):
+        self.model_tester = TextModelTester(self)
+
+
+class DecoTrainingTest(SetUp, TrainingTesterMixin, unittest.TestCase):
+    def _get_trainable_model_class(self):
+        return DecoForConditionalGeneration  # it generates what it has learned from one token, too few for an image
+
+
+@pytest.mark.usefixtures("every_model_type")
+class DecoTensorParallelTest(SetUp, TensorParallelTesterMixin, unittest.TestCase):
+    def _has_tp_plan(self):  # of the language model: 5.17 asks the whole config, which has none
+        return self.model_tester.get_config().text_config.base_model_tp_plan is not None
+
+
+@pytest.mark.usefixtures("every_model_type")
+class DecoFSDPTest(SetUp, FSDPTesterMixin, unittest.TestCase):
+    def _get_tiny_config(self):
+        config = self.model_tester.get_config()
+        config.vocab_size = config.text_config.vocab_size = 100  # tied weights come apart where ranks' shares differ
+        return type(config), config.to_diff_dict()
+
+    def _skip_if_insufficient_devices(self, *args):
+        """Ranks on the CPU may share a core."""
+
+    def _run_fsdp2_distributed_test(self, test_name, test_impl, *args, **kwargs):
+        super()._run_fsdp2_distributed_test(test_name, _run_on_deco, test_impl, *args, **kwargs)
+
+
+def _run_on_deco(rank, config_class, config_dict, test_impl, *args, **kwargs):
+    """A test of the suite in a rank's process, where DeCo takes the place of `AutoModelForCausalLM`."""
+    test_fsdp_mixin.AutoModelForCausalLM = DecoWithImagesForConditionalGeneration
+    test_impl(rank, config_class, config_dict, *args, **kwargs)
+
+
+@pytest.fixture
+def every_model_type(monkeypatch):
+    """The suites run in processes for a choice of model types only; None takes every type."""
+    monkeypatch.setattr(test_tensor_parallel_mixin, "TP_DISTRIBUTED_TEST_MODEL_TYPES", None)
+    monkeypatch.setattr(test_fsdp_mixin, "FSDP_DISTRIBUTED_TEST_MODEL_TYPES", None)
+    monkeypatch.setattr(test_fsdp_mixin, "AutoModelForCausalLM", DecoWithImagesForConditionalGeneration)
+    for suite in (test_tensor_parallel_mixin, test_fsdp_mixin):  # those of 5.17 start the processes themselves
+        monkeypatch.setattr(suite, "mp", SimpleNamespace(spawn=_start_rank_processes), raising=False)

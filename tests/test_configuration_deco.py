@@ -1,0 +1,242 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a configuration refuses, what it derives, and that the cut vision tower computes what the whole one does."""
+
+import copy
+import json
+import re
+
+import pytest
+import tiny
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModel
+
+from modeling_deco import DecoConfig, DecoModel, num_image_tokens
+
+NUM_PREFIX_TOKENS = {"clip": 1, "siglip": 0, "siglip2": 0, "dinov2": 1, "dinov2_with_registers": 5}
+
+
+def vision_config(vision, **kwargs):
+    return AutoConfig.for_model(**{**tiny.VISION_CONFIGS[vision], **kwargs})
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grid", "asked_for"), [(7, "7 x 7"), ([7, 6], "7 x 6"), ([6, 7], "6 x 7"), ([1, 36], "1 x 36")]
+)
+@pytest.mark.parametrize("vision", tiny.VISION_CONFIGS)
+def test_a_grid_larger_than_the_patches_is_refused(vision, grid, asked_for):
+    message = f"pooled_grid_size={grid} asks for {asked_for} cells, but the vision tower gives 6 x 6 patches"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny.build_config(vision, pooled_grid_size=grid)
+
+
+@pytest.mark.parametrize("grid", [0, -2, [3], [3, 3, 3], [3, 0], []])
+def test_a_grid_without_two_positive_sides_is_refused(grid):
+    message = f"must be a positive int (a square grid) or two positive ints [rows, cols], got {grid}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny.build_config(pooled_grid_size=grid)
+
+
+@pytest.mark.parametrize("grid", ["3", True, 3.0, None, [3, 2.5], [True, 3]])
+def test_a_grid_of_another_type_is_refused(grid):
+    with pytest.raises(StrictDataclassError, match="'pooled_grid_size'"):
+        tiny.build_config(pooled_grid_size=grid)
+
+
+@pytest.mark.parametrize("layer", [0, 4, -4])
+def test_a_feature_layer_that_the_tower_lacks_is_refused(layer):
+    message = f"vision_feature_layer={layer} selects no layer of a vision tower with 3; it must be -3 to -1 or 1 to 3"
+    with pytest.raises(ValueError, match=message):
+        tiny.build_config(vision_feature_layer=layer)
+
+
+def test_several_feature_layers_are_refused():
+    with pytest.raises(StrictDataclassError, match=r"'vision_feature_layer' expected int, got list .*\[-2, -1\]"):
+        tiny.build_config(vision_feature_layer=[-2, -1])
+
+
+@pytest.mark.parametrize("token", [-1, 64, 32000])
+def test_an_image_token_outside_the_vocabulary_is_refused(token):
+    message = rf"image_token_id={token} is not in the vocabulary of text_config \(vocab_size=64\); it must be 0 to 63"
+    with pytest.raises(ValueError, match=message):
+        tiny.build_config(image_token_id=token)
+
+
+@pytest.mark.parametrize(("vision", "num_tokens"), [("clip", 1), ("dinov2", 1), ("dinov2_with_registers", 5)])
+def test_prefix_tokens_in_the_grid_are_refused(vision, num_tokens):
+    with pytest.raises(ValueError, match=f"'full' keeps the {num_tokens} prefix tokens of .* use 'default'"):
+        tiny.build_config(vision, vision_feature_select_strategy="full")
+
+
+@pytest.mark.parametrize("vision", ["siglip", "siglip2"])
+def test_full_features_are_taken_from_towers_without_prefix_tokens(vision):
+    assert tiny.build_config(vision, vision_feature_select_strategy="full").num_prefix_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("projector_type", "qformer", "'avg_pool'"),
+        ("projector_num_layers", 0, "at least 1"),
+        ("vision_feature_select_strategy", "cls", "'default' or 'full'"),
+    ],
+)
+def test_an_unknown_choice_is_refused_with_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError, match=f"{field} must be {allowed}, got {value!r}"):
+        tiny.build_config(**{field: value})
+
+
+@pytest.mark.parametrize("model_type", ["vit", "clip", "llama"])
+def test_an_unknown_vision_tower_is_refused_with_those_that_are_known(model_type):
+    known = "['clip_vision_model', 'dinov2', 'dinov2_with_registers', 'siglip2_vision_model', 'siglip_vision_model']"
+    with pytest.raises(ValueError, match=re.escape(f"must be one of {known}, got '{model_type}'")):
+        DecoConfig(vision_config={"model_type": model_type})
+
+
+def test_a_grid_that_was_set_too_large_is_not_saved(tmp_path):
+    config = tiny.build_config()
+    config.pooled_grid_size = 8
+    with pytest.raises(ValueError, match="pooled_grid_size=8 asks for 8 x 8 cells, but the vision tower gives 6 x 6"):
+        config.save_pretrained(tmp_path)
+
+
+# --- choices and consequences ----------------------------------------------------------------------------------------
+
+
+def test_the_default_is_deco_on_llava():
+    config = DecoConfig()
+    assert config.vision_config.model_type == "clip_vision_model"
+    assert config.patch_grid == (24, 24)
+    assert config.num_image_tokens == 144
+    assert config.text_config.model_type == "llama"
+    assert config.text_config.vocab_size == 32064
+    assert config.image_token_id == 32000
+
+
+@pytest.mark.parametrize(("grid", "num_tokens"), [(1, 1), (3, 9), ([2, 5], 10), ((5, 2), 10)])
+def test_the_number_of_image_tokens_is_rows_times_cols(grid, num_tokens):
+    assert tiny.build_config(pooled_grid_size=grid).num_image_tokens == num_image_tokens(grid) == num_tokens
+
+
+@pytest.mark.parametrize("vision", tiny.VISION_CONFIGS)
+def test_prefix_tokens_are_counted(vision):
+    assert tiny.build_config(vision).num_prefix_tokens == NUM_PREFIX_TOKENS[vision]
+
+
+def test_the_patch_grid_of_a_tower_may_be_wide():
+    config = DecoConfig(
+        vision_config=vision_config("dinov2", image_size=[24, 40]), text_config=tiny.TEXT_CONFIGS["llama"],
+        image_token_id=3, pooled_grid_size=[6, 10],
+    )  # fmt: skip
+    assert config.patch_grid == (6, 10)
+
+
+def test_a_part_of_a_patch_at_the_edge_is_no_patch():
+    config = DecoConfig(
+        vision_config=vision_config("clip", image_size=27), text_config=tiny.TEXT_CONFIGS["llama"],
+        image_token_id=3, pooled_grid_size=6,
+    )  # fmt: skip
+    assert config.patch_grid == (6, 6)
+
+
+@pytest.mark.parametrize(("tied", "text"), [(False, "llama"), (True, "gemma")])
+def test_embeddings_are_tied_where_the_text_config_ties_them(tied, text):
+    assert tiny.build_config(text=text).tie_word_embeddings is tied
+
+
+def test_the_image_token_answers_to_its_name_in_llava():
+    assert tiny.build_config().image_token_index == tiny.IMAGE_TOKEN_ID
+
+
+# --- saved and loaded ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vision", tiny.VISION_CONFIGS)
+@pytest.mark.parametrize("text", tiny.TEXT_CONFIGS)
+def test_a_saved_config_is_loaded_as_it_was(vision, text, tmp_path):
+    config = tiny.build_config(vision, text)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is DecoConfig
+    assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+
+
+@pytest.mark.parametrize(("grid", "stored"), [(3, 3), ([2, 3], [2, 3]), ((2, 3), [2, 3]), ([3, 3], [3, 3])])
+def test_the_grid_is_stored_as_it_was_given(grid, stored, tmp_path):
+    tiny.build_config(pooled_grid_size=grid).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["pooled_grid_size"] == stored
+    loaded = DecoConfig.from_pretrained(tmp_path).pooled_grid_size
+    assert (type(loaded), loaded) == (type(stored), stored)
+
+
+def test_choices_of_other_values_than_the_defaults_are_kept(tmp_path):
+    choices = {
+        "projector_num_layers": 3,
+        "projector_hidden_act": "relu",
+        "multimodal_projector_bias": False,
+        "tie_word_embeddings": True,
+    }
+    tiny.build_config(**choices).save_pretrained(tmp_path)
+    loaded = DecoConfig.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in choices} == choices
+
+
+# --- unused vision layers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vision", tiny.VISION_CONFIGS)
+@pytest.mark.parametrize(("layer", "num_used"), [(-1, 3), (-2, 2), (-3, 1), (3, 3), (2, 2), (1, 1)])
+def test_only_the_layers_that_are_used_are_kept(vision, layer, num_used):
+    config = tiny.build_config(vision, vision_feature_layer=layer)
+    assert (config.vision_config.num_hidden_layers, config.vision_feature_layer) == (num_used, -1)
+
+
+def test_layers_are_not_cut_twice(tmp_path):
+    for _ in range(2):
+        tiny.build_config(vision_feature_layer=-2).save_pretrained(tmp_path)
+        config = DecoConfig.from_pretrained(tmp_path)
+    again = DecoConfig(**copy.deepcopy(config).to_dict())
+    assert config.vision_config.num_hidden_layers == again.vision_config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("vision", tiny.VISION_CONFIGS)
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_the_given_vision_config_is_not_changed(vision, layer):
+    given = vision_config(vision)
+    before = given.to_dict()
+    DecoConfig(
+        vision_config=given, text_config=tiny.TEXT_CONFIGS["llama"], image_token_id=3, pooled_grid_size=3,
+        vision_feature_layer=layer,
+    )  # fmt: skip
+    assert given.to_dict() == before
+
+
+@pytest.mark.parametrize("vision", ["siglip", "siglip2"])
+def test_the_pooling_head_of_siglip_is_left_out(vision):
+    tower = DecoModel(tiny.build_config(vision, vision_feature_layer=-1)).vision_tower
+    assert not [name for name, _ in tower.named_parameters() if "head" in name]
+
+
+@pytest.mark.parametrize("vision", ["dinov2", "dinov2_with_registers"])
+def test_the_layers_of_dinov2_have_as_many_names(vision):
+    assert tiny.build_config(vision).vision_config.stage_names == ["stem", "stage1", "stage2"]
+
+
+@pytest.mark.parametrize("vision", tiny.VISION_CONFIGS)
+@pytest.mark.parametrize("layer", [-1, -2, -3, 1, 2, 3])
+def test_the_cut_tower_gives_the_features_of_the_whole_tower_bit_for_bit(vision, layer):
+    whole = tiny.randomize(AutoModel.from_config(vision_config(vision)))
+    model = DecoModel(tiny.build_config(vision, vision_feature_layer=layer)).eval()
+    missing, _ = model.vision_tower.load_state_dict(whole.state_dict(), strict=False)
+    assert not missing
+    pixel_values = tiny.pixels(2)
+    with torch.no_grad():
+        inputs = model._tower_inputs(pixel_values, None, None)[0]
+        expected = whole(**inputs, output_hidden_states=True).hidden_states[layer]
+        features = model.get_image_features(pixel_values, return_dict=True).hidden_states[-1]
+    assert expected.shape == (2, NUM_PREFIX_TOKENS[vision] + 36, 32)
+    assert torch.equal(features, expected)

@@ -1,0 +1,157 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random backbones, a word-level tokenizer and pictures: what the tests are made of, without a download.
+
+Images are 24 x 24 pixels with patches of 4, so the patch grid is 6 x 6; the pooled grid is 3 x 3 where no test says
+otherwise.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor
+
+IMAGE_SIZE, PATCH_SIZE, PATCH_GRID = 24, 4, (6, 6)
+VOCAB_SIZE = 64
+
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+}
+VISION_CONFIGS = {
+    "clip": {"model_type": "clip_vision_model", "projection_dim": 16, **_VISION},
+    "siglip": {"model_type": "siglip_vision_model", **_VISION},
+    "siglip2": {
+        "model_type": "siglip2_vision_model",
+        "num_patches": 36,
+        **{name: value for name, value in _VISION.items() if name != "image_size"},
+    },
+    "dinov2": {"model_type": "dinov2", "mlp_ratio": 2, **_VISION},
+    "dinov2_with_registers": {
+        "model_type": "dinov2_with_registers",
+        "num_register_tokens": 4,
+        "mlp_ratio": 2,
+        **_VISION,
+    },
+}
+
+_TEXT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TEXT_CONFIGS = {
+    "llama": {"model_type": "llama", **_TEXT},
+    "qwen2": {"model_type": "qwen2", **_TEXT},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, **_TEXT},
+    "mistral": {"model_type": "mistral", **_TEXT},
+    "gemma": {"model_type": "gemma", "head_dim": 16, **_TEXT},
+    "phi3": {"model_type": "phi3", **_TEXT},
+}
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
+WORDS = ("user", "assistant", "what", "is", "this", "a", "the", "red", "blue", "cat", "dog", "two", "?", ".", ":")
+IMAGE_TOKEN_ID = len(SPECIAL_TOKENS) + len(WORDS)  # "<image>" comes after the words
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- message['role'] + ' : ' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] + ' ' -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{{- '<image>' if part['type'] == 'image' else part['text'] + ' ' -}}
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'assistant : ' -}}{%- endif -%}
+"""
+
+
+def build_config(vision="clip", text="llama", **kwargs) -> DecoConfig:
+    choices = {"image_token_id": IMAGE_TOKEN_ID, "pooled_grid_size": 3, **kwargs}
+    return DecoConfig(vision_config=VISION_CONFIGS[vision], text_config=TEXT_CONFIGS[text], **choices)
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give the model weights with which its logits depend on all of its inputs, which a usual initialization does not:
+    there every greedy continuation is one token repeated."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.copy_(noise * 0.1 + (0 if name.endswith("bias") else 1))
+    return model.eval()
+
+
+def build_model(vision="clip", text="llama", seed=0, **kwargs) -> DecoForConditionalGeneration:
+    return randomize(DecoForConditionalGeneration(build_config(vision, text, **kwargs)), seed)
+
+
+def build_tokenizer(with_image_token=True, **kwargs) -> PreTrainedTokenizerFast:
+    words = (*SPECIAL_TOKENS, *WORDS)
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", **kwargs
+    )
+    if with_image_token:
+        tokenizer.add_tokens("<image>", special_tokens=True)
+    return tokenizer
+
+
+def build_image_processor(size: int = IMAGE_SIZE) -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"height": size, "width": size}, do_center_crop=False)
+
+
+def build_processor(pooled_grid_size=3, **kwargs) -> DecoProcessor:
+    return DecoProcessor(build_image_processor(), build_tokenizer(), pooled_grid_size=pooled_grid_size, **kwargs)
+
+
+def picture(seed: int, height: int = 30, width: int = 40) -> Image.Image:
+    """A smooth random picture: blocks of 5 x 5 pixels in random colours."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (height // 5, width // 5, 3), dtype=np.uint8)
+    return Image.fromarray(blocks.repeat(5, axis=0).repeat(5, axis=1))
+
+
+def pixels(num_images: int, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_images, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(*parts) -> list[int]:
+    """Token ids from words, and from numbers of image placeholders: `prompt("what", 9, "?")`."""
+    ids = [1]
+    for part in parts:
+        if isinstance(part, int):
+            ids += [IMAGE_TOKEN_ID] * part
+        else:
+            ids += [len(SPECIAL_TOKENS) + WORDS.index(word) for word in part.split()]
+    return ids
+
+
+def batch(*prompts) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of prompts, padded on the left."""
+    length = max(map(len, prompts))
+    missing = [length - len(ids) for ids in prompts]
+    return {
+        "input_ids": torch.tensor([[0] * pad + ids for pad, ids in zip(missing, prompts, strict=True)]),
+        "attention_mask": torch.tensor([[0] * pad + [1] * (length - pad) for pad in missing]),
+    }
