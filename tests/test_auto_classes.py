@@ -5,6 +5,7 @@
 import json
 import subprocess
 import sys
+from shutil import copytree
 
 import pytest
 import tiny
@@ -309,6 +310,17 @@ def ask_by_pipeline(folder, picture):
     return pipe(text=[{"role": "user", "content": content}], return_full_text=False)[0]["generated_text"]
 
 
+def ask_by_pipelines(first, second, picture):
+    from transformers import pipeline
+
+    answers = []
+    for folder in (first, second, first):
+        pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is this ?"}]
+        answers += pipe(text=[{"role": "user", "content": content}], return_full_text=False)
+    return [answer["generated_text"] for answer in answers]
+
+
 def load_all_of_two_folders(first, second, file):
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -379,6 +391,11 @@ def test_two_folders_are_read_in_one_process(checkpoint, expected, remote, tmp_p
     model.save_pretrained(tmp_path)
     tiny.build_processor().save_pretrained(tmp_path)
     remote.run(load_all_of_two_folders, checkpoint, tmp_path, expected)
+
+
+def test_two_pipelines_are_read_in_one_process(checkpoint, picture, answer, remote, tmp_path):
+    copytree(checkpoint, tmp_path / "other")
+    assert remote.run(ask_by_pipelines, checkpoint, tmp_path / "other", picture) == [answer] * 3
 
 
 @pytest.mark.parametrize("order", [("model", "processor"), ("processor", "model")], ids=" ".join)

@@ -21,6 +21,11 @@ def vision_config(vision, **kwargs):
     return AutoConfig.for_model(**{**tiny.VISION_CONFIGS[vision], **kwargs})
 
 
+def config_of_tower(given, **kwargs):
+    choices = {"image_token_id": 3, "pooled_grid_size": 3, **kwargs}
+    return DecoConfig(vision_config=given, text_config=tiny.TEXT_CONFIGS["llama"], **choices)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -128,19 +133,12 @@ def test_prefix_tokens_are_counted(vision):
 
 
 def test_the_patch_grid_of_a_tower_may_be_wide():
-    config = DecoConfig(
-        vision_config=vision_config("dinov2", image_size=[24, 40]), text_config=tiny.TEXT_CONFIGS["llama"],
-        image_token_id=3, pooled_grid_size=[6, 10],
-    )  # fmt: skip
+    config = config_of_tower(vision_config("dinov2", image_size=[24, 40]), pooled_grid_size=[6, 10])
     assert config.patch_grid == (6, 10)
 
 
 def test_a_part_of_a_patch_at_the_edge_is_no_patch():
-    config = DecoConfig(
-        vision_config=vision_config("clip", image_size=27), text_config=tiny.TEXT_CONFIGS["llama"],
-        image_token_id=3, pooled_grid_size=6,
-    )  # fmt: skip
-    assert config.patch_grid == (6, 6)
+    assert config_of_tower(vision_config("clip", image_size=27)).patch_grid == (6, 6)
 
 
 @pytest.mark.parametrize(("tied", "text"), [(False, "llama"), (True, "gemma")])
@@ -208,10 +206,7 @@ def test_layers_are_not_cut_twice(tmp_path):
 def test_the_given_vision_config_is_not_changed(vision, layer):
     given = vision_config(vision)
     before = given.to_dict()
-    DecoConfig(
-        vision_config=given, text_config=tiny.TEXT_CONFIGS["llama"], image_token_id=3, pooled_grid_size=3,
-        vision_feature_layer=layer,
-    )  # fmt: skip
+    config_of_tower(given, vision_feature_layer=layer)
     assert given.to_dict() == before
 
 

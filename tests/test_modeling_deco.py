@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors import safe_open
 from test_projectors import mean_over_windows, windows
 from tiny import batch, pixels, prompt
@@ -432,10 +433,12 @@ def test_hidden_states_and_attentions_of_the_language_model_come_on_request():
     assert [weights.shape for weights in outputs.attentions] == [(1, 2, 12, 12)] * 2
 
 
-def test_the_model_runs_in_bfloat16():
-    model = tiny.build_model().to(torch.bfloat16)
-    outputs = model(**batch(prompt(9, "?")), pixel_values=pixels(1).bfloat16())
+@pytest.mark.parametrize("vision", tiny.VISION_CONFIGS)
+def test_a_model_in_bfloat16_takes_the_pixels_of_the_processor_as_they_are(vision):
+    model = tiny.build_model(vision).to(torch.bfloat16)
+    outputs = model(**batch(prompt(9, "?")), pixel_values=pixels(1))
     assert outputs.logits.dtype == outputs.image_hidden_states.dtype == torch.bfloat16
+    assert outputs.logits.isfinite().all()
 
 
 @pytest.mark.parametrize("implementation", ["eager", {"vision_config": "eager", "text_config": "sdpa"}], ids=str)
@@ -510,6 +513,16 @@ GENERATION_MODES = {
 }
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"), reason="this transformers cuts no images"
+)
+@pytest.mark.parametrize("chunk_size", [4, 7])
+def test_a_prefill_in_chunks_gives_the_greedy_answer(chunk_size, model):
+    inputs = {**batch(prompt("what", 9, "is", 9, "?"), prompt("a", 9)), "pixel_values": pixels(3)}
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, prefill_chunk_size=chunk_size), expected)
+
+
 @pytest.mark.parametrize("mode", GENERATION_MODES)
 def test_other_modes_of_generation_give_the_greedy_answer(mode, model):
     inputs = {**batch(prompt(9, "is", 9, "?")), "pixel_values": pixels(2)}
@@ -558,6 +571,7 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # its heir is not in 5.17
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     model = tiny.build_model().train()

@@ -278,10 +278,8 @@ def conversation(*images):
 
 def test_a_chat_template_puts_placeholders_for_the_images_of_the_conversation():
     processor = tiny.build_processor(chat_template=tiny.CHAT_TEMPLATE)
-    inputs = processor.apply_chat_template(
-        conversation(tiny.picture(0), tiny.picture(1)),
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    )  # fmt: skip
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = processor.apply_chat_template(conversation(tiny.picture(0), tiny.picture(1)), **options)
     assert inputs["input_ids"].tolist() == [tiny.prompt("user :", 18, "what is this ? assistant :")]
     expected = processor(images=TWO["images"], return_tensors="pt")["pixel_values"]
     assert torch.equal(inputs["pixel_values"], expected)
@@ -289,10 +287,9 @@ def test_a_chat_template_puts_placeholders_for_the_images_of_the_conversation():
 
 def test_a_chat_template_takes_a_grid():
     processor = tiny.build_processor(chat_template=tiny.CHAT_TEMPLATE)
-    inputs = processor.apply_chat_template(
-        [conversation(tiny.picture(0)), conversation(tiny.picture(1))],
-        tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"pooled_grid_size": [2, 3]},
-    )  # fmt: skip
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    options["processor_kwargs"] = {"pooled_grid_size": [2, 3]}
+    inputs = processor.apply_chat_template([conversation(tiny.picture(0)), conversation(tiny.picture(1))], **options)
     assert inputs["pooled_grid_sizes"].tolist() == [[2, 3], [2, 3]]
     assert (inputs["input_ids"] == tiny.IMAGE_TOKEN_ID).sum(-1).tolist() == [6, 6]
 

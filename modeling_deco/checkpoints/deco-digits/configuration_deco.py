@@ -1,0 +1,233 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""DeCo's configuration, and the one home of the grid arithmetic and of the files that travel with a checkpoint."""
+
+import math
+import shutil
+from pathlib import Path
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+# Prefix tokens that a vision tower puts before its patch tokens, register tokens aside.
+_NUM_CLS_TOKENS = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "siglip2_vision_model": 0,
+    "dinov2": 1,
+    "dinov2_with_registers": 1,
+}
+
+# With these entries and files a saved folder works under `trust_remote_code=True` without this package.
+# transformers by itself writes only the entry of the class that is saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_deco.DecoConfig",
+    "AutoModel": "modeling_deco.DecoModel",
+    "AutoModelForImageTextToText": "modeling_deco.DecoForConditionalGeneration",
+    "AutoProcessor": "processing_deco.DecoProcessor",
+}
+_REMOTE_CODE_FILES = ("configuration_deco.py", "modeling_deco.py", "processing_deco.py", "projectors.py")
+
+
+def parse_grid(pooled_grid_size) -> tuple[int, int]:
+    """Read a grid given as an int (square) or as two ints.
+
+    Returns:
+        `(rows, cols)`.
+
+    Raises:
+        ValueError: it is neither a positive int nor two positive ints.
+    """
+    grid = [pooled_grid_size] * 2 if isinstance(pooled_grid_size, int) else pooled_grid_size
+    is_pair = isinstance(grid, (list, tuple)) and len(grid) == 2
+    if not is_pair or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in grid):
+        raise ValueError(
+            f"pooled_grid_size must be a positive int (a square grid) or two positive ints [rows, cols], "
+            f"got {pooled_grid_size!r}."
+        )
+    return grid[0], grid[1]
+
+
+def num_image_tokens(pooled_grid_size) -> int:
+    """Tokens that one image takes in the language model: `rows * cols` of its pooled grid."""
+    rows, cols = parse_grid(pooled_grid_size)
+    return rows * cols
+
+
+def copy_remote_code(save_directory) -> None:
+    """Put the modules of `AUTO_MAP` beside a checkpoint.
+
+    A class that was itself loaded from such a folder finds only the siblings that have been loaded so far; the others
+    stay behind.
+    """
+    for name in _REMOTE_CODE_FILES:
+        source = Path(__file__).with_name(name)
+        target = Path(save_directory, name)
+        if source.exists() and not (target.exists() and source.samefile(target)):
+            shutil.copyfile(source, target)
+
+
+@strict
+class DecoConfig(PreTrainedConfig):
+    """Configuration of a DeCo model: a vision tower, a projector that pools patches, a language model.
+
+    The vision tower is cut to the layers that are used: a `vision_feature_layer` of -2 on a tower of 24 layers is
+    stored as 23 layers and -1, which gives the same features bit for bit. The given `vision_config` is not changed.
+
+    Args:
+        vision_config: configuration (or its dict) of a CLIP, SigLIP, SigLIP 2 or DINOv2 vision tower. Default: CLIP
+            ViT-L/14 at 336 pixels, the tower of LLaVA-1.5 and of DeCo.
+        text_config: configuration (or its dict) of a decoder that `AutoModel` builds. Default: Llama (7B) with
+            LLaVA-1.5's vocabulary of 32064.
+        image_token_id: id of the placeholder token; each image takes `num_image_tokens` of them.
+        pooled_grid_size: the grid that patches are pooled to, an int (square) or `[rows, cols]`; `forward`, `generate`
+            and the processor take another one per call.
+        projector_type: `"avg_pool"`, 2D adaptive average pooling before the MLP (DeCo, arXiv 2405.20985).
+        projector_num_layers: linear layers of the projector's MLP (`layer_num` in the authors' code).
+        projector_hidden_act: activation between them.
+        multimodal_projector_bias: whether they have biases.
+        vision_feature_layer: index into the tower's hidden states, of which there are `num_hidden_layers + 1`.
+        vision_feature_select_strategy: `"default"` drops prefix tokens (CLS, registers); `"full"` is the same for the
+            towers that have none, and refused for the others, whose CLS token has no place in the grid.
+        tie_word_embeddings: whether `lm_head` is the embedding matrix; taken from `text_config` where that says so.
+
+    Raises:
+        ValueError: a field contradicts another; the message names field, value and what is allowed.
+    """
+
+    model_type = "deco"
+    attribute_map = {"image_token_index": "image_token_id"}  # noqa: RUF012
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32000
+    pooled_grid_size: int | list[int] | tuple[int, ...] = 12
+    projector_type: str = "avg_pool"
+    projector_num_layers: int = 2
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "default"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.image_token_id = kwargs.pop("image_token_index", self.image_token_id)  # LLaVA's name for it
+        self.vision_config = _vision_config(self.vision_config)
+        self.text_config = _text_config(self.text_config)
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        if isinstance(self.pooled_grid_size, tuple):  # JSON knows lists only
+            self.pooled_grid_size = list(self.pooled_grid_size)
+        self._validate_choices()
+        self._cut_unused_vision_layers()
+        super().__post_init__(**kwargs)
+
+    def _validate_choices(self):
+        if self.projector_type != "avg_pool":
+            raise ValueError(f"projector_type must be 'avg_pool', got {self.projector_type!r}.")
+        if self.projector_num_layers < 1:
+            raise ValueError(f"projector_num_layers must be at least 1, got {self.projector_num_layers}.")
+        if self.vision_config.model_type not in _NUM_CLS_TOKENS:
+            raise ValueError(
+                f"vision_config.model_type must be one of {sorted(_NUM_CLS_TOKENS)}, "
+                f"got {self.vision_config.model_type!r}."
+            )
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise ValueError(
+                f"vision_feature_select_strategy must be 'default' or 'full', "
+                f"got {self.vision_feature_select_strategy!r}."
+            )
+        if self.vision_feature_select_strategy == "full" and self.num_prefix_tokens > 0:
+            raise ValueError(
+                f"vision_feature_select_strategy='full' keeps the {self.num_prefix_tokens} prefix tokens of "
+                f"{self.vision_config.model_type}, which have no place in the patch grid; use 'default'."
+            )
+        vocab_size = self.text_config.vocab_size
+        if not 0 <= self.image_token_id < vocab_size:
+            raise ValueError(
+                f"image_token_id={self.image_token_id} is not in the vocabulary of text_config "
+                f"(vocab_size={vocab_size}); it must be 0 to {vocab_size - 1}."
+            )
+        (rows, cols), (patch_rows, patch_cols) = parse_grid(self.pooled_grid_size), self.patch_grid
+        if rows > patch_rows or cols > patch_cols:
+            raise ValueError(
+                f"pooled_grid_size={self.pooled_grid_size} asks for {rows} x {cols} cells, but the vision tower gives "
+                f"{patch_rows} x {patch_cols} patches; choose at most that."
+            )
+
+    def _cut_unused_vision_layers(self):
+        num_layers = self.vision_config.num_hidden_layers
+        num_used = self.vision_feature_layer % (num_layers + 1)
+        if not -num_layers <= self.vision_feature_layer <= num_layers or num_used == 0:
+            raise ValueError(
+                f"vision_feature_layer={self.vision_feature_layer} selects no layer of a vision tower with "
+                f"{num_layers}; it must be -{num_layers} to -1 or 1 to {num_layers}."
+            )
+        self.vision_feature_layer = -1
+        is_siglip = self.vision_config.model_type.startswith("siglip")
+        has_head = is_siglip and getattr(self.vision_config, "vision_use_head", True)  # unset means true before 5.19
+        if num_used == num_layers and not has_head:
+            return
+        fields = {**self.vision_config.to_dict(), "num_hidden_layers": num_used}
+        if has_head:  # SigLIP's attention pooling, whose output DeCo does not read
+            fields["vision_use_head"] = False
+        for name in ("stage_names", "out_features", "out_indices"):  # DINOv2's names of layers, made from their number
+            fields.pop(name, None)
+        self.vision_config = type(self.vision_config)(**fields)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patch tokens in the vision tower's output: CLS and registers."""
+        num_register_tokens = getattr(self.vision_config, "num_register_tokens", 0)
+        return _NUM_CLS_TOKENS[self.vision_config.model_type] + num_register_tokens
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """`(rows, cols)` of the vision tower's patches at its own image size."""
+        if self.vision_config.model_type == "siglip2_vision_model":  # knows a number of patches, not an image size
+            side = math.isqrt(self.vision_config.num_patches)
+            return side, side
+        size = self.vision_config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height // self.vision_config.patch_size, width // self.vision_config.patch_size
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens that one image takes at the config's grid."""
+        return num_image_tokens(self.pooled_grid_size)
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        self._validate_choices()  # fields may have been set since
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory)
+        copy_remote_code(save_directory)
+        if push_to_hub:  # super would upload the files that it wrote itself, and leave the code behind
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+
+def _vision_config(vision_config) -> PreTrainedConfig:
+    if vision_config is None:
+        return AutoConfig.for_model(
+            "clip_vision_model",
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        )
+    if isinstance(vision_config, dict):
+        return AutoConfig.for_model(**{"model_type": "clip_vision_model", **vision_config})
+    return vision_config
+
+
+def _text_config(text_config) -> PreTrainedConfig:
+    if text_config is None:
+        return AutoConfig.for_model("llama", vocab_size=32064)
+    if isinstance(text_config, dict):
+        return AutoConfig.for_model(**{"model_type": "llama", **text_config})
+    return text_config
+
+
+__all__ = ["DecoConfig"]

@@ -1,0 +1,461 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""DeCo: LLaVA with its patch grid pooled before the projector.
+
+It differs from transformers' LLaVA (modeling_llava.py, 5.23) in four places: patches are pooled to a grid before the
+MLP; the grid is an argument of each call; the patch grid is read from the pixels' shape; and the vision tower has no
+layer above the one that is read. Names of parameters are LLaVA's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import (  # private in part, seen in 5.17 to 5.23
+    TransformersKwargs,
+    can_return_tuple,
+    logging,
+    torch_compilable_check,
+)
+
+from .configuration_deco import DecoConfig, parse_grid
+from .projectors import AvgPoolProjector
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class DecoModelOutputWithPast(BaseModelOutputWithPast):
+    """Outputs of `DecoModel`.
+
+    `image_hidden_states` is `(num_image_features, text_hidden_size)`, the projected tokens of all images one after
+    the other, or None without images; the rest is the language model's.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class DecoCausalLMOutputWithPast(ModelOutput):
+    """Outputs of `DecoForConditionalGeneration`.
+
+    `loss` is a scalar where labels were given, `logits` is `(batch, sequence or logits_to_keep, vocab_size)`; the rest
+    is `DecoModelOutputWithPast`'s.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor] | None = None
+    attentions: tuple[torch.FloatTensor] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class DecoPreTrainedModel(PreTrainedModel):
+    config: DecoConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # As custom code, modules without parameters of their own count as initialized, and where weights are missing
+        # from a checkpoint CLIP's attention and MLP would not get CLIP's initialization. Ours is transformers' alone.
+        return False
+
+
+class DecoModel(DecoPreTrainedModel):
+    """Vision tower, projector and language model, without the language modeling head."""
+
+    def __init__(self, config: DecoConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = _projector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        pooled_grid_sizes: torch.LongTensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encode, pool and project images.
+
+        Args:
+            pixel_values: `(num_images, 3, height, width)`; the patch grid is `height / patch_size` by
+                `width / patch_size`. From SigLIP 2's own image processor, `(num_images, max_num_patches, 3 *
+                patch_size ** 2)` with `pixel_attention_mask` and `spatial_shapes` (one patch grid per image).
+            pooled_grid_sizes: `(num_images, 2)`, the grid `[rows, cols]` that each image is pooled to. Default: the
+                config's grid for all, and then nothing here depends on data (`torch.compile(fullgraph=True)`).
+
+        Returns:
+            The vision tower's output, its `pooler_output` replaced by a list with one `(rows * cols,
+            text_hidden_size)` tensor per image. Of the hidden states only the last is kept, unless
+            `output_hidden_states=True` is given.
+
+        Raises:
+            ValueError: a grid is larger than the patch grid, or there is not one grid per image.
+        """
+        return_dict = kwargs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        # an index selects the one state that is kept where transformers knows that (5.19), and is plainly true before
+        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or -1
+        tower_inputs, patch_grids = self._tower_inputs(pixel_values, pixel_attention_mask, spatial_shapes)
+        image_outputs = self.vision_tower(**tower_inputs, return_dict=True, **kwargs)
+        # hidden_states[-1], not last_hidden_state, which SigLIP and DINOv2 normalize
+        patch_features = image_outputs.hidden_states[-1][:, self.config.num_prefix_tokens :]
+
+        if isinstance(patch_grids, tuple) and pooled_grid_sizes is None:  # one grid for all: no loop over images
+            pooled_grid = parse_grid(self.config.pooled_grid_size)
+            image_features = list(self.multi_modal_projector(patch_features, patch_grids, pooled_grid))
+        else:
+            image_features = self._project_by_grid(patch_features, patch_grids, pooled_grid_sizes)
+        image_outputs.pooler_output = image_features
+        return image_outputs if return_dict else image_outputs.to_tuple()
+
+    def _tower_inputs(self, pixel_values, pixel_attention_mask, spatial_shapes):
+        """The vision tower's arguments, and the patch grid `(rows, cols)` of all images or a list of each one's."""
+        vision_config = self.config.vision_config
+        if vision_config.model_type == "siglip2_vision_model":
+            if pixel_values.ndim == 3:
+                inputs = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+                return {"pixel_values": pixel_values, **inputs}, [tuple(shape) for shape in spatial_shapes.tolist()]
+            return _patchify(pixel_values, vision_config.patch_size)
+        height, width = pixel_values.shape[-2:]
+        patch_grid = (height // vision_config.patch_size, width // vision_config.patch_size)
+        inputs = {"pixel_values": pixel_values}
+        if not vision_config.model_type.startswith("dinov2"):  # which does so by itself; at its own size no tower does
+            inputs["interpolate_pos_encoding"] = True
+        return inputs, patch_grid
+
+    def _project_by_grid(self, patch_features, patch_grids, pooled_grid_sizes):
+        """Pool and project images of different grids; those that share theirs go in one call."""
+        num_images = patch_features.shape[0]
+        if isinstance(patch_grids, tuple):
+            patch_grids = [patch_grids] * num_images
+        if pooled_grid_sizes is None:
+            pooled_grids = [parse_grid(self.config.pooled_grid_size)] * num_images
+        else:
+            pooled_grids = [tuple(grid) for grid in pooled_grid_sizes.tolist()]
+        if len(pooled_grids) != num_images:
+            raise ValueError(
+                f"pooled_grid_sizes has {len(pooled_grids)} grids for {num_images} images; give each one."
+            )
+        groups = {}
+        for index, grids in enumerate(zip(patch_grids, pooled_grids, strict=True)):
+            groups.setdefault(grids, []).append(index)
+        image_features = [None] * num_images
+        for (patch_grid, pooled_grid), indices in groups.items():
+            group = patch_features if len(indices) == num_images else patch_features[indices]
+            group = group[:, : patch_grid[0] * patch_grid[1]]  # SigLIP 2 pads images to a common length
+            for index, features in zip(
+                indices, self.multi_modal_projector(group, patch_grid, pooled_grid), strict=True
+            ):
+                image_features[index] = features
+        return image_features
+
+    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features) -> torch.BoolTensor:
+        """`(batch, sequence, 1)`, true at the image placeholders.
+
+        Raises:
+            ValueError: the placeholders are not as many as the features in `image_features` (a list, one per image).
+        """
+        if input_ids is None:
+            image_token_id = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
+            placeholder_mask = (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+        else:
+            placeholder_mask = input_ids == self.config.image_token_id
+        num_placeholders = placeholder_mask.sum()
+        num_features = sum(features.shape[0] for features in image_features)
+        torch_compilable_check(
+            num_placeholders == num_features,
+            lambda: (
+                f"{len(image_features)} image(s) give {num_features} features "
+                f"({', '.join(str(features.shape[0]) for features in image_features)} per image; the config's grid "
+                f"{self.config.pooled_grid_size} gives {self.config.num_image_tokens}), but the text has "
+                f"{int(num_placeholders)} placeholders (image_token_id={self.config.image_token_id}). Use one "
+                f"pooled_grid_size for processor and model: pass it to the processor and hand all that it returns, "
+                f"pooled_grid_sizes too, to the model."
+            ),
+        )
+        return placeholder_mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pooled_grid_sizes: torch.LongTensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | DecoModelOutputWithPast:
+        """See `get_image_features` for the images' arguments, and the language model for the others.
+
+        `mm_encoder_outputs` is `{"image": get_image_features(...)}` in the place of `pixel_values`: `generate` encodes
+        images once and hands the result on.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, both kinds of images, or
+                `get_image_features` and `get_placeholder_mask` refuse them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs is not None else None
+        if pixel_values is not None and image_outputs is not None:
+            raise ValueError("Pass images as pixel_values or as mm_encoder_outputs, not both.")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(
+                pixel_values, pooled_grid_sizes, pixel_attention_mask, spatial_shapes, return_dict=True
+            )
+        image_features = None
+        if image_outputs is not None:
+            placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
+            image_features = torch.cat(list(image_outputs.pooler_output))  # (num_image_features, text_hidden)
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return DecoModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+
+class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
+    """DeCo with its language modeling head: answers questions about images."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: DecoConfig):
+        super().__init__(config)
+        self.model = DecoModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model_name_or_path: str,
+        text_model_name_or_path: str,
+        image_token_id: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        **config_kwargs,
+    ) -> "DecoForConditionalGeneration":
+        """Join two pretrained backbones under a fresh projector: where stage 1 of training starts.
+
+        Args:
+            vision_model_name_or_path: a vision tower, or a model that has one (CLIP, SigLIP).
+            text_model_name_or_path: a causal language model.
+            image_token_id: id of the image placeholder. Default: the id that `"<image>"` has, or gets when added, in
+                the language model's tokenizer, as in `DecoProcessor.from_vision_text_pretrained`. Embeddings grow to
+                a multiple of 64 where it lies past them.
+            dtype: of all parts; `"auto"` takes the language model's.
+            config_kwargs: more fields of `DecoConfig`.
+        """
+        text_model = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, dtype=dtype)
+        if image_token_id is None:
+            from transformers import (
+                AutoTokenizer,  # here: its module imports the one whose import registers this class
+            )
+
+            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path)
+            tokenizer.add_tokens("<image>", special_tokens=True)
+            image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+        if image_token_id >= text_model.config.get_text_config().vocab_size:
+            text_model.resize_token_embeddings(image_token_id + 1, pad_to_multiple_of=64)
+
+        vision_config = AutoConfig.from_pretrained(vision_model_name_or_path)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        config = cls.config_class(
+            vision_config=vision_config,
+            text_config=text_model.config.get_text_config(),
+            image_token_id=image_token_id,
+            **config_kwargs,
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        # the config's tower, without the layers above the one that is read: their weights are reported as unexpected
+        model.model.vision_tower = AutoModel.from_pretrained(
+            vision_model_name_or_path, config=config.vision_config, dtype=text_model.dtype
+        )
+        model.model.language_model = text_model.base_model
+        model.lm_head = text_model.get_output_embeddings()
+        model.model.multi_modal_projector = _projector(config).to(text_model.dtype)
+        model.model.multi_modal_projector.apply(model._init_weights)
+        model.generation_config = text_model.generation_config
+        return model.eval()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """See `DecoModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pooled_grid_sizes: torch.LongTensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | DecoCausalLMOutputWithPast:
+        """See `DecoModel.forward`.
+
+        Args:
+            labels: `(batch, sequence)`, next-token targets; -100 does not count.
+            logits_to_keep: compute logits for the last so many positions (0: all), or for these positions.
+
+        Example:
+
+            >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+            >>> processor = AutoProcessor.from_pretrained(model_id)
+            >>> model = AutoModelForImageTextToText.from_pretrained(model_id)
+            >>> inputs = processor(images=image, text=prompt, pooled_grid_size=6, return_tensors="pt")
+            >>> answer = model.generate(**inputs, max_new_tokens=32)
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pooled_grid_sizes=pooled_grid_sizes,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return DecoCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # Before 5.19 generate does not encode images ahead, and repeats pixel_values image by image: [A, A, B, B]
+        # where a prompt with two images needs [A, B, A, B]. Here images are repeated prompt by prompt.
+        per_image = {}
+        if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
+            names = ("pixel_values", "pooled_grid_sizes", "pixel_attention_mask", "spatial_shapes")
+            per_image = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
+            prompts = input_ids
+            if prompts is None or prompts.numel() == 0:
+                embeds = model_kwargs["inputs_embeds"]
+                image_token_id = torch.full((), self.config.image_token_id, device=embeds.device)
+                is_placeholder = (embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+            else:
+                is_placeholder = prompts == self.config.image_token_id
+            order = self._images_by_prompt(is_placeholder, per_image, expand_size)
+            per_image = {name: value[order] for name, value in per_image.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **per_image}
+
+    def _images_by_prompt(self, is_placeholder, per_image, expand_size):
+        """Indices that repeat the images of each prompt together, `expand_size` times."""
+        num_images = len(per_image["pixel_values"])
+        if "pooled_grid_sizes" in per_image:
+            tokens = per_image["pooled_grid_sizes"].prod(-1).tolist()
+        else:
+            tokens = [self.config.num_image_tokens] * num_images
+        order, image = [], 0
+        for missing in is_placeholder.sum(-1).tolist():
+            first = image
+            while missing > 0 and image < num_images:
+                missing -= tokens[image]
+                image += 1
+            order += list(range(first, image)) * expand_size
+        return order
+
+
+def _projector(config: DecoConfig) -> nn.Module:
+    return AvgPoolProjector(
+        config.vision_config.hidden_size,
+        config.text_config.hidden_size,
+        pooled_grid_size=config.pooled_grid_size,
+        num_layers=config.projector_num_layers,
+        hidden_act=config.projector_hidden_act,
+        bias=config.multimodal_projector_bias,
+    )
+
+
+def _patchify(pixel_values, patch_size):
+    """SigLIP 2's inputs from `(num_images, 3, height, width)`: flat patches in its order (patch row, patch column,
+    channel), no padding."""
+    num_images, num_channels, height, width = pixel_values.shape
+    rows, cols = height // patch_size, width // patch_size
+    cells = pixel_values[:, :, : rows * patch_size, : cols * patch_size].unflatten(2, (rows, patch_size))
+    cells = cells.unflatten(4, (cols, patch_size))  # (num_images, 3, rows, patch_size, cols, patch_size)
+    patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(num_images, rows * cols, num_channels * patch_size**2)
+    inputs = {
+        "pixel_values": patches,
+        "pixel_attention_mask": pixel_values.new_ones(num_images, rows * cols, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[rows, cols]] * num_images, device=pixel_values.device),
+    }
+    return inputs, (rows, cols)
+
+
+__all__ = ["DecoForConditionalGeneration", "DecoModel", "DecoPreTrainedModel"]

@@ -1,0 +1,218 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""DeCo's processor: images and text in, placeholders expanded to each image's token budget."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import TextInput
+
+from .configuration_deco import AUTO_MAP, copy_remote_code, num_image_tokens, parse_grid
+
+
+class DecoProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012
+
+
+class DecoCallKwargs(DecoProcessorKwargs, total=False):
+    """`pooled_grid_size`: see `DecoProcessor.__call__`. It stands apart from the fields above, none of which may be an
+    argument of `__init__` too (a rule of transformers since 5.23)."""
+
+    pooled_grid_size: int | list | tuple | torch.Tensor | None
+
+
+class DecoProcessor(ProcessorMixin):
+    """An image processor and a tokenizer in one.
+
+    Text is padded on the left, as generation needs; trainers that pad on the right say so per call.
+
+    Args:
+        image_processor: of the vision tower.
+        tokenizer: of the language model, with the image token in its vocabulary.
+        pooled_grid_size: default grid, an int (square) or `[rows, cols]`: the model's.
+        chat_template: Jinja template; default: the tokenizer's.
+        image_token: placeholder of an image in the text, where the tokenizer does not name one.
+    """
+
+    valid_processor_kwargs = DecoProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        pooled_grid_size=12,
+        chat_template=None,
+        image_token="<image>",  # noqa: S107
+        **kwargs,
+    ):
+        parse_grid(pooled_grid_size)
+        self.pooled_grid_size = pooled_grid_size
+        self.image_token = getattr(tokenizer, "image_token", image_token)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        if self.image_token_id in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"The tokenizer has no token {self.image_token!r}; add it by "
+                f"tokenizer.add_tokens({self.image_token!r}, special_tokens=True)."
+            )
+        tokenizer.padding_side = "left"
+        if chat_template is None:
+            chat_template = getattr(tokenizer, "chat_template", None)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision_model_name_or_path: str, text_model_name_or_path: str, pooled_grid_size=12, chat_template=None
+    ) -> "DecoProcessor":
+        """The processor that goes with `DecoForConditionalGeneration.from_vision_text_pretrained`: the vision tower's
+        image processor, and the language model's tokenizer with `"<image>"` added where it is missing."""
+        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path)
+        tokenizer.add_tokens("<image>", special_tokens=True)
+        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
+        return cls(image_processor, tokenizer, pooled_grid_size=pooled_grid_size, chat_template=chat_template)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        **kwargs: Unpack[DecoCallKwargs],
+    ):
+        """Prepare images and text for the model.
+
+        Args:
+            images: one image, a list, or one list per text: PIL images, arrays, tensors, paths, URLs, base64.
+            text: one text or a list, with one `image_token` for each image.
+            pooled_grid_size: token budget of this call: an int (square) or `[rows, cols]` for all images, or one
+                `[rows, cols]` per image in a list or a `(num_images, 2)` tensor. Default: the processor's own.
+
+        Returns:
+            `input_ids` and `attention_mask` `(batch, sequence)`, the image processor's `pixel_values` `(num_images, 3,
+            height, width)` and, only where `pooled_grid_size` was given, `pooled_grid_sizes` `(num_images, 2)`.
+
+        Raises:
+            ValueError: an image cannot be read, images and image tokens are not as many, a grid is malformed, or
+                truncation cuts into an image.
+        """
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if images is not None:
+            images = _read_images(images, self.image_processor.fetch_images)
+            if len(make_flat_list_of_images(images)) == 0:  # of a batch of texts alone
+                images = None
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        if text is not None:  # transformers 5.17 does not count, and no version counts text by text
+            num_tokens = [sample.count(self.image_token) for sample in text]
+            num_images = 0 if images is None else len(make_flat_list_of_images(images))
+            if sum(num_tokens) != num_images:
+                raise ValueError(
+                    f"The number of {self.image_token} tokens in the prompts should be the same as the number of "
+                    f"images: found {sum(num_tokens)} tokens and {num_images} images."
+                )
+            if isinstance(images, list) and all(isinstance(images_of_text, list) for images_of_text in images):
+                numbers = [len(images_of_text) for images_of_text in images]
+                if len(numbers) == len(num_tokens) and numbers != num_tokens:
+                    raise ValueError(
+                        f"The texts have {num_tokens} {self.image_token} tokens, and their images are {numbers}."
+                    )
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _merge_kwargs(self, *args, pooled_grid_size=None, images_kwargs=None, **kwargs):
+        images_kwargs = dict(images_kwargs or {})
+        pooled_grid_size = images_kwargs.pop("pooled_grid_size", pooled_grid_size)
+        merged_kwargs = super()._merge_kwargs(*args, images_kwargs=images_kwargs, **kwargs)
+        if pooled_grid_size is not None:
+            merged_kwargs["images_kwargs"]["pooled_grid_size"] = pooled_grid_size  # for _process_images
+        return merged_kwargs
+
+    def _process_images(self, images, pooled_grid_size=None, **kwargs):
+        image_inputs, _ = super()._process_images(images, **kwargs)
+        num_images = len(make_flat_list_of_images(images))
+        grids = [parse_grid(self.pooled_grid_size)] * num_images
+        if pooled_grid_size is not None:
+            grids = _grids_per_image(pooled_grid_size, num_images)
+            image_inputs["pooled_grid_sizes"] = torch.tensor(grids)  # (num_images, 2)
+        return image_inputs, [self.image_token * num_image_tokens(grid) for grid in grids]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholders that stand for an image at the processor's own grid."""
+        return self.image_token * num_image_tokens(self.pooled_grid_size)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Tokens per image of the given sizes (vLLM asks): the size does not matter, only the grid."""
+        if image_sizes is None:
+            return MultiModalData()
+        grids = _grids_per_image(kwargs.get("pooled_grid_size") or self.pooled_grid_size, len(image_sizes))
+        return MultiModalData(
+            num_image_tokens=[num_image_tokens(grid) for grid in grids], num_image_patches=[1] * len(image_sizes)
+        )
+
+    def _check_special_mm_tokens(self, text, text_inputs, modalities):
+        input_ids = text_inputs["input_ids"]
+        if hasattr(input_ids, "tolist"):
+            input_ids = input_ids.tolist()
+        for sample, (expanded, ids) in enumerate(zip(text, input_ids, strict=True)):
+            expected, found = expanded.count(self.image_token), ids.count(self.image_token_id)
+            if expected != found:
+                raise ValueError(
+                    f"Text {sample} was cut to {len(ids)} tokens, which leaves {found} of its {expected} image "
+                    f"placeholders: an image would be cut. Raise max_length, shorten the text, choose a smaller "
+                    f"pooled_grid_size, or turn truncation off."
+                )
+
+    def to_dict(self):
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        files = super().save_pretrained(save_directory)
+        copy_remote_code(save_directory)
+        if push_to_hub:  # super would upload the files that it wrote itself, and leave the code behind
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
+
+
+def _grids_per_image(pooled_grid_size, num_images: int) -> list[tuple[int, int]]:
+    """One `(rows, cols)` per image from one grid for all or a list of pairs."""
+    if isinstance(pooled_grid_size, torch.Tensor):
+        pooled_grid_size = pooled_grid_size.tolist()
+    if not isinstance(pooled_grid_size, (list, tuple)) or not any(
+        isinstance(entry, (list, tuple, torch.Tensor)) for entry in pooled_grid_size
+    ):
+        return [parse_grid(pooled_grid_size)] * num_images
+    if len(pooled_grid_size) != num_images:
+        raise ValueError(
+            f"pooled_grid_size has {len(pooled_grid_size)} grids for {num_images} images; give one grid for all, or "
+            f"one [rows, cols] per image."
+        )
+    return [parse_grid(grid.tolist() if isinstance(grid, torch.Tensor) else grid) for grid in pooled_grid_size]
+
+
+def _read_images(images, fetch):
+    """`images` with paths, URLs and lazily opened files decoded, nesting kept."""
+    position = 0
+
+    def read(image):
+        nonlocal position
+        if isinstance(image, (list, tuple)):
+            return [read(entry) for entry in image]
+        position += 1
+        try:
+            image = fetch(image)
+            if hasattr(image, "load"):  # PIL decodes late: a truncated file fails here, with its name
+                image.load()
+        except Exception as error:  # of many kinds, by decoders and by downloads
+            name = repr(image if isinstance(image, str) else getattr(image, "filename", None) or type(image).__name__)
+            name = name if len(name) <= 120 else name[:117] + "..."
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise ValueError(f"Image {position} ({name}) cannot be read: {reason}") from error
+        return image
+
+    return read(images)
+
+
+__all__ = ["DecoProcessor"]
