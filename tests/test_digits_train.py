@@ -90,7 +90,26 @@ def test_optimizer_covers_every_parameter_once_and_the_tower_at_its_own_rate(mod
     named = dict(model.named_parameters())
     assert rates[id(named["model.language_model.layers.0.mlp.up_proj.weight"])] == 0.02
     assert rates[id(named["model.vision_tower.encoder.layers.0.mlp.fc1.weight"])] == pytest.approx(0.002)
-    assert rates[id(named["model.multi_modal_projector.linear_1.weight"])] == 2e-3
+    assert rates[id(named["model.multi_modal_projector.linear_1.weight"])] == 0.02
+    assert rates[id(named["model.multi_modal_projector.linear_1.bias"])] == 2e-3
+    assert rates[id(named["model.language_model.embed_tokens.weight"])] == 2e-3
+
+
+def test_whitened_projector_sees_every_direction_of_the_features_alike(model, processor):
+    model = copy.deepcopy(model)
+    torch.manual_seed(0)
+    pictures = [image for example in train.build_dataset(40, seed=5) for image in example["images"]]
+    pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    seen = []
+    model.model.multi_modal_projector.linear_1.register_forward_hook(lambda *call: seen.append(call[-1]))
+    train.whiten_projector(model, pixel_values)
+    with torch.no_grad():
+        model.get_image_features(pixel_values)
+    hidden_states = seen[0].flatten(0, 1)
+    variances = torch.linalg.eigvalsh(torch.cov(hidden_states.T))
+    assert hidden_states.mean(0).abs().max() < 1e-2
+    assert variances.max() < 1.05
+    assert (variances > 0.95).float().mean() > 0.5  # the others were numerical noise, and stay small
 
 
 def test_optimizer_resumes_exactly():
