@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["modeling-deco[train]", "torch>=2.9"]
+# dependencies = ["modeling-deco[train]"]
 # ///
 """Train the vision tower of the digits world: a small CLIP that knows digit, colour and box at every patch.
 

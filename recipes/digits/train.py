@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["modeling-deco[train]", "torch>=2.9"]
+# dependencies = ["modeling-deco[train]", "transformers>=5.18"]
 # ///
 """Train the shipped checkpoint: the digits tower, then DeCo on top of it with TRL's SFTTrainer.
 

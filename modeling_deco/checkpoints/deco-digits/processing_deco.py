@@ -131,17 +131,18 @@ class DecoProcessor(ProcessorMixin):
         return merged_kwargs
 
     def _process_images(self, images, pooled_grid_size=None, **kwargs):
-        image_inputs, _ = super()._process_images(images, **kwargs)
+        image_inputs = self.image_processor(images, **kwargs)
         num_images = len(make_flat_list_of_images(images))
-        grids = [parse_grid(self.pooled_grid_size)] * num_images
         if pooled_grid_size is not None:
             grids = _grids_per_image(pooled_grid_size, num_images)
             image_inputs["pooled_grid_sizes"] = torch.tensor(grids)  # (num_images, 2)
-        return image_inputs, [self.image_token * num_image_tokens(grid) for grid in grids]
+        return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(num_images)]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholders that stand for an image at the processor's own grid."""
-        return self.image_token * num_image_tokens(self.pooled_grid_size)
+        """The placeholders that stand for an image: as many as its grid has cells."""
+        grids = image_inputs.get("pooled_grid_sizes")
+        grid = self.pooled_grid_size if grids is None else grids[image_idx].tolist()
+        return self.image_token * num_image_tokens(grid)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Tokens per image of the given sizes (vLLM asks): the size does not matter, only the grid."""
