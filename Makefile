@@ -1,8 +1,9 @@
-# Every target builds what it needs in .venv, from constraints.txt, and works from any folder (make -C).
+# Every target builds what it needs in VENV, from CONSTRAINTS, and works from any folder (make -C).
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS)
 # The tests are many small models: two single-threaded workers beat one with two threads.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
@@ -11,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
-$(VENV)/demo.stamp: pyproject.toml constraints.txt
+$(VENV)/demo.stamp: pyproject.toml $(CONSTRAINTS)
 	@echo "Building the environment $(VENV) (first time only; torch is the large part) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable ".[digits]"

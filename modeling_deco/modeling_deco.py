@@ -24,14 +24,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import (  # private in part, seen in 5.17 to 5.23
     TransformersKwargs,
     can_return_tuple,
-    logging,
     torch_compilable_check,
 )
 
 from .configuration_deco import DecoConfig, parse_grid
 from .projectors import AvgPoolProjector
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -174,17 +171,20 @@ class DecoModel(DecoPreTrainedModel):
                 image_features[index] = features
         return image_features
 
+    def find_placeholders(self, input_ids, inputs_embeds) -> torch.BoolTensor:
+        """`(batch, sequence)`, true at the image placeholders; by their embedding where there are no ids."""
+        if input_ids is not None and input_ids.numel() > 0:
+            return input_ids == self.config.image_token_id
+        image_token_id = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+
     def get_placeholder_mask(self, input_ids, inputs_embeds, image_features) -> torch.BoolTensor:
         """`(batch, sequence, 1)`, true at the image placeholders.
 
         Raises:
             ValueError: the placeholders are not as many as the features in `image_features` (a list, one per image).
         """
-        if input_ids is None:
-            image_token_id = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
-            placeholder_mask = (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
-        else:
-            placeholder_mask = input_ids == self.config.image_token_id
+        placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
         num_placeholders = placeholder_mask.sum()
         num_features = sum(features.shape[0] for features in image_features)
         torch_compilable_check(
@@ -293,9 +293,8 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         """
         text_model = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, dtype=dtype)
         if image_token_id is None:
-            from transformers import (
-                AutoTokenizer,  # here: its module imports the one whose import registers this class
-            )
+            # imported here, since its module imports the one whose import registers this class
+            from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path)
             tokenizer.add_tokens("<image>", special_tokens=True)
@@ -400,13 +399,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
             names = ("pixel_values", "pooled_grid_sizes", "pixel_attention_mask", "spatial_shapes")
             per_image = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
-            prompts = input_ids
-            if prompts is None or prompts.numel() == 0:
-                embeds = model_kwargs["inputs_embeds"]
-                image_token_id = torch.full((), self.config.image_token_id, device=embeds.device)
-                is_placeholder = (embeds == self.get_input_embeddings()(image_token_id)).all(-1)
-            else:
-                is_placeholder = prompts == self.config.image_token_id
+            is_placeholder = self.model.find_placeholders(input_ids, model_kwargs.get("inputs_embeds"))
             order = self._images_by_prompt(is_placeholder, per_image, expand_size)
             per_image = {name: value[order] for name, value in per_image.items()}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(

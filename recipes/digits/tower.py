@@ -25,11 +25,17 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import CLIPVisionConfig, CLIPVisionModel, HfArgumentParser, set_seed
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    HfArgumentParser,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
 
+from modeling_deco.recipes.digits.optimizer import MuonAdamW
 from modeling_deco.recipes.digits.world import COLOURS, IMAGE_SIZE, Scene, render
 
 logger = logging.getLogger(__name__)
@@ -278,24 +284,16 @@ def _centers(boxes: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def build_optimizers(tower: CLIPVisionModel, heads: DenseHeads, args: TowerArguments) -> list[torch.optim.Optimizer]:
-    """Muon for the encoder's matrices, AdamW for everything else that gets a gradient."""
-    parameters = [p for name, p in tower.named_parameters() if not name.startswith("post_layernorm")]
-    matrices = [p for name, p in tower.named_parameters() if name.startswith("encoder.") and p.ndim == 2]
-    chosen = {id(matrix) for matrix in matrices}
-    rest = [p for p in parameters if id(p) not in chosen] + list(heads.parameters())
-    return [
-        torch.optim.Muon(matrices, lr=args.muon_learning_rate, weight_decay=args.weight_decay),
-        torch.optim.AdamW(rest, lr=args.adamw_learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
-def build_schedule(optimizer: torch.optim.Optimizer, args: TowerArguments) -> LambdaLR:
-    def factor(step: int) -> float:
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.num_steps)))
-        return min(1.0, (step + 1) / args.warmup_steps) * cosine
-
-    return LambdaLR(optimizer, factor)
+def build_optimizer(tower: CLIPVisionModel, heads: DenseHeads, args: TowerArguments) -> MuonAdamW:
+    """Muon for the encoder's matrices, AdamW for everything else."""
+    groups = {"muon": [], "adamw": list(heads.parameters())}
+    for name, parameter in tower.named_parameters():
+        groups["muon" if name.startswith("encoder.") and parameter.ndim == 2 else "adamw"].append(parameter)
+    return MuonAdamW(
+        [{"params": groups["muon"], "lr": args.muon_learning_rate}],
+        [{"params": groups["adamw"], "lr": args.adamw_learning_rate}],
+        weight_decay=args.weight_decay,
+    )
 
 
 def save_state(path: Path, step: int, parts: dict) -> None:
@@ -326,11 +324,9 @@ def train(args: TowerArguments) -> dict[str, float]:
     if device.type == "cpu":
         # The backward pass of the fused CPU kernel takes longer than all the rest of the step.
         tower.set_attn_implementation("eager")
-    optimizers = build_optimizers(tower, heads, args)
-    schedules = [build_schedule(optimizer, args) for optimizer in optimizers]
-    parts = {"tower": tower, "heads": heads}
-    parts |= {f"optimizer_{number}": optimizer for number, optimizer in enumerate(optimizers)}
-    parts |= {f"schedule_{number}": schedule for number, schedule in enumerate(schedules)}
+    optimizer = build_optimizer(tower, heads, args)
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.num_steps)
+    parts = {"tower": tower, "heads": heads, "optimizer": optimizer, "schedule": schedule}
     state_path = output_dir / "training_state.pt"
     first_step = load_state(state_path, parts)
 
@@ -353,10 +349,9 @@ def train(args: TowerArguments) -> dict[str, float]:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = heads.loss(patch_features(tower, batch["pixel_values"]), batch)
         loss.backward()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
         losses.append(loss.item())
         if step % 100 == 0 or step == args.num_steps:
             progress.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
@@ -368,7 +363,6 @@ def train(args: TowerArguments) -> dict[str, float]:
             save_state(state_path, step, parts)
 
     tower.save_pretrained(output_dir)
-    torch.save(heads.state_dict(), output_dir / "heads.pt")
     return metrics
 
 
