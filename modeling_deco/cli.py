@@ -3,7 +3,10 @@
 """The `deco` command. Answers go to stdout, everything else to stderr; bad input is one line and exit code 2."""
 
 import json
+import logging
 import re
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +81,105 @@ def ask(
         report |= {"pooled_grid_size": grid, "num_image_tokens": num_image_tokens(grid)}
         answer = json.dumps(report)
     typer.echo(answer)
+
+
+@contextmanager
+def _conversion(command: str):
+    """What a conversion logs goes to stderr, and what it refuses is one line and exit code 2."""
+    from transformers.utils import logging as transformers_logging
+
+    from .conversion import ConversionError
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger(f"{__package__}.conversion").setLevel(logging.INFO)
+    try:
+        yield
+    except (ConversionError, OSError) as error:
+        typer.echo(f"deco {command}: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command(no_args_is_help=True)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub id of a LLaVA checkpoint.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    pooled_grid_size: Annotated[
+        str | None,
+        typer.Option(metavar="N|ROWSxCOLS", help="Grid of image tokens; 12, or the one it was trained with."),
+    ] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ID", help="Vision tower, in place of the one that SRC names.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ID", help="Language model under a projector or LoRA adapters.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="float32|float16|bfloat16", help="Cast to it; by default nothing is cast.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of SRC on the Hub.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that DST holds.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the result to this repository.")
+    ] = None,
+    check_logits: Annotated[
+        bool, typer.Option("--check-logits", help="Also run both models, in float32, and compare (llava-hf).")
+    ] = False,
+):
+    """Make the DeCo checkpoint DST of the LLaVA checkpoint SRC. The format is told by what SRC holds.
+
+    transformers' LLaVA (llava-hf):
+
+    deco convert llava-hf/llava-1.5-7b-hf deco-7b --pooled-grid-size 12
+
+    The original code's, whole; the vision tower is the one that its config names:
+
+    deco convert liuhaotian/llava-v1.5-7b deco-7b
+
+    deco convert llava-v1.5-7b/ deco-7b --vision-tower clip-vit-large-patch14-336/
+
+    Its stage 1, a projector over a language model:
+
+    deco convert llava-pretrain/ deco-7b --base-model lmsys/vicuna-7b-v1.5
+
+    Its LoRA adapters, merged into the language model:
+
+    deco convert llava-lora/ deco-7b --base-model lmsys/vicuna-7b-v1.5
+
+    LLaVA's code with the DeCo authors' AvgPoolProjector, whole or stage 1:
+
+    deco convert deco-finetune/ deco-7b --pooled-grid-size 12
+    """
+    with _conversion("convert"):
+        from .conversion import ConversionError
+        from .conversion import convert as run
+
+        try:
+            grid = None if pooled_grid_size is None else _grid(pooled_grid_size)
+        except ValueError as error:
+            raise ConversionError(str(error)) from None
+        run(source, destination, grid, vision_tower, base_model, dtype, revision, overwrite, push_to_hub, check_logits)
+    typer.echo(destination)
+
+
+@app.command(no_args_is_help=True)
+def export(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub id of a DeCo checkpoint.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that DST holds.")] = False,
+):
+    """Make the llava-hf checkpoint DST of the DeCo checkpoint SRC. LLaVA does not pool: it sees every patch.
+
+    deco export deco-7b llava-7b
+    """
+    with _conversion("export"):
+        from .conversion import export as run
+
+        run(source, destination, overwrite)
+    typer.echo(destination)
 
 
 if __name__ == "__main__":

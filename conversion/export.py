@@ -1,0 +1,125 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""DeCo checkpoints to transformers' LLaVA: the same weights without the pooling."""
+
+import logging
+import re
+from pathlib import Path
+
+from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
+
+from ..configuration_deco import DecoConfig
+from ..processing_deco import DecoProcessor
+from .errors import ConversionError
+from .output import write_checkpoint
+from .sources import open_source
+from .staging import check_destination
+
+logger = logging.getLogger(__name__)
+
+# The names of llava-hf on the Hub, which every version of transformers reads.
+_RENAMES = (
+    (r"model\.vision_tower\.(.+)", r"vision_tower.vision_model.\1"),
+    (r"model\.multi_modal_projector\.(.+)", r"multi_modal_projector.\1"),
+    (r"model\.language_model\.(.+)", r"language_model.model.\1"),
+    (r"lm_head\.weight", "language_model.lm_head.weight"),
+)
+
+
+def export(source: str | Path, destination: str | Path, overwrite: bool = False) -> dict:
+    """Make a llava-hf checkpoint of a DeCo checkpoint, for what knows LLaVA only.
+
+    LLaVA does not pool: the language model gets all patches, and answers as DeCo does at the grid of the patches.
+
+    Args:
+        source: folder or Hub id of a DeCo with an average-pooling projector of two layers.
+        destination: folder to make; it appears when all is written and verified.
+        overwrite: replace a model that `destination` holds.
+
+    Returns:
+        What `conversion_report.json` in the destination holds.
+
+    Raises:
+        ConversionError: in one line, what is wrong and what to do; nothing is written then.
+    """
+    destination = Path(destination)
+    check_destination(destination, overwrite, [Path(source)] if Path(source).exists() else [])
+    source = open_source(source)
+    config = _read_config(source)
+    tensors = {}
+    for key, tensor in source.read_weights().items():
+        name = next((match.expand(new) for old, new in _RENAMES if (match := re.fullmatch(old, key))), None)
+        if name is None:
+            raise ConversionError(f"{key!r} in {tensor.path} is an unknown key: no DeCo has it.")
+        tensors[name] = tensor
+    llava_config, processor = _llava_config(config), _llava_processor(source, config)
+    generation_config = source.folder / "generation_config.json"
+
+    def write_small_files(folder: Path) -> None:
+        llava_config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if generation_config.exists():
+            GenerationConfig.from_pretrained(source.folder).save_pretrained(folder)
+
+    (rows, cols), sources = config.patch_grid, {"source": source}
+    logger.info(f"{source.name}: LLaVA does not pool, so each image takes {rows * cols} tokens")
+    files = {tensor.path for tensor in tensors.values()}
+    facts = {"format": "llava-hf", "num_image_tokens": rows * cols}
+    return write_checkpoint(destination, tensors, sources, files, facts, write_small_files)
+
+
+def _read_config(source) -> DecoConfig:
+    raw_config = source.read_config()
+    if raw_config.get("model_type") != "deco":
+        raise ConversionError(
+            f"model_type {raw_config.get('model_type')!r} in config.json of {source.name} is not 'deco'; "
+            f"`deco export` reads DeCo checkpoints."
+        )
+    config = DecoConfig.from_dict(raw_config)
+    if config.projector_num_layers != 2:
+        raise ConversionError(
+            f"projector_num_layers={config.projector_num_layers} in config.json of {source.name}: LLaVA's projector "
+            f"has 2 linear layers."
+        )
+    model_type = config.vision_config.model_type
+    if model_type == "siglip2_vision_model" or config.num_prefix_tokens > 1:
+        raise ConversionError(
+            f"The vision tower of {source.name} is {model_type} with {config.num_prefix_tokens} prefix tokens; "
+            f"transformers' LLaVA reads towers with none or one, at a fixed size."
+        )
+    return config
+
+
+def _llava_config(config: DecoConfig) -> LlavaConfig:
+    rows, cols = config.patch_grid
+    return LlavaConfig(
+        vision_config=config.vision_config,
+        text_config=config.text_config,
+        image_token_index=config.image_token_id,
+        projector_hidden_act=config.projector_hidden_act,
+        multimodal_projector_bias=config.multimodal_projector_bias,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=_select_strategy(config),
+        image_seq_length=rows * cols,
+        tie_word_embeddings=config.tie_word_embeddings,
+        architectures=["LlavaForConditionalGeneration"],
+        dtype=config.dtype,
+    )
+
+
+def _select_strategy(config: DecoConfig) -> str:
+    """LLaVA's "default" cuts one token whether or not it is a CLS; "full" cuts none."""
+    return "default" if config.num_prefix_tokens == 1 else "full"
+
+
+def _llava_processor(source, config: DecoConfig) -> LlavaProcessor:
+    processor = DecoProcessor.from_pretrained(source.folder)
+    return LlavaProcessor(
+        image_processor=processor.image_processor,
+        tokenizer=processor.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=_select_strategy(config),
+        chat_template=processor.chat_template,
+        image_token=processor.image_token,
+        num_additional_image_tokens=config.num_prefix_tokens,
+    )

@@ -1,0 +1,38 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""JSON files that are not trusted, and errors in one line."""
+
+import json
+from pathlib import Path
+
+from .errors import ConversionError
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        ConversionError: the file is missing, is not JSON, is no object, or names something twice.
+    """
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)
+    except FileNotFoundError:
+        raise ConversionError(f"{path.name} is missing in {path.parent}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} is not valid JSON: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise ConversionError(f"{path} holds a JSON {type(value).__name__} where an object is expected.")
+    return value
+
+
+def without_duplicates(pairs: list[tuple]) -> dict:
+    """For `json.loads(object_pairs_hook=...)`, which by itself keeps the last of several."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
+    return dict(pairs)
+
+
+def one_line(error: Exception) -> str:
+    """An error's text in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
