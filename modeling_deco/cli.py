@@ -92,13 +92,16 @@ def _conversion(command: str):
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    logging.getLogger(f"{__package__}.conversion").setLevel(logging.INFO)
+    logger, handler = logging.getLogger(f"{__package__}.conversion"), logging.StreamHandler(sys.stderr)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
     try:
         yield
     except (ConversionError, OSError) as error:
         typer.echo(f"deco {command}: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
+    finally:
+        logger.removeHandler(handler)
 
 
 @app.command(no_args_is_help=True)
