@@ -6,6 +6,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_deco import parse_grid
 from .checkpoints import LlavaCheckpoint
+from .sources import Source
 
 _ROLES = {"source": "LLaVA checkpoint", "base_model": "Language model", "vision_tower": "Vision tower"}
 
@@ -25,10 +26,10 @@ def build_card(checkpoint: LlavaCheckpoint, version: str) -> ModelCard:
     origins = "\n".join(
         f"- {_ROLES[role]}: {source.title}"
         + (f" at revision `{source.revision}`" if source.revision else "")
-        + f", licence: {source.licence.get('license_name') or source.licence.get('license') or 'not stated there'}"
+        + f", licence: {_licence_name(source)}"
         for role, source in checkpoint.sources.items()
     )
-    if "AvgPool" in checkpoint.format:
+    if checkpoint.is_trained_pooled:
         trained = "It was trained with pooling;\nanother grid than that of its training may need fine-tuning."
     else:
         trained = (
@@ -62,3 +63,8 @@ pipe(text=[{{"role": "user", "content": content}}], return_full_text=False)
 pipe(text=[{{"role": "user", "content": content}}], processor_kwargs={{"pooled_grid_size": {min(rows, cols)}}})
 ```
 """)
+
+
+def _licence_name(source: Source) -> str:
+    name = source.licence.get("license_name") or source.licence.get("license") or "not stated there"
+    return " ".join(name.split())  # what follows a line break would be said by this card

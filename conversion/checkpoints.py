@@ -8,7 +8,6 @@ code's config has `mm_*` fields, and beside it lies a whole model, or a projecto
 
 import math
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,15 +17,29 @@ from transformers import AutoConfig, LlavaConfig
 from ..configuration_deco import DecoConfig, parse_grid
 from ..modeling_deco import DecoForConditionalGeneration
 from .errors import ConversionError
-from .files import one_line, read_json
+from .files import read_json, refusing
 from .layouts import LLAVA_HF, ORIGINAL, TIED, UNUSED_HEAD, UNUSED_LAYER, VISION_TOWER, Layout, layer_index
 from .sources import Source, open_source
 from .tensors import MergedLora
-from .weights import StoredTensor, read_weight_file, weight_index
+from .weights import StoredTensor, read_weight_file, weight_entry
+from .writing import digest_of
 
 # model types of the original code, and the language models in them
 _TEXT_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+# what fields of PEFT's LoraConfig are where the weight is W + B A * alpha / r
+_UNSET = (None, False, [], {})
+_PLAIN_LORA = {
+    "use_dora": _UNSET,
+    "use_rslora": _UNSET,
+    "rank_pattern": _UNSET,
+    "alpha_pattern": _UNSET,
+    "modules_to_save": _UNSET,
+    "fan_in_fan_out": _UNSET,
+    "layer_replication": _UNSET,
+    "lora_bias": _UNSET,
+    "init_lora_weights": (*_UNSET, True, "gaussian"),  # others change W itself
+}
 # what the original code adds to a language model's config, and what belongs to a file and not to a model
 _NOT_TEXT_FIELD = (
     r"(mm|tune_mm|freeze_mm|unfreeze_mm|use_mm|image|s2)_.*|.*query_num|tokenizer_(model_max_length|padding_side)|"
@@ -51,6 +64,7 @@ class LlavaCheckpoint:
     tokenizer: Source
     image_processor: Source
     files: set[Path] = field(default_factory=set)
+    is_trained_pooled: bool = False
     image_aspect_ratio: str | None = None
     extra_tokens: list[str] = field(default_factory=list)
 
@@ -68,13 +82,14 @@ def read_checkpoint(source: Source, pooled_grid_size=None, vision_tower=None, ba
     Raises:
         ConversionError: it is no LLaVA checkpoint that a DeCo can be made of, or it is incomplete or inconsistent.
     """
-    raw_config = source.read_config()
-    _check_architecture(raw_config, source)
-    if "vision_config" in raw_config or "text_config" in raw_config:
-        checkpoint = _read_llava_hf(source, raw_config, pooled_grid_size)
-    else:
-        checkpoint = _read_original(source, raw_config, pooled_grid_size, vision_tower, base_model)
-    _check_complete(checkpoint)
+    with refusing(f"config.json of {source.name}"):
+        raw_config = source.read_config()
+        _check_architecture(raw_config, source)
+        if "vision_config" in raw_config or "text_config" in raw_config:
+            checkpoint = _read_llava_hf(source, raw_config, pooled_grid_size)
+        else:
+            checkpoint = _read_original(source, raw_config, pooled_grid_size, vision_tower, base_model)
+        _check_complete(checkpoint)
     return checkpoint
 
 
@@ -112,12 +127,10 @@ def _read_llava_hf(source: Source, raw_config: dict, pooled_grid_size) -> LlavaC
         raise ConversionError(
             f"vision_feature_layer {layer} in config.json of {source.name} joins several layers; DeCo reads one."
         )
-    with _config_of(source):
-        llava_config = LlavaConfig.from_dict(raw_config)
+    llava_config = LlavaConfig.from_dict(raw_config)
     checkpoint = LlavaCheckpoint("llava-hf", None, {"source": source}, {}, {}, source, source)
     _add_tensors(checkpoint, source.read_weights(), LLAVA_HF)
     checkpoint.config = _build_config(
-        source,
         pooled_grid_size,
         vision_config=llava_config.vision_config,
         text_config=llava_config.text_config,
@@ -146,6 +159,7 @@ def _read_original(source: Source, raw_config: dict, pooled_grid_size, vision_to
 
     if _is_average_pooling(checkpoint):
         checkpoint.format += " with AvgPoolProjector"
+        checkpoint.is_trained_pooled = True
         if pooled_grid_size is None:
             pooled_grid_size = _grid_of_query_num(raw_config, source)
     checkpoint.image_aspect_ratio = raw_config.get("image_aspect_ratio")
@@ -153,9 +167,8 @@ def _read_original(source: Source, raw_config: dict, pooled_grid_size, vision_to
         checkpoint.extra_tokens += ["<im_patch>"]
     if raw_config.get("mm_use_im_start_end"):
         checkpoint.extra_tokens += ["<im_start>", "<im_end>"]
-    select_feature = raw_config.get("mm_vision_select_feature", "patch")
+    select_feature = str(raw_config.get("mm_vision_select_feature", "patch"))
     checkpoint.config = _build_config(
-        source,
         pooled_grid_size,
         vision_config=_read_vision_config(tower),
         text_config=_text_config(raw_config, checkpoint),
@@ -173,7 +186,7 @@ def _read_original_tensors(checkpoint: LlavaCheckpoint, raw_config: dict, base_m
     adapter_config, stage_1 = source.folder / "adapter_config.json", source.folder / "mm_projector.bin"
     is_lora, is_stage_1 = adapter_config.exists(), stage_1.exists()
     # of a whole model on the Hub only the index is fetched yet, if it has one
-    is_whole = weight_index(source.folder) is not None or (source.revision and not is_lora and not is_stage_1)
+    is_whole = weight_entry(source.folder) is not None or (source.revision and not is_lora and not is_stage_1)
     if is_whole and is_lora:
         raise ConversionError(f"{source.name} holds a whole model and adapter_config.json; remove what is not meant.")
     if is_whole or not (is_lora or is_stage_1):
@@ -206,14 +219,14 @@ def _read_adapters(source: Source, adapter_config: dict):
         raise ConversionError(
             f"peft_type {adapter_config['peft_type']!r} in adapter_config.json of {source.name} is not 'LORA'."
         )
-    for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora", "fan_in_fan_out"):
-        if adapter_config.get(name):
+    for name, values in _PLAIN_LORA.items():
+        if adapter_config.get(name) not in values:
             raise ConversionError(
                 f"{name}={adapter_config[name]!r} in adapter_config.json of {source.name} is not what LLaVA's "
                 f"training writes; merge the adapters with PEFT first."
             )
     rank, alpha = adapter_config.get("r"), adapter_config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise ConversionError(f"adapter_config.json of {source.name} has r={rank!r} and lora_alpha={alpha!r}.")
     folder = source.folder
     names = ("adapter_model.safetensors", "adapter_model.bin")
@@ -335,54 +348,45 @@ def _grid_of_query_num(raw_config: dict, source: Source) -> int:
 
 
 def _read_vision_config(tower: Source):
-    with _config_of(tower):
+    with refusing(f"config.json of --vision-tower {tower.name}"):
         config = AutoConfig.from_pretrained(tower.folder, trust_remote_code=False)
-    return getattr(config, "vision_config", config)
+    config = getattr(config, "vision_config", config)
+    config._name_or_path = ""  # a folder of this machine, maybe
+    return config
 
 
 def _text_config(raw_config: dict, checkpoint: LlavaCheckpoint) -> dict:
     fields = {name: value for name, value in raw_config.items() if not re.fullmatch(_NOT_TEXT_FIELD, name)}
     embeddings = checkpoint.tensors.get(EMBEDDINGS[0])
     if embeddings is not None:  # the tokenizer may have grown since
-        fields["vocab_size"] = embeddings.shape[0]
+        fields["vocab_size"] = embeddings.shape[0] if embeddings.shape else 0
     return {"model_type": _TEXT_MODELS[raw_config["model_type"]], **fields}
 
 
-@contextmanager
-def _config_of(source: Source):
-    """Errors of many kinds, by what a config makes of its values, in one line."""
-    try:
-        yield
-    except ConversionError:
-        raise
-    except Exception as error:
-        raise ConversionError(f"config.json of {source.name} makes no model: {one_line(error)}") from None
-
-
-def _build_config(source: Source, pooled_grid_size, **fields) -> DecoConfig:
-    with _config_of(source):
-        if pooled_grid_size is None:
-            patch_grid = DecoConfig(**fields, pooled_grid_size=1).patch_grid
-            pooled_grid_size = [min(12, side) for side in patch_grid]
-        rows, cols = parse_grid(pooled_grid_size)
-        return DecoConfig(**fields, pooled_grid_size=rows if rows == cols else [rows, cols])
+def _build_config(pooled_grid_size, **fields) -> DecoConfig:
+    if pooled_grid_size is None:
+        patch_grid = DecoConfig(**fields, pooled_grid_size=1).patch_grid
+        pooled_grid_size = [min(12, side) for side in patch_grid]
+    rows, cols = parse_grid(pooled_grid_size)
+    return DecoConfig(**fields, pooled_grid_size=rows if rows == cols else [rows, cols])
 
 
 def _check_complete(checkpoint: LlavaCheckpoint) -> None:
     """Leave behind what the model does not have, and check that all else is there, in the model's shapes."""
-    config, tensors = checkpoint.config, checkpoint.tensors
+    config, tensors, source = checkpoint.config, checkpoint.tensors, checkpoint.sources["source"]
+    model_type = config.vision_config.model_type
+    if model_type.startswith("dinov2"):
+        raise ConversionError(f"The vision tower of {source.name} is a {model_type}; CLIP and SigLIP are convertible.")
     for part, part_config in (("vision_tower", config.vision_config), ("language_model", config.text_config)):
         num_layers = len({layer_index(name, part) for name in tensors} - {None})
         if part_config.num_hidden_layers > num_layers:  # found before a model of a million layers is built
             raise ConversionError(
-                f"{checkpoint.sources['source'].name} is not complete: its config has {part_config.num_hidden_layers} "
+                f"{source.name} is not complete: its config has {part_config.num_hidden_layers} "
                 f"layers of the {part}, layers.0 and on, and its weights {num_layers}; some are missing."
             )
-    with _config_of(checkpoint.sources["source"]), torch.device("meta"):
-        model = DecoForConditionalGeneration(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
+    if config.tie_word_embeddings and not _is_tied(tensors):
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    shapes = parameter_shapes(config, source)
     for name in [name for name in tensors if name not in shapes]:
         key, layer = tensors[name].key, layer_index(name, "vision_tower")
         if layer is not None and layer >= config.vision_config.num_hidden_layers:
@@ -394,17 +398,38 @@ def _check_complete(checkpoint: LlavaCheckpoint) -> None:
         else:
             raise ConversionError(f"{key!r} in {tensors[name].path} is an unknown key: the model has no {name!r}.")
         del tensors[name]
+    check_shapes(tensors, shapes, checkpoint.sources)
+
+
+def _is_tied(tensors: dict) -> bool:
+    """Whether the head is the embeddings, as the config says: transformers believes the weights where both are."""
+    embeddings, head = (tensors.get(name) for name in EMBEDDINGS)
+    return embeddings is None or head is None or digest_of(embeddings) == digest_of(head)
+
+
+def parameter_shapes(config: DecoConfig, source: Source) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters that a checkpoint of the config has."""
+    with refusing(f"config.json of {source.name}"), torch.device("meta"):
+        model = DecoForConditionalGeneration(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def check_shapes(tensors: dict, shapes: dict[str, tuple[int, ...]], sources: dict[str, Source]) -> None:
+    """Refuse a checkpoint that lacks a parameter, or has one in another shape; both shapes are named."""
+    name_of_source = sources["source"].name
     missing = sorted(shapes.keys() - tensors.keys())
     if missing:
         raise ConversionError(
-            f"{checkpoint.sources['source'].name} is not complete: {len(missing)} parameters are missing, such as "
-            f"{missing[0]!r}."
+            f"{name_of_source} is not complete: {len(missing)} parameters are missing, such as {missing[0]!r}."
         )
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
-            role = next(role for role, source in checkpoint.sources.items() if source.folder == tensor.path.parent)
+            role = next(role for role, source in sources.items() if source.folder == tensor.path.parent)
             mend = "" if role == "source" else f"; name the right one by --{role.replace('_', '-')}"
             raise ConversionError(
-                f"{tensor.key!r} in {tensor.path} has the shape {tensor.shape}, and the config of "
-                f"{checkpoint.sources['source'].name} wants {shapes[name]}{mend}."
+                f"{tensor.key!r} in {tensor.path} has the shape {tensor.shape}, and the config of {name_of_source} "
+                f"wants {shapes[name]}{mend}."
             )

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..configuration_deco import parse_grid
 from ..processing_deco import DecoProcessor
 from .card import build_card
 from .checkpoints import EMBEDDINGS, LlavaCheckpoint, read_checkpoint
 from .errors import ConversionError
+from .files import refusing
 from .output import check_login, upload, write_checkpoint
 from .parity import compare_logits
 from .processing import (
@@ -24,7 +26,7 @@ from .processing import (
     load_image_processor,
     load_tokenizer,
 )
-from .sources import open_source
+from .sources import Source, open_source
 from .staging import check_destination
 from .tensors import Cast, Extended, MergedLora
 
@@ -73,8 +75,10 @@ def convert(
         raise ConversionError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
     folders = [Path(name) for name in (source, vision_tower, base_model) if name is not None and Path(name).exists()]
     check_destination(destination, overwrite, folders)
+    if pooled_grid_size is not None:
+        _check_grid(pooled_grid_size)
     if push_to_hub:
-        check_login()
+        check_login(push_to_hub)
     source = open_source(source, revision)
     checkpoint = read_checkpoint(source, pooled_grid_size, vision_tower, base_model)
     if check_logits and checkpoint.format != "llava-hf":
@@ -82,13 +86,15 @@ def convert(
             f"--check-logits compares with transformers' LLaVA; {source.name} is {checkpoint.format}, leave it out."
         )
     config = checkpoint.config
-    processor, chat_template = _build_processor(checkpoint)
+    with refusing(f"The tokenizer or the image processor of {source.name}"):
+        processor, chat_template = _build_processor(checkpoint)
     tensors = _output_tensors(checkpoint, dtype)
     config.dtype = tensors[EMBEDDINGS[0]].dtype
     config.architectures = ["DecoForConditionalGeneration"]
     has_own = (source.folder / "generation_config.json").exists()  # else the base model's, if it has one
     generation_folder = source.folder if has_own else checkpoint.tokenizer.folder
-    generation_config = load_generation_config(generation_folder, getattr(processor, "tokenizer", None))
+    with refusing(f"generation_config.json of {generation_folder}"):
+        generation_config = load_generation_config(generation_folder, getattr(processor, "tokenizer", None))
 
     def write_small_files(folder: Path) -> None:
         (rows, cols), num_tokens = config.patch_grid, config.num_image_tokens
@@ -97,7 +103,7 @@ def convert(
         generation_config.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
-        for path in (path for pattern in _LICENCE_FILES for path in source.folder.glob(pattern)):
+        for path in _licence_files(source):
             shutil.copyfile(path, folder / path.name)
         build_card(checkpoint, __version__).save(folder / "README.md")
 
@@ -113,10 +119,23 @@ def convert(
         "dropped": checkpoint.dropped,
     }
     sources, files = checkpoint.sources, checkpoint.files
-    report = write_checkpoint(destination, tensors, sources, files, facts, write_small_files, check)
+    report = write_checkpoint(destination, tensors, sources, files, facts, write_small_files, check, overwrite)
     if push_to_hub:
         upload(destination, push_to_hub)
     return report
+
+
+def _check_grid(pooled_grid_size) -> None:
+    try:
+        parse_grid(pooled_grid_size)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+
+
+def _licence_files(source: Source) -> list[Path]:
+    """Those in the source's own folder: a link in a folder may lead anywhere, on the Hub it leads to the cache."""
+    files = [path for pattern in _LICENCE_FILES for path in source.folder.glob(pattern) if path.is_file()]
+    return [path for path in files if source.revision or not path.is_symlink()]
 
 
 def _build_processor(checkpoint: LlavaCheckpoint) -> tuple[DecoProcessor | None, str | None]:
@@ -143,6 +162,12 @@ def _build_processor(checkpoint: LlavaCheckpoint) -> tuple[DecoProcessor | None,
     config.text_config.pad_token_id = tokenizer.pad_token_id
     template = load_chat_template(checkpoint.tokenizer.folder, tokenizer)
     template, origin = choose_chat_template(template, use_im_start_end="<im_start>" in checkpoint.extra_tokens)
+    if origin == "vicuna" and config.text_config.model_type != "llama":
+        logger.warning(
+            f"{source.name} has no chat template that shows images, and its language model is no Llama: Vicuna's is "
+            f"written. If it was trained in another format, put that into chat_template.jinja."
+        )
+    tokenizer.chat_template = template  # in place of several by name, maybe
     return DecoProcessor(image_processor, tokenizer, config.pooled_grid_size, chat_template=template), origin
 
 

@@ -10,7 +10,9 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 
 from ..configuration_deco import DecoConfig
 from ..processing_deco import DecoProcessor
+from .checkpoints import check_shapes, parameter_shapes
 from .errors import ConversionError
+from .files import refusing
 from .output import write_checkpoint
 from .sources import open_source
 from .staging import check_destination
@@ -46,13 +48,15 @@ def export(source: str | Path, destination: str | Path, overwrite: bool = False)
     check_destination(destination, overwrite, [Path(source)] if Path(source).exists() else [])
     source = open_source(source)
     config = _read_config(source)
-    tensors = {}
-    for key, tensor in source.read_weights().items():
-        name = next((match.expand(new) for old, new in _RENAMES if (match := re.fullmatch(old, key))), None)
-        if name is None:
-            raise ConversionError(f"{key!r} in {tensor.path} is an unknown key: no DeCo has it.")
-        tensors[name] = tensor
-    llava_config, processor = _llava_config(config), _llava_processor(source, config)
+    stored = source.read_weights()
+    shapes = parameter_shapes(config, source)
+    for key in stored.keys() - shapes.keys():
+        raise ConversionError(f"{key!r} in {stored[key].path} is an unknown key: the DeCo of its config has none.")
+    check_shapes(stored, shapes, {"source": source})
+    tensors = {_llava_name(key): tensor for key, tensor in stored.items()}
+    llava_config = _llava_config(config)
+    with refusing(f"The processor of {source.name}"):
+        processor = _llava_processor(source, config)
     generation_config = source.folder / "generation_config.json"
 
     def write_small_files(folder: Path) -> None:
@@ -65,7 +69,11 @@ def export(source: str | Path, destination: str | Path, overwrite: bool = False)
     logger.info(f"{source.name}: LLaVA does not pool, so each image takes {rows * cols} tokens")
     files = {tensor.path for tensor in tensors.values()}
     facts = {"format": "llava-hf", "num_image_tokens": rows * cols}
-    return write_checkpoint(destination, tensors, sources, files, facts, write_small_files)
+    return write_checkpoint(destination, tensors, sources, files, facts, write_small_files, overwrite=overwrite)
+
+
+def _llava_name(key: str) -> str:
+    return next(match.expand(new) for old, new in _RENAMES if (match := re.fullmatch(old, key)))
 
 
 def _read_config(source) -> DecoConfig:
@@ -75,18 +83,20 @@ def _read_config(source) -> DecoConfig:
             f"model_type {raw_config.get('model_type')!r} in config.json of {source.name} is not 'deco'; "
             f"`deco export` reads DeCo checkpoints."
         )
-    config = DecoConfig.from_dict(raw_config)
+    if raw_config.get("quantization_config"):
+        raise ConversionError(
+            f"config.json of {source.name} has a quantization_config; export the float checkpoint of before."
+        )
+    with refusing(f"config.json of {source.name}"):
+        config = DecoConfig.from_dict(raw_config)
     if config.projector_num_layers != 2:
         raise ConversionError(
             f"projector_num_layers={config.projector_num_layers} in config.json of {source.name}: LLaVA's projector "
             f"has 2 linear layers."
         )
     model_type = config.vision_config.model_type
-    if model_type == "siglip2_vision_model" or config.num_prefix_tokens > 1:
-        raise ConversionError(
-            f"The vision tower of {source.name} is {model_type} with {config.num_prefix_tokens} prefix tokens; "
-            f"transformers' LLaVA reads towers with none or one, at a fixed size."
-        )
+    if model_type not in ("clip_vision_model", "siglip_vision_model"):
+        raise ConversionError(f"The vision tower of {source.name} is a {model_type}; CLIP and SigLIP can be exported.")
     return config
 
 

@@ -3,6 +3,8 @@
 """JSON files that are not trusted, and errors in one line."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ConversionError
@@ -36,3 +38,14 @@ def without_duplicates(pairs: list[tuple]) -> dict:
 def one_line(error: Exception) -> str:
     """An error's text in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever a library makes of broken input becomes one line that names `what` was read."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        raise ConversionError(f"{what} cannot be used: {type(error).__name__}: {one_line(error)}") from error

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
 from .. import __version__
@@ -35,6 +35,7 @@ def write_checkpoint(
     facts: dict,
     write_small_files: Callable[[Path], None],
     check: Callable[[Path], dict] | None = None,
+    overwrite: bool = False,
 ) -> dict:
     """Make the destination: its small files, its weights, and `conversion_report.json`.
 
@@ -46,13 +47,14 @@ def write_checkpoint(
         facts: more for the report.
         write_small_files: called with the staged folder.
         check: called with it when the weights are there; what it returns is reported too.
+        overwrite: see `check_destination`.
 
     Returns:
         The report.
     """
     num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     files = sorted(files | {source.folder / "config.json" for source in sources.values()})
-    with staged(destination, num_bytes + _SMALL_FILES_BYTES) as folder:
+    with staged(destination, num_bytes + _SMALL_FILES_BYTES, overwrite) as folder:
         write_small_files(folder)
         with _progress(num_bytes) as progress:
             written = write_weights(tensors, folder, files, progress)
@@ -112,12 +114,13 @@ def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
         yield progress
 
 
-def check_login() -> None:
-    """Refuse an upload before the work, and not after it, where nobody is logged in to the Hub."""
+def check_login(repo_id: str) -> None:
+    """Refuse an upload before the work, and not after it: where nobody is logged in to the Hub, or to no such name."""
     try:
+        validate_repo_id(repo_id)
         HfApi().whoami()
-    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConversionError(f"--push-to-hub: {one_line(error)} Log in by `hf auth login`.") from None
+    except Exception as error:  # of many kinds, by the network
+        raise ConversionError(f"--push-to-hub {repo_id}: {one_line(error)} (log in by `hf auth login`)") from None
 
 
 def upload(folder: Path, repo_id: str) -> None:
@@ -125,7 +128,7 @@ def upload(folder: Path, repo_id: str) -> None:
     try:
         HfApi().create_repo(repo_id, exist_ok=True)
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Convert from LLaVA")
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of many kinds, by the network
         raise ConversionError(
             f"{folder} is complete, but its upload to {repo_id!r} failed: {one_line(error)} "
             f"Try `hf upload {repo_id} {folder}`."

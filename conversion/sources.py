@@ -5,12 +5,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import metadata_load, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from .errors import ConversionError
 from .files import one_line, read_json
-from .weights import StoredTensor, read_weight_map, read_weights, weight_index
+from .weights import StoredTensor, read_weight_map, read_weights, weight_entry
 
 # All but the weights of a whole model, which may be there twice, as safetensors and as pickles.
 _SMALL_FILES = [
@@ -21,6 +21,7 @@ _SMALL_FILES = [
     "README.md",
     "LICENSE*",
     "NOTICE*",
+    "USE_POLICY*",
     "adapter_model.*",
     "mm_projector.bin",
     "non_lora_trainables.bin",
@@ -53,9 +54,10 @@ class Source:
         if self.revision:
             for name in ("model.safetensors", "pytorch_model.bin"):
                 index = self.folder / f"{name}.index.json"
-                files = sorted(set(read_weight_map(index).values())) if index.exists() else [name]
-                _download(self.name, self.revision, files, self.what)
-                if weight_index(self.folder):
+                _download(self.name, self.revision, [name], self.what)
+                if not (self.folder / name).exists() and index.exists():
+                    _download(self.name, self.revision, sorted(set(read_weight_map(index).values())), self.what)
+                if weight_entry(self.folder):
                     break
         return read_weights(self.folder)
 
@@ -63,10 +65,12 @@ class Source:
     def licence(self) -> dict[str, str]:
         """`license`, `license_name` and `license_link` of its model card, those that it has."""
         try:
-            card = ModelCard.load(self.folder / "README.md").data.to_dict()
-        except (OSError, ValueError):  # no card, or a malformed one
-            return {}
-        return {name: str(card[name]) for name in ("license", "license_name", "license_link") if card.get(name)}
+            card = metadata_load(self.folder / "README.md") or {}
+        except Exception:  # no card, or what YAML makes of a malformed one
+            card = {}
+        return {
+            name: card[name] for name in ("license", "license_name", "license_link") if isinstance(card.get(name), str)
+        }
 
 
 def open_source(name: str | Path, revision: str | None = None, what: str = "SRC") -> Source:
@@ -75,6 +79,8 @@ def open_source(name: str | Path, revision: str | None = None, what: str = "SRC"
     Raises:
         ConversionError: it is neither, or cannot be fetched; `what` names the option in the message.
     """
+    if not isinstance(name, str | Path) or not str(name):
+        raise ConversionError(f"{what} {name!r} is no name of a folder or a Hub repository.")
     folder = Path(name)
     if folder.is_dir():
         if revision is not None:

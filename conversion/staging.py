@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .errors import ConversionError
+from .files import read_json
 
 
 def check_destination(destination: Path, overwrite: bool, sources: list[Path]) -> None:
@@ -22,10 +23,8 @@ def check_destination(destination: Path, overwrite: bool, sources: list[Path]) -
     """
     destination = destination.resolve()
     for source in sources:
-        if source.resolve().is_relative_to(destination) or destination.is_relative_to(source.resolve()):
-            raise ConversionError(
-                f"DST {destination} and the source {source} are one inside the other; choose another."
-            )
+        if _is_within(source.resolve(), destination) or _is_within(destination, source.resolve()):
+            raise ConversionError(f"DST {destination} and the source {source} are one inside the other; choose a DST.")
     if destination.exists() and not destination.is_dir():
         raise ConversionError(f"DST {destination} is a file; choose another name.")
     if os.path.ismount(destination):
@@ -35,67 +34,77 @@ def check_destination(destination: Path, overwrite: bool, sources: list[Path]) -
             raise ConversionError(
                 f"DST {destination} is not empty; choose another, or pass --overwrite to replace it."
             )
-        if not (destination / "config.json").exists():
+        config = destination / "config.json"
+        if not config.is_file() or "model_type" not in read_json(config):
             raise ConversionError(
-                f"DST {destination} has no config.json, so it is no model and is not overwritten; remove it yourself."
+                f"DST {destination} has no config.json of a model and is not overwritten; remove it yourself."
             )
 
 
+def _is_within(path: Path, folder: Path) -> bool:
+    """By the files' identity: names differ through mounts, and in letter case on some disks."""
+    return folder.exists() and any(parent.exists() and parent.samefile(folder) for parent in (path, *path.parents))
+
+
 @contextmanager
-def staged(destination: Path, num_bytes: int) -> Iterator[Path]:
+def staged(destination: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `destination` that takes its place when the block ends, and is removed when it fails.
 
     What a killed run left behind is removed first; a destination that it had moved aside is put back.
 
     Raises:
-        ConversionError: there is no room for `num_bytes`, the disk fills up meanwhile, or another run writes the same
-            destination.
+        ConversionError: there is no room for `num_bytes`, the disk fills up meanwhile, another run writes the same
+            destination, or something has come to be there that `check_destination` refuses.
     """
     destination = destination.resolve()
     missing_parents = [parent for parent in destination.parents if not parent.exists()]
-    existing_parent = destination.parents[len(missing_parents)]
-    free = shutil.disk_usage(existing_parent).free
+    room = destination.parent / f".{destination.name}.incomplete"
+    folder, replaced = room / "new", room / "replaced"
+    free = shutil.disk_usage(destination.parents[len(missing_parents)]).free
+    free += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # what a killed run left
     if num_bytes > free:
         raise ConversionError(
             f"DST {destination} needs {num_bytes:,} bytes, and its disk has {free:,} free; make room there."
         )
-    room = destination.parent / f".{destination.name}.incomplete"
-    folder, replaced = room / "new", room / "replaced"
     try:
         room.mkdir(parents=True, exist_ok=True)
         with FileLock(room / "lock", timeout=0):
             try:
                 _put_back(replaced, destination)
-                for left_over in (folder, replaced):
-                    shutil.rmtree(left_over, ignore_errors=True)
+                _remove(folder, replaced)
                 folder.mkdir()
                 yield folder
                 _sync(folder)
+                check_destination(destination, overwrite, sources=[])  # it may have come to be meanwhile
                 if destination.exists() and any(destination.iterdir()):
                     destination.rename(replaced)
                 folder.rename(destination)
                 _sync_directory(destination.parent)
             finally:
                 _put_back(replaced, destination)
-                shutil.rmtree(room)
+                _remove(folder, replaced)
+                with suppress(OSError):  # while it is held, so that no other run can have it
+                    (room / "lock").unlink()
     except Timeout:
-        raise ConversionError(
-            f"Another conversion is writing {destination}; wait for it, or choose another."
-        ) from None
+        raise ConversionError(f"Another conversion is writing DST {destination}; wait for it.") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        free = shutil.disk_usage(existing_parent).free
         raise ConversionError(
-            f"DST {destination} needs {num_bytes:,} bytes, and its disk became full; {free:,} are free now."
+            f"DST {destination} needs {num_bytes:,} bytes, and its disk became full; make room there."
         ) from None
     finally:
-        with suppress(OSError):  # empty where the lock was not even made
+        with suppress(OSError):
             room.rmdir()
         if not destination.exists():
             for parent in missing_parents:
                 with suppress(OSError):
                     parent.rmdir()
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put_back(replaced: Path, destination: Path) -> None:
@@ -104,9 +113,10 @@ def _put_back(replaced: Path, destination: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     _sync_directory(folder)
 
 

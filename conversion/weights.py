@@ -61,14 +61,14 @@ class StoredTensor:
     def read_bytes(self) -> Iterator[memoryview]:
         """The tensor's bytes in pieces; each piece is overwritten by the next."""
         if self.offset is None:
-            yield to_bytes(_load(self.path, mmap=zipfile.is_zipfile(self.path))[self.key])
+            yield to_bytes(_load_tensor(self.path, self.key))
             return
         yield from read_range(self.path, self.offset, self.num_bytes)
 
     def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
         """The tensor, or its rows `first` to `last`."""
         if self.offset is None:
-            return _load(self.path, mmap=zipfile.is_zipfile(self.path))[self.key][first:last].clone()
+            return _load_tensor(self.path, self.key)[first:last].clone()
         rows = self.shape[0] if last is None else min(last, self.shape[0])
         row_bytes = self.num_bytes // self.shape[0]
         data = bytearray((rows - first) * row_bytes)
@@ -155,17 +155,25 @@ def _read_pickle(path: Path) -> dict[str, StoredTensor]:
     for key, tensor in state.items():
         if tensor.is_quantized:
             raise ConversionError(f"{key!r} in {path} is quantized; use the float checkpoint that it was made from.")
-        # set by torch.load since 2.10; where it is missing, torch reads the tensor
-        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        start = _storage_offset(tensor)
         offset = None
-        if is_zip and start in record_ends and tensor.is_contiguous():
+        if is_zip and start in record_ends and tensor.is_contiguous() and not tensor.is_neg():
             offset = start + tensor.storage_offset() * tensor.dtype.itemsize
             if offset + tensor.nbytes > record_ends[start]:
                 raise ConversionError(f"{key!r} in {path} reaches past the end of its data; download the file again.")
-        elif _load(path, mmap=is_zip)[key].device.type != "cpu":
+        elif _load_tensor(path, key).device.type != "cpu":
             raise ConversionError(f"{key!r} in {path} was saved without its values.")
         tensors[key] = StoredTensor(path, key, tensor.dtype, tuple(tensor.shape), offset)
     return tensors
+
+
+def _storage_offset(tensor: torch.Tensor) -> int | None:
+    """Where in its file a tensor's storage begins. torch.load says so since 2.10; before, torch reads the tensor."""
+    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+
+
+def _load_tensor(path: Path, key: str) -> torch.Tensor:
+    return _load(path, mmap=zipfile.is_zipfile(path))[key].resolve_neg()
 
 
 @lru_cache(maxsize=1)  # legacy files are read whole, and several tensors of a file one after the other
@@ -217,12 +225,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def weight_index(folder: Path) -> Path | None:
-    """The file that says where a model folder's weights are: an index of shards or the only file; None without any.
-    safetensors come before pickles, as in transformers."""
-    names = [
-        f"{name}{ending}" for name in ("model.safetensors", "pytorch_model.bin") for ending in (".index.json", "")
-    ]
+def weight_entry(folder: Path) -> Path | None:
+    """The file that says where a model folder's weights are: the only one, or an index of shards; None without any.
+    The order is transformers'."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
@@ -232,7 +238,7 @@ def read_weights(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         ConversionError: a shard is missing or broken, index and shards disagree, or a key is there twice.
     """
-    index = weight_index(folder)
+    index = weight_entry(folder)
     if index is None:
         raise ConversionError(
             f"{folder} holds no weights: no model.safetensors or pytorch_model.bin, whole or in shards, and of "

@@ -5,10 +5,11 @@
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from safetensors import safe_open
 from xxhash import xxh3_128
@@ -30,10 +31,16 @@ class Digests:
     source_files: dict[Path, str]
 
 
-def digest(path: Path, offset: int = 0, num_bytes: int | None = None) -> str:
-    """XXH3 (128 bits) of a file or of a range of it."""
+def digest_of(tensor) -> str:
+    """XXH3 (128 bits) of a tensor's bytes."""
+    return _digest(tensor.read_bytes())
+
+
+def _digest(pieces: Iterable, stop: Event | None = None) -> str:
     hasher = xxh3_128()
-    for piece in read_range(path, offset, path.stat().st_size if num_bytes is None else num_bytes):
+    for piece in pieces:
+        if stop is not None and stop.is_set():
+            break
         hasher.update(piece)
     return hasher.hexdigest()
 
@@ -54,34 +61,38 @@ def write_weights(tensors: dict, folder: Path, source_files: list[Path], progres
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
     written, files, read_back, recomputed = {}, {}, {}, {}
-    reader, flusher = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+    reader, flusher, stop = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1), Event()
     try:
-        sources = {path: reader.submit(digest, path) for path in source_files}
+        sources = {
+            path: reader.submit(_digest, read_range(path, 0, path.stat().st_size), stop) for path in source_files
+        }
         for name, shard in zip(names, shards, strict=True):
             header, offsets = _header(shard)
             with _HashedFile(folder / name, flusher) as file:
                 file.write(header)
                 for key, tensor in shard.items():
                     written[key] = _write_tensor(file, tensor, progress)
-                    read_back[key] = reader.submit(digest, folder / name, offsets[key], tensor.num_bytes)
+                    written_bytes = read_range(folder / name, offsets[key], tensor.num_bytes)
+                    read_back[key] = reader.submit(_digest, written_bytes, stop)
                     if not isinstance(tensor, StoredTensor):
-                        recomputed[key] = reader.submit(_write_tensor, None, tensor, progress=None)
+                        recomputed[key] = reader.submit(_digest, tensor.read_bytes(), stop)
             files[name] = file.hasher.hexdigest()
         for key, result in read_back.items():
             if result.result() != written[key]:
-                raise ConversionError(f"{key!r} was read back with other bytes than were written; check the disk.")
+                raise ConversionError(f"{key!r} was read back with other bytes than were written; try again.")
         for key, result in recomputed.items():
             if result.result() != written[key]:
-                raise ConversionError(f"{key!r} was computed twice with different results; check the memory.")
+                raise ConversionError(f"{key!r} was computed twice with different results; try again.")
         digests = Digests(written, files, {path: result.result() for path, result in sources.items()})
     finally:
+        stop.set()
         for executor in (reader, flusher):
             executor.shutdown(cancel_futures=True)
         release_files()
     for name, shard in zip(names, shards, strict=True):
         with safe_open(folder / name, framework="pt") as file:
             if set(file.keys()) != set(shard):
-                raise ConversionError(f"{name} was read back with other keys than were written; check the disk.")
+                raise ConversionError(f"{name} was read back with other keys than were written; try again.")
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total_size = sum(tensor.num_bytes for tensor in tensors.values())
@@ -125,17 +136,15 @@ class _HashedFile:
             raise next(filter(None, errors))
 
 
-def _write_tensor(file: _HashedFile | None, tensor, progress: Callable[[int], None] | None) -> str:
-    """The tensor's digest, as it is written; without a file, it is only computed."""
+def _write_tensor(file: _HashedFile, tensor, progress: Callable[[int], None]) -> str:
+    """Write a tensor; its digest is of the bytes as they came from the source."""
     hasher = xxh3_128()
     for piece in tensor.read_bytes():
         for start in range(0, len(piece), CHUNK_BYTES):
             chunk = piece[start : start + CHUNK_BYTES]
             hasher.update(chunk)
-            if file is not None:
-                file.write(chunk)
-        if progress is not None:
-            progress(len(piece))
+            file.write(chunk)
+        progress(len(piece))
     return hasher.hexdigest()
 
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`deco convert` and `deco export`: their output, the commands that help and README show, logits and uploads."""
 
+import inspect
 import json
 import re
 import shlex
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 import modeling_deco.conversion
 from modeling_deco.cli import app
-from modeling_deco.conversion import ConversionError, convert
+from modeling_deco.conversion import ConversionError, convert, export
 from modeling_deco.conversion.parity import compare_logits
 from modeling_deco.conversion.weights import read_weights
 
@@ -65,15 +66,26 @@ def shown_commands() -> list[str]:
     return sorted({command.split("   #")[0].strip() for command in commands} | {commands[0]})
 
 
+OPTIONS = {"--pooled-grid-size": "pooled_grid_size", "--vision-tower": "vision_tower", "--base-model": "base_model"}
+
+
 @pytest.mark.parametrize("command", shown_commands())
 def test_a_command_that_is_shown_is_understood(command, monkeypatch):
     calls = []
-    for name in ("convert", "export"):
-        monkeypatch.setattr(modeling_deco.conversion, name, lambda *arguments: calls.append(arguments))
-    program, *arguments = shlex.split(command, comments=True)
-    assert run(*arguments).exit_code == 0
-    assert calls[0][:2] == (arguments[1], Path(arguments[2]))
-    assert set(arguments[4::2]) <= {str(argument) for argument in calls[0]} | {"12"}
+    for name, function in (("convert", convert), ("export", export)):
+        signature = inspect.signature(function)
+        monkeypatch.setattr(
+            modeling_deco.conversion,
+            name,
+            lambda *args, signature=signature, **kwargs: calls.append(signature.bind(*args, **kwargs).arguments),
+        )
+    program, name, source, destination, *options = shlex.split(command, comments=True)
+    assert run(name, source, destination, *options).exit_code == 0
+    expected = {"source": source, "destination": Path(destination)}
+    expected |= {OPTIONS[option]: value for option, value in zip(options[::2], options[1::2], strict=True)}
+    if "pooled_grid_size" in expected:
+        expected["pooled_grid_size"] = [int(expected["pooled_grid_size"])] * 2
+    assert {name: value for name, value in calls[0].items() if value not in (None, False)} == expected
 
 
 def test_help_shows_a_command_for_each_format():
@@ -143,7 +155,14 @@ def test_who_is_not_logged_in_hears_it_before_the_work(source, tmp_path, monkeyp
     monkeypatch.setattr(HfApi, "whoami", whoami)
     result = run("convert", source, tmp_path / "deco", "--push-to-hub", "me/deco")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert re.fullmatch(r"deco convert: --push-to-hub: Token is required\..*hf auth login`\.\n", result.stderr)
+    assert re.fullmatch(r"deco convert: --push-to-hub me/deco: Token is required\..*hf auth login`\)\n", result.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_no_repository_is_refused_before_the_work(source, tmp_path):
+    result = run("convert", source, tmp_path / "deco", "--push-to-hub", "not a/valid/id")
+    assert result.exit_code == 2
+    assert re.fullmatch(r"deco convert: --push-to-hub not a/valid/id: .*\n", result.stderr)
     assert list(tmp_path.iterdir()) == []
 
 

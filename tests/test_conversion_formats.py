@@ -862,6 +862,17 @@ def test_the_model_card_names_source_and_licence(name, converted):
     assert conversion.source.folder.name in text
 
 
+@pytest.mark.parametrize(
+    "header", ["license: [mit", "- mit", "license: {mit: 1}", "license: !!python/object/apply:os.getcwd []"]
+)
+def test_a_malformed_card_names_no_licence(header, tmp_path):
+    llava_sources.write_hf_hub(tmp_path / "source")
+    (tmp_path / "source" / "README.md").write_text(f"---\n{header}\n---\nWords.\n")
+    (tmp_path / "source" / "LICENSES").mkdir()
+    convert(tmp_path / "source", tmp_path / "deco")
+    assert "licence: not stated there" in (tmp_path / "deco" / "README.md").read_text()
+
+
 def test_no_licence_is_made_up(tmp_path):
     source = llava_sources.write("original, safetensors", tmp_path)
     (source.folder / "README.md").unlink()

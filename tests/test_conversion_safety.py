@@ -1,0 +1,289 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What could go wrong in silence: bytes that change on the way, files that contradict each other, destinations that
+come to be meanwhile, and folders that only look like a checkpoint."""
+
+import json
+import shutil
+import zipfile
+from collections import namedtuple
+
+import llava_sources
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+
+from modeling_deco.conversion import ConversionError, convert, export, tensors, weights, writing
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """A llava-hf folder in one safetensors file."""
+    model = llava_sources.build_hf_model()
+    llava_sources.write_hf_saved(tmp_path / "llava", model)
+    return tmp_path / "llava"
+
+
+@pytest.fixture
+def deco(llava, tmp_path):
+    convert(llava, tmp_path / "deco")
+    return tmp_path / "deco"
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(path, **changes):
+    stored = load_file(path)
+    stored.update(changes)
+    save_file({name: value for name, value in stored.items() if value is not None}, path, metadata={"format": "pt"})
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+def test_a_byte_that_changes_on_the_way_to_the_disk_is_found(llava, tmp_path, monkeypatch):
+    write = writing._HashedFile.write
+
+    def write_wrong(self, data):
+        data = bytearray(data)
+        if b"__metadata__" not in data and len(data) > 1000:
+            data[5] ^= 1
+        write(self, data)
+
+    monkeypatch.setattr(writing._HashedFile, "write", write_wrong)
+    with pytest.raises(ConversionError, match="was read back with other bytes than were written"):
+        convert(llava, tmp_path / "deco")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llava"]
+
+
+def test_a_sum_that_comes_out_different_the_second_time_is_found(tmp_path, monkeypatch):
+    source = llava_sources.write("LoRA, safetensors", tmp_path / "source")
+    read_bytes, calls = tensors.MergedLora.read_bytes, []
+
+    def unsteady(self):
+        calls.append(self.key)
+        for piece in read_bytes(self):
+            piece = bytearray(piece)
+            piece[0] ^= calls.count(self.key) > 1
+            yield memoryview(piece)
+
+    monkeypatch.setattr(tensors.MergedLora, "read_bytes", unsteady)
+    with pytest.raises(ConversionError, match="was computed twice with different results"):
+        convert(source.folder, tmp_path / "deco", **source.arguments)
+
+
+def test_a_value_that_float16_does_not_hold_is_refused(llava, tmp_path):
+    edit_tensors(llava / "model.safetensors", **{"multi_modal_projector.linear_1.bias": torch.full((40,), 1e6)})
+    with pytest.raises(ConversionError, match=r"linear_1.bias' does not fit torch.float16; choose --dtype bfloat16"):
+        convert(llava, tmp_path / "deco", dtype="float16")
+
+
+def test_a_pickle_whose_data_is_shorter_than_it_says_is_refused(tmp_path):
+    torch.save({"a": torch.arange(100.0)}, tmp_path / "whole.bin")
+    with zipfile.ZipFile(tmp_path / "whole.bin") as whole, zipfile.ZipFile(tmp_path / "short.bin", "w") as short:
+        for info in whole.infolist():
+            data = whole.read(info)
+            short.writestr(info.filename, data[:200] if info.filename.endswith("/data/0") else data)
+    with pytest.raises(ConversionError, match=r"short\.bin"):
+        weights.read_weight_file(tmp_path / "short.bin")
+
+
+def test_several_shards_are_written_and_loaded(llava, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 50_000)
+    report = convert(llava, tmp_path / "deco", check_logits=True)
+    assert len(list((tmp_path / "deco").glob("model-*-of-*.safetensors"))) == len(report["written"]) > 2
+    assert report["parity"]["max_abs_difference"] == 0
+
+
+@pytest.mark.parametrize("name", ["original, sharded .bin", "LoRA, .bin"])
+def test_a_torch_that_does_not_say_where_tensors_lie_gives_the_same(name, tmp_path, monkeypatch):
+    source = llava_sources.write(name, tmp_path / "source")
+    reports = [convert(source.folder, tmp_path / "now", **source.arguments)]
+    monkeypatch.setattr(weights, "_storage_offset", lambda tensor: None)  # as before torch 2.10
+    reports.append(convert(source.folder, tmp_path / "then", **source.arguments))
+    assert reports[0]["tensors"] == reports[1]["tensors"]
+
+
+def test_a_negated_view_keeps_its_sign(tmp_path):
+    torch.save({"a": torch._neg_view(torch.tensor([1.0, -2.0]))}, tmp_path / "a.bin")
+    stored = weights.read_weight_file(tmp_path / "a.bin")["a"]
+    assert stored.read().tolist() == [-1.0, 2.0]
+    assert b"".join(map(bytes, stored.read_bytes())) == torch.tensor([-1.0, 2.0]).numpy().tobytes()
+
+
+# --- files that contradict each other --------------------------------------------------------------------------------
+
+
+def test_the_one_file_goes_before_stale_shards_as_in_transformers(llava, tmp_path):
+    stale = {name: value + 1 for name, value in load_file(llava / "model.safetensors").items()}
+    save_file(stale, llava / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(stale, "model-00001-of-00001.safetensors")}
+    (llava / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert convert(llava, tmp_path / "deco", check_logits=True)["parity"]["max_abs_difference"] == 0
+
+
+def test_a_head_that_differs_from_the_embeddings_stays_though_the_config_ties_them(llava, tmp_path):
+    edit_json(llava / "config.json", tie_word_embeddings=True)
+    convert(llava, tmp_path / "deco")
+    head = load_file(llava / "model.safetensors")["language_model.lm_head.weight"]
+    converted = AutoModelForImageTextToText.from_pretrained(tmp_path / "deco")
+    assert torch.equal(converted.lm_head.weight[: len(head)], head)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": float("nan")}, {"lora_alpha": True}, {"init_lora_weights": "pissa"}], ids=str
+)
+def test_a_lora_whose_sum_is_another_is_refused(changes, tmp_path):
+    source = llava_sources.write("LoRA, safetensors", tmp_path / "source")
+    edit_json(source.folder / "adapter_config.json", **changes)
+    with pytest.raises(ConversionError, match=r"adapter_config\.json"):
+        convert(source.folder, tmp_path / "deco", **source.arguments)
+
+
+def test_several_chat_templates_become_one(llava, tmp_path):
+    for path in llava.glob("chat_template*"):
+        path.unlink()
+    default = "{% for m in messages %}<|{{ m['role'] }}|><image>{% endfor %}"
+    templates = [{"name": "default", "template": default}, {"name": "tool_use", "template": "tools"}]
+    edit_json(llava / "tokenizer_config.json", chat_template=templates)
+    convert(llava, tmp_path / "deco")
+    assert (tmp_path / "deco" / "chat_template.jinja").read_text() == default
+
+
+# --- destinations ----------------------------------------------------------------------------------------------------
+
+
+def test_what_comes_to_be_at_the_destination_meanwhile_stays(llava, tmp_path, monkeypatch):
+    open_source = convert.__globals__["open_source"]
+
+    def open_and_make(*arguments):
+        (tmp_path / "deco").mkdir()
+        (tmp_path / "deco" / "mine.txt").write_text("mine")
+        return open_source(*arguments)
+
+    check_destination = convert.__globals__["check_destination"]
+    calls = []
+
+    def check_once(*arguments):  # so that only the check before the rename is left
+        calls.append(arguments)
+        if len(calls) == 1:
+            check_destination(*arguments)
+
+    monkeypatch.setitem(convert.__globals__, "open_source", open_and_make)
+    monkeypatch.setitem(convert.__globals__, "check_destination", check_once)
+    with pytest.raises(ConversionError, match="is not empty"):
+        convert(llava, tmp_path / "deco")
+    assert (tmp_path / "deco" / "mine.txt").read_text() == "mine"
+
+
+def test_a_folder_whose_config_is_of_no_model_is_not_overwritten(llava, tmp_path):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "config.json").write_text('{"name": "my web app"}')
+    with pytest.raises(ConversionError, match="has no config.json of a model and is not overwritten"):
+        convert(llava, tmp_path / "app", overwrite=True)
+    assert (tmp_path / "app" / "config.json").exists()
+
+
+def test_what_a_killed_run_left_counts_as_free(llava, tmp_path, monkeypatch):
+    left_over = tmp_path / ".deco.incomplete" / "new"
+    left_over.mkdir(parents=True)
+    with open(left_over / "model.safetensors", "wb") as file:
+        file.truncate(100 << 20)
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free=1 << 20))
+    convert(llava, tmp_path / "deco")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deco", "llava"]
+
+
+def test_a_licence_that_is_a_link_is_not_copied(llava, tmp_path):
+    (tmp_path / "secret").write_text("PRIVATE KEY")
+    (llava / "LICENSE").symlink_to(tmp_path / "secret")
+    (llava / "NOTICE").write_text("by its makers")
+    convert(llava, tmp_path / "deco")
+    assert not (tmp_path / "deco" / "LICENSE").exists()
+    assert (tmp_path / "deco" / "NOTICE").read_text() == "by its makers"
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+UP_PROJ = "model.language_model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({UP_PROJ: None}, rf"1 parameters are missing, such as '{UP_PROJ}'"),
+        ({UP_PROJ: torch.zeros(3, 40)}, r"has the shape \(3, 40\), and the config .* wants \(56, 40\)"),
+        ({f"{UP_PROJ}.absmax": torch.zeros(3)}, r"up_proj\.weight\.absmax' in .* is an unknown key"),
+    ],
+    ids=["missing", "wrong shape", "unknown"],
+)
+def test_a_deco_whose_weights_are_not_its_configs_is_not_exported(changes, match, deco, tmp_path):
+    edit_tensors(deco / "model.safetensors", **changes)
+    with pytest.raises(ConversionError, match=match):
+        export(deco, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_quantized_deco_is_not_exported(deco, tmp_path):
+    edit_json(deco / "config.json", quantization_config={"load_in_4bit": True})
+    with pytest.raises(ConversionError, match="has a quantization_config"):
+        export(deco, tmp_path / "back")
+
+
+@pytest.mark.parametrize("tower", ["dinov2", "siglip2"])
+def test_a_tower_that_llava_does_not_read_is_not_exported(tower, tmp_path):
+    tiny.build_model(tower).save_pretrained(tmp_path / "deco")
+    with pytest.raises(ConversionError, match=rf"is a {tower}.*; CLIP and SigLIP can be exported"):
+        export(tmp_path / "deco", tmp_path / "back")
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_an_exported_llava_loads_every_weight(tower, tmp_path):
+    tiny.build_model(tower).save_pretrained(tmp_path / "deco")
+    tiny.build_processor().save_pretrained(tmp_path / "deco")
+    export(tmp_path / "deco", tmp_path / "back")
+    _, loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(loaded.values())
+
+
+@pytest.mark.parametrize("changes", [{"pooled_grid_size": 99}, {"vision_config": 3}, {"projector_type": "x"}], ids=str)
+def test_a_broken_config_is_refused_in_one_line(changes, deco, tmp_path):
+    edit_json(deco / "config.json", **changes)
+    with pytest.raises(ConversionError, match=r"config\.json of ") as refusal:
+        export(deco, tmp_path / "back")
+    assert "\n" not in str(refusal.value)
+
+
+# --- values of the wrong kind ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"mm_vision_select_feature": []}),
+        ("config.json", {"mm_vision_tower": 5}),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}),
+        ("tokenizer_config.json", {"eos_token": {"a": 1}}),
+        ("tokenizer_config.json", {"eos_token": ["x"]}),
+        ("tokenizer_config.json", {"pad_token": True}),
+        ("generation_config.json", {"eos_token_id": "x", "max_new_tokens": []}),
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_kind_is_refused_in_one_line(file, changes, tmp_path):
+    source = llava_sources.write("original, safetensors", tmp_path / "source")
+    if not (source.folder / file).exists():
+        (source.folder / file).write_text("{}")
+    edit_json(source.folder / file, **changes)
+    arguments = {**source.arguments}
+    if "mm_vision_tower" in changes:
+        del arguments["vision_tower"]
+    with pytest.raises(ConversionError) as refusal:
+        convert(source.folder, tmp_path / "deco", **arguments)
+    assert "\n" not in str(refusal.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
