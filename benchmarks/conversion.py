@@ -222,14 +222,15 @@ def main(
     result["original, .bin"] = measure(original, files, work_dir, repeats)
     shutil.rmtree(original)
     shutil.rmtree(tower)
-    cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    cpus = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     import_seconds = seconds(lambda: subprocess.run([sys.executable, "-c", "import modeling_deco.conversion"]))
     report = {
         "command": f"python benchmarks/conversion.py --num-layers {num_layers} --repeats {repeats}",
         "results": result,
         "import_seconds": round(import_seconds, 2),
         "environment": {
-            "cpu": cpu,
+            "cpu": cpus[0] if cpus else platform.machine(),
+            "num_cpus": len(cpus),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,

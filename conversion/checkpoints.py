@@ -18,7 +18,17 @@ from ..configuration_deco import DecoConfig, parse_grid
 from ..modeling_deco import DecoForConditionalGeneration
 from .errors import ConversionError
 from .files import read_json, refusing
-from .layouts import LLAVA_HF, ORIGINAL, TIED, UNUSED_HEAD, UNUSED_LAYER, VISION_TOWER, Layout, layer_index
+from .layouts import (
+    COPIED_TOWER,
+    LLAVA_HF,
+    ORIGINAL,
+    TIED,
+    UNUSED_HEAD,
+    UNUSED_LAYER,
+    VISION_TOWER,
+    Layout,
+    layer_index,
+)
 from .sources import Source, open_source
 from .tensors import MergedLora
 from .weights import StoredTensor, read_weight_file, weight_entry
@@ -154,8 +164,7 @@ def _read_original(source: Source, raw_config: dict, pooled_grid_size, vision_to
         raise ConversionError(f"config.json of {source.name} names no mm_vision_tower; name it by --vision-tower.")
     tower = open_source(tower, what="--vision-tower")
     checkpoint.sources["vision_tower"] = checkpoint.image_processor = tower
-    if not any(name.startswith("model.vision_tower.") for name in checkpoint.tensors):  # it was not trained with it
-        _add_tensors(checkpoint, tower.read_weights(), VISION_TOWER)
+    _read_tower(checkpoint, tower, is_trained=bool(raw_config.get("unfreeze_mm_vision_tower")))
 
     if _is_average_pooling(checkpoint):
         checkpoint.format += " with AvgPoolProjector"
@@ -178,6 +187,33 @@ def _read_original(source: Source, raw_config: dict, pooled_grid_size, vision_to
         vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}.get(select_feature, select_feature),
     )
     return checkpoint
+
+
+def _read_tower(checkpoint: LlavaCheckpoint, tower: Source, is_trained: bool) -> None:
+    """The vision tower that the original code runs: the one in the checkpoint if it was trained, else the one that the
+    config names. A frozen one in the checkpoint is a copy, rounded to the type that was trained in."""
+    inside = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.vision_tower.")}
+    if inside and is_trained:
+        return
+    named = LlavaCheckpoint("vision tower", None, {}, {}, {}, tower, tower)
+    is_whole = "model.vision_tower.embeddings.patch_embedding.weight" in inside  # LoRA's trained biases alone are not
+    try:
+        _add_tensors(named, tower.read_weights(), VISION_TOWER)
+    except ConversionError:
+        if is_whole:  # the copy is all there is
+            return
+        raise
+    if is_whole and not all(_is_rounded(tensor, named.tensors.get(name)) for name, tensor in inside.items()):
+        return
+    checkpoint.dropped |= named.dropped | {tensor.key: COPIED_TOWER for tensor in inside.values()}
+    checkpoint.files |= named.files
+    checkpoint.tensors |= named.tensors
+
+
+def _is_rounded(tensor: StoredTensor, original: StoredTensor | None) -> bool:
+    if original is None or original.shape != tensor.shape:
+        return False
+    return torch.equal(original.read().to(tensor.dtype), tensor.read())
 
 
 def _read_original_tensors(checkpoint: LlavaCheckpoint, raw_config: dict, base_model) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 BUFFER = "a buffer, computed from the config"
+COPIED_TOWER = "of a frozen vision tower: the one that the config names is taken, as by the original code"
 TIED = "tied to the embeddings"
 UNUSED_HEAD = "the vision tower's attention pooling, which is not read"
 UNUSED_LAYER = "above the vision layer that is read"

@@ -134,6 +134,30 @@ def test_a_head_that_differs_from_the_embeddings_stays_though_the_config_ties_th
     assert torch.equal(converted.lm_head.weight[: len(head)], head)
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_rounded_copy_of_a_frozen_tower_gives_way_to_the_tower_itself(is_trained, tmp_path):
+    llava = llava_sources.OriginalLlava()
+    rounded = {name: value.to(torch.bfloat16) for name, value in llava.tensors().items()}
+    config = {"unfreeze_mm_vision_tower": is_trained}
+    llava_sources.write_original(tmp_path / "source", (llava, rounded), tower_inside=True, config=config)
+    llava_sources.write_clip(tmp_path / "tower", llava.tower)
+    report = convert(tmp_path / "source", tmp_path / "deco", vision_tower=tmp_path / "tower")
+    stored = load_file(tmp_path / "deco" / "model.safetensors")["model.vision_tower.embeddings.patch_embedding.weight"]
+    key = "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight"
+    assert stored.dtype == (torch.bfloat16 if is_trained else torch.float32)
+    assert (key in report["dropped"]) == (not is_trained)
+
+
+def test_a_tower_inside_does_where_the_named_one_has_no_weights(tmp_path):
+    llava = llava_sources.OriginalLlava()
+    llava_sources.write_original(tmp_path / "source", llava, tower_inside=True)
+    llava_sources.write_clip(tmp_path / "tower", llava.tower)
+    for path in (tmp_path / "tower").glob("*.bin"):
+        path.unlink()
+    convert(tmp_path / "source", tmp_path / "deco", vision_tower=tmp_path / "tower")
+    assert (tmp_path / "deco" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "changes", [{"lora_alpha": float("nan")}, {"lora_alpha": True}, {"init_lora_weights": "pissa"}], ids=str
 )
