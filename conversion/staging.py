@@ -61,7 +61,8 @@ def staged(destination: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]
     room = destination.parent / f".{destination.name}.incomplete"
     folder, replaced = room / "new", room / "replaced"
     free = shutil.disk_usage(destination.parents[len(missing_parents)]).free
-    free += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # what a killed run left
+    with suppress(OSError):  # another run may be moving it
+        free += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # what a killed run left
     if num_bytes > free:
         raise ConversionError(
             f"DST {destination} needs {num_bytes:,} bytes, and its disk has {free:,} free; make room there."
