@@ -29,15 +29,12 @@ def compare_logits(source: Path, converted: Path, is_cast: bool) -> dict:
     Raises:
         ConversionError: the logits differ.
     """
-    logits = {}
-    for model_class, folder in ((DecoForConditionalGeneration, converted), (LlavaForConditionalGeneration, source)):
-        model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
-        if model_class is DecoForConditionalGeneration:
-            inputs = _random_inputs(model.config)
-            patch_grid = {"pooled_grid_sizes": torch.tensor([model.config.patch_grid])}
-            logits["deco"] = model(**inputs, **patch_grid).logits
-        else:
-            logits["llava"] = model(**inputs).logits
+    model = DecoForConditionalGeneration.from_pretrained(converted, dtype=torch.float32).eval()
+    inputs = _random_inputs(model.config)
+    logits = {"deco": model(**inputs, pooled_grid_sizes=torch.tensor([model.config.patch_grid])).logits}
+    del model  # memory for one of them is enough
+    model = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
+    logits["llava"] = model(**inputs).logits
     num_rows = logits["llava"].shape[-1]  # DeCo's vocabulary may have grown
     difference = (logits["deco"][..., :num_rows] - logits["llava"]).abs().max().item()
     if difference > 0 and not is_cast:

@@ -381,7 +381,5 @@ def load_generation_config(folder, tokenizer) -> GenerationConfig:
         config = GenerationConfig(**{name: value for name, value in settings.items() if name not in idle})
         config.validate(strict=True)
     except (ValueError, TypeError) as error:
-        raise ConversionError(
-            f"{path} is not valid ({' '.join(str(error).split())}); mend it or remove it."
-        ) from error
+        raise ConversionError(f"{path} is not valid ({one_line(error)}); mend it or remove it.") from error
     return config
