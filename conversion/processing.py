@@ -336,13 +336,18 @@ def load_image_processor(folder, image_aspect_ratio=None):
     try:
         processor = _build_image_processor(kind.replace("FeatureExtractor", "ImageProcessor"), settings)
         if image_aspect_ratio == "pad":
-            settings = json.loads(processor.to_json_string())
-            kept = {name: settings[name] for name in _IMAGE_SETTINGS if settings.get(name) is not None}
-            kept = {"do_center_crop": False, **kept, "do_pad": True}  # unset means false, but not to LLaVA's
-            processor = _build_image_processor("LlavaImageProcessor", kept)
+            processor = pad_to_square(processor)
     except (ValueError, TypeError, OSError) as error:
         raise ConversionError(f"{folder}: the image processor {kind!r} cannot be built: {one_line(error)}") from error
     return processor
+
+
+def pad_to_square(image_processor):
+    """LLaVA's image processor with the settings of this one: it first pads an image to a square in the mean colour."""
+    settings = json.loads(image_processor.to_json_string())
+    kept = {name: settings[name] for name in _IMAGE_SETTINGS if settings.get(name) is not None}
+    kept = {"do_center_crop": False, **kept, "do_pad": True}  # unset means false, but not to LLaVA's
+    return _build_image_processor("LlavaImageProcessor", kept)
 
 
 def _build_image_processor(kind: str, settings: dict):

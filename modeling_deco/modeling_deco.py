@@ -7,6 +7,7 @@ MLP; the grid is an argument of each call; the patch grid is read from the pixel
 layer above the one that is read. Names of parameters are LLaVA's.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import (  # private in part, seen in 5.17 to 5.23
     TransformersKwargs,
     can_return_tuple,
@@ -29,6 +31,17 @@ from transformers.utils import (  # private in part, seen in 5.17 to 5.23
 
 from .configuration_deco import DecoConfig, parse_grid
 from .projectors import AvgPoolProjector
+
+# What quantization leaves alone: all but the language model's layers. A name counts from the start of a module's full
+# name, so "vision_tower" alone would miss "model.vision_tower.encoder". The names are DecoForConditionalGeneration's
+# and DecoModel's together, since either class may read a folder that the other has saved.
+_NOT_QUANTIZED = [
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "vision_tower",
+    "multi_modal_projector",
+    "lm_head",
+]
 
 
 @dataclass
@@ -72,10 +85,35 @@ class DecoPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, quantization_config=None, **kwargs):
+        """`PreTrainedModel.from_pretrained`, where a `quantization_config` is about the language model's layers only:
+        vision tower, projector and `lm_head` keep their dtype, unless it comes with a list of modules to skip."""
+        if quantization_config is not None:
+            quantization_config = _with_modules_to_skip(quantization_config)
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, quantization_config=quantization_config, **kwargs
+        )
+
+    @classmethod
     def is_custom_code(cls) -> bool:
         # As custom code, modules without parameters of their own count as initialized, and where weights are missing
         # from a checkpoint CLIP's attention and MLP would not get CLIP's initialization. Ours is transformers' alone.
         return False
+
+    def post_init(self):
+        super().post_init()
+        # Classes of vision towers name layers of their text siblings too, and FSDP's wrapping policy insists on each.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = {name for name in self._no_split_modules if name in present}
+
+    def enable_input_require_grads(self):
+        # transformers has the embeddings of every part require gradients, which checkpointing in its reentrant form
+        # needs, and turns this on for all checkpointing. A frozen tower would be differentiated through for nothing.
+        if any(parameter.requires_grad for parameter in self.base_model.vision_tower.parameters()):
+            return super().enable_input_require_grads()
+        embeddings = self.get_input_embeddings()
+        self._require_grads_hook = embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_(True))
+        self._require_grads_hooks = [self._require_grads_hook]
 
 
 class DecoModel(DecoPreTrainedModel):
@@ -433,6 +471,18 @@ def _projector(config: DecoConfig) -> nn.Module:
         hidden_act=config.projector_hidden_act,
         bias=config.multimodal_projector_bias,
     )
+
+
+def _with_modules_to_skip(quantization_config):
+    """A copy of a quantization config, given as such or as a dict, with our modules to skip where it has no list."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    quantization_config = copy.copy(quantization_config)
+    # the list in bitsandbytes, and in most other methods (Quanto, torchao, ...); those without one stay as they are
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if vars(quantization_config).get(field, ()) is None:
+            setattr(quantization_config, field, list(_NOT_QUANTIZED))
+    return quantization_config
 
 
 def _patchify(pixel_values, patch_size):

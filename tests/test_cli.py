@@ -66,6 +66,14 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(arguments, message, pic
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("missing", ["accelerate", "bitsandbytes"])
+def test_4_bits_without_their_libraries_are_one_line_on_stderr_and_exit_code_2(missing, picture, monkeypatch):
+    monkeypatch.setattr("modeling_deco.cli.find_spec", lambda name: None if name == missing else True)
+    result = ask(picture, "Is there a 7?", "--4bit")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"deco ask: --4bit needs {missing}: pip install {missing}\n"
+
+
 def test_help_imports_no_torch():
     code = (
         "import sys; from modeling_deco.cli import app; app(['ask', '--help'], standalone_mode=False); "

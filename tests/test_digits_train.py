@@ -5,17 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 
 pytest.importorskip("trl")
 
 from safetensors.torch import load_file
 
+from modeling_deco.recipes.collator import IGNORE_INDEX, DecoCollator, expand_images
 from modeling_deco.recipes.digits import train
 from modeling_deco.recipes.digits.evaluate import _summary
 from modeling_deco.recipes.digits.optimizer import MuonAdamW
-from modeling_deco.recipes.digits.packing import IGNORE_INDEX, PackedQuestionsCollator
 from modeling_deco.recipes.digits.processor import build_processor
 from modeling_deco.recipes.digits.tower import build_tower
 
@@ -40,7 +38,7 @@ def examples():
 
 @pytest.mark.parametrize("side", [3, 6])
 def test_packed_questions_have_the_logits_and_labels_of_separate_ones(side, model, processor, examples):
-    batch = PackedQuestionsCollator(processor, {side: 1.0})(examples)
+    batch = expand_images(DecoCollator(processor, independent_turns=True)(examples), side, processor)
     labels = batch.pop("labels")
     with torch.no_grad():
         packed_logits = model(**batch).logits
@@ -65,16 +63,6 @@ def test_packed_questions_have_the_logits_and_labels_of_separate_ones(side, mode
             offset += len(logits)
         assert (labels[row, offset:] == IGNORE_INDEX).all()
         assert (labels[row, :num_picture_tokens] == IGNORE_INDEX).all()
-
-
-def test_first_pictures_get_the_processors_grid_and_later_ones_every_grid(processor, examples):
-    collator = PackedQuestionsCollator(processor, train.GRID_WEIGHTS, first_elastic_index=1000)
-    sides = {
-        index: collator([{**examples[0], "index": index}])["pooled_grid_sizes"][0, 0].item()
-        for index in (0, 999, *range(1000, 1040))
-    }
-    assert sides[0] == sides[999] == processor.pooled_grid_size
-    assert {side for index, side in sides.items() if index >= 1000} == set(train.GRID_WEIGHTS)
 
 
 def test_pictures_depend_on_their_index_alone():
@@ -155,11 +143,19 @@ def test_a_run_on_the_plateau_stops_with_what_to_do(model, processor):
         train.PlateauCheck(args, processor, num_pictures=3).on_step_end(None, state, None, model=model)
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"), reason="TRL's assistant-only loss on images needs it"
-)
+def test_the_first_steps_have_one_grid_and_later_ones_every_grid():
+    trainer = object.__new__(train.DigitsTrainer)
+    trainer.first_elastic_step = 20
+    trainer.args = train.DecoSFTConfig(
+        output_dir="unused", use_cpu=True, bf16=False, pooled_grid_sizes=list(train.GRID_WEIGHTS)
+    )
+    sides = [trainer.grid_of_step(step) for step in range(60)]
+    assert sides[:20] == [None] * 20
+    assert set(sides[20:]) == set(train.GRID_WEIGHTS)
+
+
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    arguments = {"num_steps": 4, "batch_size": 2, "plateau_step": 100, "save_steps": 2}
+    arguments = {"num_steps": 4, "batch_size": 2, "plateau_step": 100, "save_steps": 2, "bf16": False}
     for name in ("straight", "stopped"):
         torch.manual_seed(0)
         build_tower().save_pretrained(tmp_path / name / "tower")

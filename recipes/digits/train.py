@@ -22,22 +22,20 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPVisionModel, HfArgumentParser, LlamaConfig, TrainerCallback, set_seed
+from transformers import AutoConfig, CLIPVisionModel, HfArgumentParser, LlamaConfig, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
 
-from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor, pool_patch_grid
+from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor, pool_patch_grid
 from modeling_deco.recipes.digits import tower
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.optimizer import MuonAdamW
-from modeling_deco.recipes.digits.packing import PackedQuestionsCollator
 from modeling_deco.recipes.digits.processor import build_processor
-from modeling_deco.recipes.digits.world import Question, questions, render
+from modeling_deco.recipes.digits.world import TRAINING_KINDS, Question, questions, render
+from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
 
 logger = logging.getLogger(__name__)
 
 GRID_WEIGHTS = {3: 0.35, 4: 0.2, 6: 0.3, 12: 0.15}  # more of the hard one, fewer of the dear one
-KINDS = ("existence",) * 2 + ("count", "read") + ("colour",) * 2 + ("relation",) * 2 + ("locate",) * 3
 
 
 @dataclass
@@ -45,16 +43,24 @@ class DigitsArguments:
     """How DeCo is trained on the digits world."""
 
     output_dir: str = field(metadata={"help": "Holds tower/, deco/ (checkpoints) and final/ (the result)."})
+    tower: str | None = field(
+        default=None, metadata={"help": "A trained tower, or a DeCo checkpoint with one; default: one is trained."}
+    )
     num_steps: int = field(default=3600, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=32, metadata={"help": "Pictures per step, each with up to eleven questions."})
     muon_learning_rate: float = field(default=0.02, metadata={"help": "For matrices but embeddings."})
     adamw_learning_rate: float = field(default=2e-3, metadata={"help": "For embeddings, norms and biases."})
-    tower_learning_rate_factor: float = field(default=0.1, metadata={"help": "The tower's share of both rates."})
+    tower_learning_rate_factor: float = field(
+        default=0.1, metadata={"help": "The tower's share of both rates; 0 freezes it."}
+    )
     plateau_step: int = field(
         default=400, metadata={"help": "One grid until this step; then it is checked that answers use the picture."}
     )
     plateau_accuracy: float = field(
         default=80.0, metadata={"help": "Least percentage of right answers on existence and colour."}
+    )
+    bf16: bool = field(
+        default=True, metadata={"help": "Autocast; slow, not fast, on CPUs without bfloat16 instructions."}
     )
     save_steps: int = field(default=500, metadata={"help": "Checkpoint this often."})
     seed: int = field(default=1, metadata={"help": "For weights, pictures and grids."})
@@ -63,7 +69,10 @@ class DigitsArguments:
 def build_model(tower_dir: str | os.PathLike, processor: DecoProcessor) -> DecoForConditionalGeneration:
     """The trained tower under a fresh projector and a fresh four-layer Llama of width 128 (heads of 32)."""
     tokenizer = processor.tokenizer
-    vision_tower = CLIPVisionModel.from_pretrained(tower_dir)
+    if AutoConfig.from_pretrained(tower_dir).model_type == "deco":
+        vision_tower = DecoModel.from_pretrained(tower_dir).vision_tower
+    else:
+        vision_tower = CLIPVisionModel.from_pretrained(tower_dir)
     text_config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -120,7 +129,7 @@ def build_dataset(num_pictures: int, seed: int) -> Dataset:
             "index": rows["index"],
             "images": [[scene.image] for scene in scenes],
             "messages": [
-                [message for question in questions(scene, rng, KINDS) for message in turn(question)]
+                [message for question in questions(scene, rng, TRAINING_KINDS) for message in turn(question)]
                 for scene, rng in zip(scenes, rngs, strict=True)
             ],
         }
@@ -137,6 +146,8 @@ def build_optimizer(model: DecoForConditionalGeneration, args: DigitsArguments) 
     """Muon for the matrices of all three parts, AdamW for the rest; the tower at a smaller rate."""
     groups = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = parameter.ndim == 2 and (".layers." in name or ".multi_modal_projector." in name)
         kind = "muon" if is_matrix else "adamw"
         groups.setdefault((kind, name.startswith("model.vision_tower.")), []).append(parameter)
@@ -145,6 +156,7 @@ def build_optimizer(model: DecoForConditionalGeneration, args: DigitsArguments) 
         return [
             {"params": groups[kind, in_tower], "lr": rate * (args.tower_learning_rate_factor if in_tower else 1)}
             for in_tower in (False, True)
+            if (kind, in_tower) in groups
         ]
 
     return MuonAdamW(
@@ -163,7 +175,7 @@ class PlateauCheck(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step != self.args.plateau_step:
             return
-        accuracies = accuracy_by_kind(model, self.processor, "validation", self.num_pictures, kinds=KINDS)
+        accuracies = accuracy_by_kind(model, self.processor, "validation", self.num_pictures, kinds=TRAINING_KINDS)
         shown = ", ".join(f"{kind} {row['accuracy']:.0f}" for kind, row in accuracies.items())
         logger.info("step %d, percent right on validation scans: %s", state.global_step, shown)
         for kind in ("existence", "colour"):
@@ -176,31 +188,46 @@ class PlateauCheck(TrainerCallback):
                 )
 
 
+class DigitsTrainer(DecoSFTTrainer):
+    """The first steps have the model's own grid: looking digits up is learned sooner where a token always stands for
+    the same place."""
+
+    def __init__(self, *args, first_elastic_step: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.first_elastic_step = first_elastic_step
+
+    def grid_of_step(self, step):
+        return None if step < self.first_elastic_step else super().grid_of_step(step)
+
+
 def train(args: DigitsArguments) -> Path:
     """Train what is missing of both stages; returns the folder of the finished checkpoint."""
     output_dir = Path(args.output_dir)
-    if not (output_dir / "tower" / "model.safetensors").exists():
-        tower.train(tower.TowerArguments(output_dir=str(output_dir / "tower")))
+    tower_dir = Path(args.tower or output_dir / "tower")
+    if args.tower is None and not (tower_dir / "model.safetensors").exists():
+        tower.train(tower.TowerArguments(output_dir=str(tower_dir)))
     set_seed(args.seed)
     on_gpu = torch.cuda.is_available()
     processor = build_processor()
-    model = build_model(output_dir / "tower", processor)
+    model = build_model(tower_dir, processor)
     train_dataset = build_dataset(args.num_steps * args.batch_size, args.seed)
+    model.model.vision_tower.requires_grad_(args.tower_learning_rate_factor > 0)
     pictures = [images[0] for images in train_dataset[:96]["images"]]
     whiten_projector(model, processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
-    training_args = SFTConfig(
+    training_args = DecoSFTConfig(
         output_dir=str(output_dir / "deco"),
         max_steps=args.num_steps,
         per_device_train_batch_size=args.batch_size,
         lr_scheduler_type="cosine",
         warmup_steps=100,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=args.bf16,
         use_cpu=not on_gpu,
         gradient_checkpointing=False,
-        assistant_only_loss=True,
+        pooled_grid_sizes=list(GRID_WEIGHTS),
+        pooled_grid_weights=list(GRID_WEIGHTS.values()),
+        independent_turns=True,
         max_length=None,
-        remove_unused_columns=False,
         train_sampling_strategy="sequential",
         dataloader_num_workers=8 if on_gpu else 1,
         logging_steps=50,
@@ -209,16 +236,14 @@ def train(args: DigitsArguments) -> Path:
         seed=args.seed,
         report_to="none",
     )
-    trainer = SFTTrainer(
+    trainer = DigitsTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         processing_class=processor,
-        data_collator=PackedQuestionsCollator(
-            processor, GRID_WEIGHTS, first_elastic_index=args.plateau_step * args.batch_size, seed=args.seed
-        ),
         optimizers=(build_optimizer(model, args), None),
         callbacks=[PlateauCheck(args, processor)],
+        first_elastic_step=args.plateau_step,
     )
     # The backward pass of PyTorch's fused attention is the slowest part of a step on CPU.
     with nullcontext() if on_gpu else sdpa_kernel(SDPBackend.MATH):

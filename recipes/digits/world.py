@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import map_coordinates, spline_filter
 from sklearn.datasets import load_digits
+from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -357,28 +358,44 @@ def _plain(answer: str) -> str:
 # --- LLaVA-format data -----------------------------------------------------------------------------------------------
 
 
-def write_llava_data(out: Path, split: str, num_pictures: int, seed: int, min_digits: int) -> Path:
+# What is asked about a training picture: look-ups often, and what is learned last most often.
+TRAINING_KINDS = ("existence",) * 2 + ("count", "read") + ("colour",) * 2 + ("relation",) * 2 + ("locate",) * 3
+
+
+def write_llava_data(
+    out: Path, split: str, num_pictures: int, seed: int, min_digits: int, one_record_per_picture: bool = False
+) -> Path:
     """Write `images/*.png` and `{split}.json` under `out`; returns the path of the JSON file.
 
     Each question is a record of its own: as turns of one conversation, earlier answers give later ones away.
+    `one_record_per_picture` writes them as turns, `TRAINING_KINDS` of them, for training with independent turns.
     """
     (out / "images").mkdir(parents=True, exist_ok=True)
     records = []
-    for index in range(num_pictures):
+    for index in tqdm(range(num_pictures), unit="picture"):
         scene = render(split, index, seed=seed, min_digits=min_digits)
         name = f"{split}-{seed}-{index:06d}"
         scene.image.save(out / "images" / f"{name}.png")
-        for question in questions(scene, np.random.default_rng([SPLITS.index(split), seed, index])):
-            conversation = [
-                {"from": "human", "value": f"<image>\n{question.text}"},
-                {"from": "gpt", "value": question.answer},
-            ]
-            record = {"id": f"{name}-{question.kind}", "image": f"{name}.png", "conversations": conversation}
+        rng = np.random.default_rng([SPLITS.index(split), seed, index])
+        if one_record_per_picture:
+            turns = _turns(questions(scene, rng, TRAINING_KINDS))
+            records.append({"id": name, "image": f"{name}.png", "conversations": turns})
+            continue
+        for question in questions(scene, rng):
+            record = {"id": f"{name}-{question.kind}", "image": f"{name}.png", "conversations": _turns([question])}
             records.append(record)
     path = out / f"{split}.json"
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    logger.info("wrote %d pictures to %s and %d questions to %s", num_pictures, out / "images", len(records), path)
+    logger.info("wrote %d pictures to %s and %d records to %s", num_pictures, out / "images", len(records), path)
     return path
+
+
+def _turns(asked: Sequence[Question]) -> list[dict[str, str]]:
+    turns = []
+    for question in asked:
+        turns += [{"from": "human", "value": question.text}, {"from": "gpt", "value": question.answer}]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    return turns
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -388,9 +405,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for images/ and SPLIT.json")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures (default 0)")
     parser.add_argument("--min-digits", type=int, default=1, help="fewest digits in a picture (default 1)")
+    parser.add_argument(
+        "--one-record-per-picture",
+        action="store_true",
+        help="write the questions about a picture as turns of one record",
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    write_llava_data(args.out, args.split, args.num_pictures, args.seed, args.min_digits)
+    write_llava_data(args.out, args.split, args.num_pictures, args.seed, args.min_digits, args.one_record_per_picture)
 
 
 if __name__ == "__main__":

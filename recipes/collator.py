@@ -1,0 +1,219 @@
+"""From conversations to batches: what is learned is labelled here, and images take their tokens here.
+
+A batch comes in two steps. `DecoCollator` tokenizes in the workers of the data loader, with one placeholder per image.
+`expand_images` gives each image the tokens of a grid, which the trainer draws for the step: so all ranks draw the
+same, and a resumed run draws what the first would have drawn.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils.chat_template_utils import render_jinja_template  # seen in 5.17 to 5.23
+from trl.chat_template_utils import has_generation_markers
+from trl.data_utils import prepare_multimodal_messages
+
+from modeling_deco import DecoProcessor, num_image_tokens
+
+IGNORE_INDEX = -100
+PADDING, SHARED = -1, 0  # owners of tokens; the turns of a conversation are 1, 2, ...
+
+
+@dataclass
+class DecoCollator:
+    """Collates TRL's conversational examples, `{"messages": [...], "images": [...]}` and, if they have one, an `"id"`.
+
+    Labels are the tokens that the chat template puts between `{% generation %}` and `{% endgeneration %}`, the answers
+    and their end of turn; images, prompts and padding are -100. Beginnings of sequence are set as the processor sets
+    them at inference, which TRL's own collator does not for templates without one.
+
+    A batch of text alone gets one blank image in its padding, where no token sees it: every rank then runs the vision
+    tower in every step, which FSDP and ZeRO-3 wait for, and the projector's gradient is zero.
+
+    Args:
+        processor: of the model that is trained.
+        independent_turns: each question and its answer see the images and themselves, not the turns before. For
+            conversations that are a list of questions about one image, whose earlier answers give later ones away.
+        max_length: most tokens of a sample, its images at their largest.
+        largest_grid: the largest grid that an image may take. Default: the processor's.
+    """
+
+    processor: DecoProcessor
+    independent_turns: bool = False
+    max_length: int | None = None
+    largest_grid: int | list[int] | None = None
+
+    def __post_init__(self):
+        tokenizer = self.processor.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if not has_generation_markers(self.processor.chat_template or ""):
+            raise ValueError(
+                "The chat template has no {% generation %} marks around the assistant's answers, so it does not say "
+                "what is to be learned. Choose one that has: --chat_template vicuna, or the path of a Jinja file."
+            )
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A compact batch: each image is one placeholder.
+
+        Returns:
+            `input_ids`, `labels` and `owners` `(batch, sequence)`, padded on the right; what the image processor gives
+            for all images, `pixel_values` `(num_images, 3, height, width)` and more for some; `sample_ids`, a list;
+            for text alone also `pooled_grid_sizes`, the 1 x 1 of the blank image.
+
+        Raises:
+            ValueError: a sample is longer than `max_length`, or its images and placeholders are not as many.
+        """
+        images = [image for example in examples for image in example["images"]]
+        rows = [self.tokenize(example) for example in examples]
+        for example, row in zip(examples, rows, strict=True):
+            length = self.count_tokens(row)
+            if self.max_length is not None and length > self.max_length:
+                raise ValueError(
+                    f"Sample {example.get('id')!r} has {length} tokens, {len(example['images'])} image(s) among them, "
+                    f"but max_length={self.max_length}. Raise it, or let --overlong_samples drop such samples."
+                )
+        batch = {}
+        if not images:
+            images = [Image.new("RGB", (8, 8))]
+            rows[0] = {
+                "input_ids": rows[0]["input_ids"] + [self.processor.image_token_id],
+                "labels": rows[0]["labels"] + [IGNORE_INDEX],
+                "owners": rows[0]["owners"] + [PADDING],
+            }
+            batch["pooled_grid_sizes"] = torch.tensor([[1, 1]])
+        batch |= {
+            "input_ids": _padded(rows, "input_ids", self.processor.tokenizer.pad_token_id),
+            "labels": _padded(rows, "labels", IGNORE_INDEX),
+            "owners": _padded(rows, "owners", PADDING),
+            "sample_ids": [str(example.get("id", "unnamed")) for example in examples],
+        }
+        return batch | dict(self.processor.image_processor(images, return_tensors="pt"))
+
+    def tokenize(self, example: dict[str, Any]) -> dict[str, list[int]]:
+        """`input_ids`, `labels` and `owners` of one conversation, images as one placeholder each."""
+        try:
+            messages = prepare_multimodal_messages(example["messages"], images=list(example["images"]))
+            row = self._tokenize_turns(messages) if self.independent_turns else self._tokenize_whole(messages)
+            num_placeholders = row["input_ids"].count(self.processor.image_token_id)
+            if num_placeholders != len(example["images"]):
+                raise ValueError(
+                    f"{num_placeholders} {self.processor.image_token} for {len(example['images'])} images."
+                )
+        except ValueError as error:
+            raise ValueError(f"Sample {example.get('id')!r}: {error}") from error
+        return row
+
+    def _tokenize_whole(self, messages: list[dict]) -> dict[str, list[int]]:
+        ids, labels = self._tokenize(messages)
+        return {"input_ids": ids, "labels": labels, "owners": [SHARED] * len(ids)}
+
+    def _tokenize_turns(self, messages: list[dict]) -> dict[str, list[int]]:
+        # Every question becomes a conversation of its own; what they have in common is kept once.
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        questions, answers = messages[len(system) :: 2], messages[len(system) + 1 :: 2]
+        shown, *later = [[part for part in question["content"] if part["type"] == "image"] for question in questions]
+        asked = [[part for part in question["content"] if part["type"] != "image"] for question in questions]
+        roles = {question["role"] for question in questions}, {answer["role"] for answer in answers}
+        if any(later) or roles != ({"user"}, {"assistant"}) or len(questions) != len(answers):
+            raise ValueError(
+                "its turns are not independent: they must be questions and answers, all images in the first question."
+            )
+        turns = [
+            self._tokenize([*system, {"role": "user", "content": [*shown, *question]}, answer])
+            for question, answer in zip(asked, answers, strict=True)
+        ]
+        start = _end_of_images(turns[0][0], self.processor.image_token_id)
+        prefix = turns[0][0][:start]
+        if any(ids[:start] != prefix for ids, _ in turns):
+            raise ValueError("the chat template shows more of a question than its images before the last image.")
+        row = {"input_ids": list(prefix), "labels": [IGNORE_INDEX] * start, "owners": [SHARED] * start}
+        for owner, (ids, labels) in enumerate(turns, start=1):
+            row["input_ids"] += ids[start:]
+            row["labels"] += labels[start:]
+            row["owners"] += [owner] * (len(ids) - start)
+        return row
+
+    def _tokenize(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        tokenizer = self.processor.tokenizer
+        (text,), (answers,) = render_jinja_template(
+            [messages],
+            chat_template=self.processor.chat_template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        starts_with_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        encoded = tokenizer(text, add_special_tokens=not starts_with_bos, return_offsets_mapping=True)
+        if encoded["input_ids"].count(self.processor.image_token_id) != text.count(self.processor.image_token):
+            raise ValueError(f"The tokenizer does not keep {self.processor.image_token!r} as one token.")
+        labels = [
+            token if any(start < last and end > first for first, last in answers) else IGNORE_INDEX
+            for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+        return encoded["input_ids"], labels
+
+    def count_tokens(self, row: dict[str, list[int]]) -> int:
+        """Tokens of a tokenized conversation with its images at their largest."""
+        num_images = row["input_ids"].count(self.processor.image_token_id)
+        tokens_per_image = num_image_tokens(self.largest_grid or self.processor.pooled_grid_size)
+        return len(row["input_ids"]) + num_images * (tokens_per_image - 1)
+
+
+def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProcessor) -> dict[str, Any]:
+    """Give each image of a compact batch the tokens of a grid.
+
+    Args:
+        batch: from `DecoCollator`, on any device.
+        pooled_grid_size: an int (square) or `[rows, cols]`; None stands for the processor's, and then the result has
+            no `pooled_grid_sizes` and its graph is static.
+
+    Returns:
+        The model's inputs with `labels`. `attention_mask` is `(batch, sequence)`; where turns are independent it is
+        `(batch, 1, sequence, sequence)`, true where a token may look, and `position_ids` of every turn go on from the
+        images, so that logits equal those of one sample per turn.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in ("owners", "sample_ids")}
+    owners = batch["owners"]
+    if "pooled_grid_sizes" not in batch:
+        grid = processor.pooled_grid_size if pooled_grid_size is None else pooled_grid_size
+        is_image = batch["input_ids"] == processor.image_token_id
+        repeats = torch.where(is_image, num_image_tokens(grid), 1)
+        padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
+        for name, value in padding.items():
+            inputs[name] = _repeated(batch[name], repeats, value)
+        owners = _repeated(owners, repeats, PADDING)
+        if pooled_grid_size is not None:
+            rows, cols = (grid, grid) if isinstance(grid, int) else grid
+            num_images = int(is_image.sum())
+            inputs["pooled_grid_sizes"] = torch.tensor([[rows, cols]] * num_images, device=owners.device)
+    if (owners > SHARED).any():
+        inputs["attention_mask"], inputs["position_ids"] = _independent(owners)
+    else:
+        inputs["attention_mask"] = (owners != PADDING).long()
+    return inputs
+
+
+def _independent(owners: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask `(batch, 1, sequence, sequence)` and positions `(batch, sequence)` of turns that see what is shared and
+    themselves alone."""
+    length = owners.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=owners.device).tril()
+    same_turn = owners[:, :, None] == owners[:, None, :]
+    mask = (same_turn | (owners == SHARED)[:, None, :]) & causal
+    seen = (mask & (owners != PADDING)[:, None, :]).sum(-1)  # a token's position is how many it sees before itself
+    return mask[:, None], (seen - 1).clamp(min=0)
+
+
+def _end_of_images(ids: list[int], image_token_id: int) -> int:
+    return max((position for position, token in enumerate(ids) if token == image_token_id), default=-1) + 1
+
+
+def _padded(rows: list[dict[str, list[int]]], name: str, value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
+
+
+def _repeated(tokens: torch.Tensor, repeats: torch.Tensor, value: int) -> torch.Tensor:
+    rows = [row.repeat_interleave(times) for row, times in zip(tokens, repeats, strict=True)]
+    return pad_sequence(rows, batch_first=True, padding_value=value)

@@ -1,0 +1,153 @@
+# /// script
+# dependencies = ["modeling-deco[train]"]
+# ///
+"""Train DeCo with TRL, in every stage: what is trained, and how, is in the YAML file.
+
+Stage 1, from a vision tower and a language model: a projector between them.
+
+    accelerate launch recipes/sft.py --config recipes/configs/stage1.yaml --data_path blip558k --output_dir align \
+        --vision_model_name_or_path openai/clip-vit-large-patch14-336 --model_name_or_path lmsys/vicuna-7b-v1.5
+
+Stage 2, instruction tuning of the result, or of a converted LLaVA checkpoint: stage2_full, stage2_lora, stage2_qlora.
+
+    accelerate launch recipes/sft.py --config recipes/configs/stage2_lora.yaml --data_path mix665k --output_dir tuned \
+        --model_name_or_path align
+
+`--data_path` is a folder that `python -m modeling_deco.recipes.data` writes, or any data set with `messages` and
+`images`. `--resume_from_checkpoint latest` goes on where a run was killed, or begins. The result lies in `output_dir`;
+with LoRA that is the adapter, and `--merge_adapter` writes the whole model to `output_dir/merged`.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from modeling_deco import DecoForConditionalGeneration, DecoProcessor
+from modeling_deco.conversion.processing import VICUNA_CHAT_TEMPLATE, pad_to_square
+from modeling_deco.recipes.data import load_data
+from modeling_deco.recipes.plots import plot_training
+from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
+
+logger = logging.getLogger(__name__)
+
+# LLaVA's `plain` (llava/conversation.py, conv_llava_plain): an image, its caption, a line break.
+PLAIN_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set content = message['content'] -%}
+{%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{%- for part in parts -%}{{- part['text'] -}}{%- endfor -%}{{- '\\n' -}}{% endgeneration %}
+{%- else -%}
+{%- for part in parts if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+"""
+CHAT_TEMPLATES = {"plain": PLAIN_CHAT_TEMPLATE, "vicuna": VICUNA_CHAT_TEMPLATE}
+
+
+@dataclass
+class DecoArguments:
+    """Model and data, beyond TRL's `ModelConfig`; neither has a default."""
+
+    data_path: list[str] = field(metadata={"help": "Folders of modeling_deco.recipes.data, or Hub ids; joined."})
+    eval_data_path: list[str] | None = field(
+        default=None, metadata={"help": "The same, for evaluation (--eval_strategy, --eval_steps)."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read data as it is needed; set --max_steps."})
+    vision_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Vision tower to put before the language model --model_name_or_path, with a new projector."},
+    )
+    pooled_grid_size: int | None = field(
+        default=None, metadata={"help": "Side of the model's own grid; default: 12, or the checkpoint's."}
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "plain, vicuna or the path of a Jinja file, with marks around what is to be learned."},
+    )
+    pad_images: bool = field(
+        default=False, metadata={"help": "Pad images to a square before resizing, as LLaVA-1.5 was trained."}
+    )
+    merge_adapter: bool = field(default=False, metadata={"help": "Write output_dir/merged, adapter and model in one."})
+
+
+def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForConditionalGeneration, DecoProcessor]:
+    """The model that is trained, and its processor."""
+    name, quantization_config = model_args.model_name_or_path, get_quantization_config(model_args)
+    if name is None:
+        raise ValueError("Name the model that is trained: --model_name_or_path.")
+    grid = {} if args.pooled_grid_size is None else {"pooled_grid_size": args.pooled_grid_size}
+    if args.vision_model_name_or_path is not None:
+        if quantization_config is not None:
+            raise ValueError("A model joined from two backbones cannot be quantized at once; save it first (stage 1).")
+        backbones = (args.vision_model_name_or_path, name)
+        model = DecoForConditionalGeneration.from_vision_text_pretrained(*backbones, dtype=model_args.dtype, **grid)
+        processor = DecoProcessor.from_vision_text_pretrained(*backbones, **grid)
+    else:
+        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
+        if config.model_type != "deco":
+            raise ValueError(
+                f"{name} is a {config.model_type!r} model, not DeCo. Convert a LLaVA checkpoint by deco convert; put "
+                f"a vision tower before a language model by --vision_model_name_or_path."
+            )
+        model = DecoForConditionalGeneration.from_pretrained(
+            name,
+            revision=model_args.model_revision,
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation,
+            quantization_config=quantization_config,
+            **grid,
+        )
+        processor = DecoProcessor.from_pretrained(name, revision=model_args.model_revision, **grid)
+    if args.chat_template is not None:
+        template = CHAT_TEMPLATES.get(args.chat_template) or Path(args.chat_template).read_text(encoding="utf-8")
+        processor.chat_template = template
+    if args.pad_images:
+        processor.image_processor = pad_to_square(processor.image_processor)
+    return model, processor
+
+
+def merge_adapter(adapter_dir: str) -> None:
+    """Write `adapter_dir/merged`: the model that the adapter was trained on, with the adapter in it."""
+    base = PeftConfig.from_pretrained(adapter_dir).base_model_name_or_path
+    model = DecoForConditionalGeneration.from_pretrained(base, dtype="auto")
+    merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
+    merged.save_pretrained(Path(adapter_dir, "merged"))
+    DecoProcessor.from_pretrained(adapter_dir).save_pretrained(Path(adapter_dir, "merged"))
+
+
+def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelConfig) -> DecoSFTTrainer:
+    """Train, save, plot; returns the trainer."""
+    model, processor = load(args, model_args)
+    eval_dataset = None if args.eval_data_path is None else load_data(args.eval_data_path, streaming=args.streaming)
+    trainer = DecoSFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=load_data(args.data_path, streaming=args.streaming),
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        peft_config=get_peft_config(model_args),
+    )
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint == "latest":
+        checkpoint = get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        plot_training(trainer.state.log_history, Path(training_args.output_dir, "training.png"))
+        if args.merge_adapter:
+            merge_adapter(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+    return trainer
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    main(*TrlParser((DecoArguments, DecoSFTConfig, ModelConfig)).parse_args_and_config())

@@ -1,0 +1,611 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The training recipe: what each config trains, what a run writes, what stops it, and how it goes on."""
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+pytest.importorskip("trl")
+
+import tiny_training
+from tiny_training import CONFIGS, arguments, build_dataset, conversation, conversations, launch, parse, run
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from modeling_deco import DecoForConditionalGeneration
+from modeling_deco.recipes import sft
+from modeling_deco.recipes.trainer import INCOMPLETE, DecoSFTConfig, DecoSFTTrainer, ModalityLengthSampler, part_of
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_training.save_checkpoint(tmp_path_factory.mktemp("sft") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_training.save_dataset(tmp_path_factory.mktemp("sft") / "data")
+
+
+def build_trainer(output_dir, examples=None, **kwargs) -> DecoSFTTrainer:
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_steps": 1} | kwargs
+    return DecoSFTTrainer(
+        model=tiny.build_model(),
+        args=DecoSFTConfig(output_dir=str(output_dir), **settings),
+        train_dataset=build_dataset(examples),
+        processing_class=tiny_training.build_processor(),
+    )
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    path = tmp_path_factory.mktemp("template") / "tiny.jinja"
+    path.write_text(tiny_training.CHAT_TEMPLATE)
+    return path
+
+
+def trained_parameters(trainer, before: dict) -> tuple[set[str], set[str]]:
+    """Names of the parameters that moved, and of those that are bit-equal; adapters have moved from their start."""
+    moved, equal = set(), set()
+    for name, parameter in trainer.model.named_parameters():
+        (equal if torch.equal(before[name], parameter.detach()) else moved).add(name)
+    return moved, equal
+
+
+def run_recording(monkeypatch, *args, **kwargs):
+    """`run`, with the parameters as they were before the first step."""
+    before = {}
+    real = DecoSFTTrainer.train
+
+    def recorded(self, **train_kwargs):
+        before.update({name: parameter.detach().clone() for name, parameter in self.model.named_parameters()})
+        return real(self, **train_kwargs)
+
+    monkeypatch.setattr(DecoSFTTrainer, "train", recorded)
+    return run(*args, **kwargs), before
+
+
+@pytest.mark.parametrize(
+    "config", ["stage1.yaml", "stage2_full.yaml", "stage2_lora.yaml", "stage2_qlora.yaml", "digits.yaml"]
+)
+def test_after_a_step_each_parameter_moved_or_is_bit_equal_as_the_config_declares(
+    config, checkpoint, data, template, tmp_path, monkeypatch
+):
+    if "qlora" in config:
+        pytest.importorskip("bitsandbytes")
+    if config == "digits.yaml":
+        data = tiny_training.save_dataset(tmp_path / "data", [conversation(index, num_turns=2) for index in range(12)])
+    declared = yaml.safe_load((CONFIGS / config).read_text())
+    grids = {"pooled_grid_sizes": [1, 2, 3]} if "pooled_grid_sizes" in declared else {}
+    # Adapters start at zero output: the gradient of A is zero in the first step, and it moves in the second.
+    trainer, before = run_recording(
+        monkeypatch, checkpoint, data, tmp_path / "out", config, max_steps=2, chat_template=template,
+        per_device_train_batch_size=4, **grids,
+    )  # fmt: skip
+    moved, equal = trained_parameters(trainer, before)
+    for name in sorted(moved | equal):
+        is_adapter = "lora_" in name
+        is_copy = "modules_to_save" in name  # PEFT's: the frozen original lies beside it
+        if declared.get("use_peft"):
+            expected = is_adapter or is_copy
+        else:
+            expected = part_of(name) not in declared["freeze"]
+        assert (name in moved) == expected, f"{name} {'moved' if name in moved else 'is equal'}"
+    if declared.get("use_peft"):
+        adapted = {re.search(r"layers\.\d+\.\w+\.(\w+)\.lora_A", name)[1] for name in moved if "lora_A" in name}
+        assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert not any("vision_tower" in name for name in moved)
+    assert all(
+        parameter.dtype == torch.float32 for name, parameter in trainer.model.named_parameters() if name in moved
+    )
+    assert trainer.args.max_length == declared["max_length"]
+
+
+@pytest.mark.parametrize("config", ["stage1.yaml", "stage2_full.yaml", "stage2_lora.yaml"])
+def test_what_is_trained_is_in_float32_beside_a_frozen_bfloat16_model(
+    config, checkpoint, data, template, tmp_path, monkeypatch
+):
+    trainer, before = run_recording(
+        monkeypatch, checkpoint, data, tmp_path / "out", config, max_steps=2, chat_template=template,
+        dtype="bfloat16", bf16=True,
+    )  # fmt: skip
+    moved, equal = trained_parameters(trainer, before)
+    assert moved
+    assert {before[name].dtype for name in moved} == {torch.float32}
+    assert {before[name].dtype for name in equal} == {torch.bfloat16}
+
+
+def test_stage_1_joins_two_backbones(data, tmp_path):
+    from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
+
+    def config_of(kind, values):
+        return kind(**{name: value for name, value in values.items() if name != "model_type"})
+
+    vision, text = tmp_path / "vision", tmp_path / "text"
+    AutoModel.from_config(config_of(CLIPVisionConfig, tiny.VISION_CONFIGS["clip"])).save_pretrained(vision)
+    tiny.build_image_processor().save_pretrained(vision)
+    AutoModelForCausalLM.from_config(config_of(LlamaConfig, tiny.TEXT_CONFIGS["llama"])).save_pretrained(text)
+    tiny.build_tokenizer(with_image_token=False).save_pretrained(text)
+    run(text, data, tmp_path / "out", "stage1.yaml", vision_model_name_or_path=vision, pooled_grid_size=2)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert isinstance(model, DecoForConditionalGeneration)
+    assert model.config.pooled_grid_size == processor.pooled_grid_size == 2
+    assert processor.chat_template == sft.PLAIN_CHAT_TEMPLATE
+    frozen = load_file(text / "model.safetensors")
+    kept = dict(model.model.language_model.named_parameters())
+    assert torch.equal(frozen["model.layers.0.mlp.up_proj.weight"], kept["layers.0.mlp.up_proj.weight"])
+
+
+def test_stage_1_learns_the_caption_and_its_line_break():
+    from modeling_deco.recipes.collator import DecoCollator
+
+    processor = tiny.build_processor(chat_template=sft.PLAIN_CHAT_TEMPLATE)
+    row = DecoCollator(processor).tokenize(conversation(0))
+    assert processor.decode(row["input_ids"]) == "<image> a red cat ."
+    assert processor.decode([label for label in row["labels"] if label >= 0]) == "a red cat ."
+
+
+@pytest.mark.parametrize("config", ["stage1.yaml", "stage2_full.yaml", "stage2_lora.yaml"])
+def test_a_frozen_tower_is_not_differentiated_through(config, checkpoint, data, template, tmp_path, monkeypatch):
+    seen = []
+    real = DecoSFTTrainer.train
+
+    def recorded(self, **kwargs):
+        tower = (
+            self.model.base_model.vision_tower
+            if config != "stage2_lora.yaml"
+            else self.model.base_model.model.model.vision_tower
+        )
+        tower.register_forward_hook(lambda *call: seen.append(call[-1].hidden_states[-1].requires_grad))
+        return real(self, **kwargs)
+
+    monkeypatch.setattr(DecoSFTTrainer, "train", recorded)
+    run(checkpoint, data, tmp_path / "out", config, chat_template=template)
+    assert set(seen) == {False}
+
+
+def test_a_trained_tower_is_checkpointed_with_its_gradients(checkpoint, data, tmp_path, monkeypatch):
+    gradients = {}
+    for name in (True, False):
+        trainer = build_trainer(
+            tmp_path / str(name), gradient_checkpointing=name, examples=conversations(2), max_grad_norm=0
+        )
+        stepped = torch.optim.AdamW.step
+
+        def step(self, *args, stepped=stepped, trainer=trainer, name=name, **kwargs):
+            gradients[name] = {
+                key: value.grad.clone() for key, value in trainer.model.named_parameters() if value.grad is not None
+            }
+            return stepped(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        trainer.train()
+        monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+    assert any("vision_tower" in name for name in gradients[True])
+    assert gradients[True].keys() == gradients[False].keys()
+    for name in gradients[True]:
+        torch.testing.assert_close(gradients[True][name], gradients[False][name])
+
+
+def test_frozen_bfloat16_needs_autocast(checkpoint, data, tmp_path):
+    with pytest.raises(ValueError, match=r"frozen parts are in torch.bfloat16.*--bf16 true, or --dtype float32"):
+        run(checkpoint, data, tmp_path / "out", freeze="vision_tower", dtype="bfloat16")
+
+
+def test_parts_have_their_learning_rates(tmp_path):
+    trainer = build_trainer(
+        tmp_path, learning_rate=1e-3, projector_learning_rate=2e-5, vision_tower_learning_rate=3e-6, weight_decay=0.1
+    )
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates = {
+        names[id(p)]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert set(rates) == set(names.values())
+    assert rates["model.multi_modal_projector.linear_1.weight"] == (2e-5, 0.1)
+    assert rates["model.multi_modal_projector.linear_1.bias"] == (2e-5, 0.0)
+    assert rates["model.vision_tower.encoder.layers.0.mlp.fc1.weight"] == (3e-6, 0.1)
+    assert rates["model.language_model.layers.0.mlp.up_proj.weight"] == (1e-3, 0.1)
+    assert rates["lm_head.weight"] == (1e-3, 0.1)
+    assert trainer.create_optimizer() is optimizer
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_grids_are_drawn_per_step_from_seed_and_step_alone(tmp_path):
+    drawn = {}
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        trainer = build_trainer(tmp_path / name, pooled_grid_sizes=[1, 2, 3], seed=seed)
+        drawn[name] = [trainer.grid_of_step(step) for step in range(300)]
+    assert drawn["one"] == drawn["again"] != drawn["other"]
+    assert {grid: drawn["one"].count(grid) > 70 for grid in (1, 2, 3)} == {1: True, 2: True, 3: True}
+    trainer.args.pooled_grid_weights = [0.0, 1.0, 3.0]
+    counts = [[trainer.grid_of_step(step) for step in range(400)].count(grid) for grid in (1, 2, 3)]
+    assert counts[0] == 0
+    assert 70 < counts[1] < 130
+
+
+def test_a_step_pools_every_batch_of_it_to_its_grid(tmp_path):
+    trainer = build_trainer(
+        tmp_path, pooled_grid_sizes=[1, 2, 3], gradient_accumulation_steps=2, max_steps=6,
+        examples=[conversation(index) for index in range(12)], per_device_train_batch_size=2,
+    )  # fmt: skip
+    seen = []
+    trainer.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((trainer.state.global_step, kwargs["pooled_grid_sizes"].tolist())),
+        with_kwargs=True,
+    )
+    trainer.train()
+    assert len(seen) == 12
+    for step, grids in seen:
+        side = trainer.grid_of_step(step)
+        assert grids == [[side, side]] * 2
+    assert len({grids[0][0] for _, grids in seen}) > 1
+
+
+def test_batches_are_of_one_modality_and_like_length():
+    rng = np.random.default_rng(0)
+    lengths, has_images = rng.integers(10, 1000, 1000).tolist(), rng.random(1000) < 0.8
+    sampler = ModalityLengthSampler(lengths, has_images, batch_size=16, seed=0)
+    order = list(sampler)
+    assert sorted(order) == list(range(1000))
+    batches = [order[start : start + 16] for start in range(0, 1000, 16)]
+    assert sum(len({bool(has_images[sample]) for sample in batch}) == 1 for batch in batches) >= len(batches) - 2
+    spread = np.mean([np.ptp([lengths[sample] for sample in batch]) for batch in batches[:-2]])
+    assert spread < 150  # of 990 in random batches
+    assert max(lengths) in [lengths[sample] for sample in batches[0]]
+    assert list(sampler) == order
+    sampler.epoch = 1
+    assert list(sampler) != order
+
+
+def test_samplers_of_tiny_and_one_sided_data_give_every_sample():
+    for has_images in ([True] * 3, [False] * 5, [True] * 4 + [False], []):
+        sampler = ModalityLengthSampler(list(range(len(has_images))), has_images, batch_size=4, seed=0)
+        assert sorted(sampler) == list(range(len(has_images)))
+
+
+def test_grouped_epochs_differ_and_survive_a_resume(tmp_path):
+    settings = {"train_sampling_strategy": "group_by_length", "max_steps": 8, "save_steps": 1, "logging_steps": 1}
+    settings |= {"examples": conversations(24), "per_device_train_batch_size": 8}  # three steps are an epoch
+    whole = build_trainer(tmp_path, **settings)
+    whole.train()
+    for step in (2, 3, 5):
+        resumed = build_trainer(tmp_path / str(step), **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert losses_of(resumed.state.log_history) == losses_of(whole.state.log_history)
+
+
+def test_measuring_counts_tokens_at_the_largest_grid_and_decodes_nothing(tmp_path):
+    trainer = build_trainer(tmp_path, pooled_grid_sizes=[1, 6], examples=conversations(3))
+    # <s> user : [image] what is this ? assistant : a red cat . </s>: 14 tokens and 36 per image
+    assert trainer.train_dataset["length"][:] == [14 + 36, trainer.train_dataset["length"][1], 12]
+    assert trainer.train_dataset["has_images"][:] == [True, True, False]
+
+
+@pytest.mark.parametrize("rule", ["refuse", "drop"])
+def test_samples_that_are_too_long_are_refused_or_dropped_with_numbers(rule, tmp_path, caplog):
+    arguments = {"max_length": 30, "overlong_samples": rule, "examples": conversations(6)}
+    if rule == "refuse":
+        with pytest.raises(
+            ValueError,
+            match=r"3 of 6 samples are longer.*max_length=30.*sample-1 \(44 tokens\).*--overlong_samples drop",
+        ):
+            build_trainer(tmp_path, **arguments)
+        return
+    trainer = build_trainer(tmp_path, **arguments)
+    assert trainer.train_dataset["id"][:] == ["sample-0", "sample-2", "sample-5"]
+    assert "3 of 6 samples are longer than max_length=30" in caplog.text
+    trainer.train()
+
+
+def test_a_streamed_sample_that_is_too_long_is_refused_or_dropped(checkpoint, data, tmp_path):
+    with pytest.raises(ValueError, match=r"Sample 'sample-1' has \d+ tokens.*max_length=30"):
+        run(checkpoint, data, tmp_path / "refuse", streaming=True, max_length=30, max_steps=12)
+    run(checkpoint, data, tmp_path / "drop", streaming=True, max_length=30, max_steps=3, overlong_samples="drop")
+    assert (tmp_path / "drop" / "model.safetensors").exists()
+
+
+# --- what a run writes -----------------------------------------------------------------------------------------------
+
+
+def test_the_result_loads_and_answers(checkpoint, data, tmp_path):
+    trainer = run(
+        checkpoint, data, tmp_path / "out", eval_data_path=data, eval_strategy="steps", eval_steps=1, max_steps=2
+    )
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    expected = dict(trainer.model.named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    content = [{"type": "image", "image": tiny.picture(0)}, {"type": "text", "text": "what is this ?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+    with Image.open(tmp_path / "out" / "training.png") as plot:
+        assert plot.size == (1200, 480)
+        assert len(plot.convert("RGB").getcolors(1 << 20)) > 100
+    assert [log["step"] for log in trainer.state.log_history if "eval_loss" in log] == [1, 2]
+
+
+def test_an_adapter_loads_on_its_model_and_merged(checkpoint, data, template, tmp_path):
+    trainer = run(
+        checkpoint, data, tmp_path / "out", "stage2_lora.yaml", max_steps=3, chat_template=template,
+        merge_adapter=True, learning_rate=1e-2, projector_learning_rate=1e-2,
+    )  # fmt: skip
+    inputs = {"input_ids": torch.tensor([tiny.prompt("what", 9, "is this ?")]), "pixel_values": tiny.pixels(1)}
+    trainer.model.eval()
+    loaded = {
+        "trained": trainer.model,
+        "with its adapter": AutoModelForImageTextToText.from_pretrained(tmp_path / "out"),
+        "merged": AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "merged"),
+        "before": AutoModelForImageTextToText.from_pretrained(checkpoint),
+    }
+    with torch.no_grad():
+        logits = {name: model.eval()(**inputs).logits for name, model in loaded.items()}
+    torch.testing.assert_close(logits["with its adapter"], logits["trained"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits["merged"], logits["trained"], atol=1e-4, rtol=1e-4)
+    assert (logits["before"] - logits["trained"]).abs().max() > 1e-2
+    assert AutoProcessor.from_pretrained(tmp_path / "out" / "merged").chat_template == tiny_training.CHAT_TEMPLATE
+
+
+def test_logs_go_where_report_to_says(checkpoint, data, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    run(checkpoint, data, tmp_path / "out", report_to="tensorboard", max_steps=3)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    assert {"train/mean_token_accuracy", "train/learning_rate", "train/grad_norm"} <= set(events.Tags()["scalars"])
+
+
+# --- what stops a run, and how it goes on ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_samples(value, tmp_path, monkeypatch):
+    trainer = build_trainer(
+        tmp_path, max_steps=5, save_steps=1, per_device_train_batch_size=2, train_sampling_strategy="sequential"
+    )
+    real = DecoSFTTrainer.compute_loss
+
+    def failing(self, *args, **kwargs):
+        return real(self, *args, **kwargs) * (value if self.state.global_step == 2 else 1)
+
+    monkeypatch.setattr(DecoSFTTrainer, "compute_loss", failing)
+    with pytest.raises(FloatingPointError, match=rf"The loss is {value} at step 3, on samples sample-4, sample-5\."):
+        trainer.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    named = dict(trainer.model.named_parameters())
+    assert not (tmp_path / "checkpoint-3").exists()
+    assert all(torch.equal(saved[name], parameter) for name, parameter in named.items() if name in saved)
+
+
+def test_a_checkpoint_has_its_name_when_it_is_whole(tmp_path, monkeypatch):
+    trainer = build_trainer(tmp_path, max_steps=4, save_steps=1, save_total_limit=2)
+    real = DecoSFTTrainer._save_rng_state
+
+    def failing(self, output_dir):  # the last of a checkpoint's parts but one
+        if self.state.global_step == 3:
+            assert (tmp_path / INCOMPLETE / "checkpoint-3" / "model.safetensors").exists()
+            raise OSError("No space left on device")
+        real(self, output_dir)
+
+    monkeypatch.setattr(DecoSFTTrainer, "_save_rng_state", failing)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    monkeypatch.setattr(DecoSFTTrainer, "_save_rng_state", real)
+    resumed = build_trainer(tmp_path, max_steps=4, save_steps=1, save_total_limit=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert not (tmp_path / INCOMPLETE).exists()
+
+
+def test_a_checkpoint_is_replaced_by_a_run_that_went_on_from_an_older_one(tmp_path):
+    build_trainer(tmp_path, max_steps=3, save_steps=1).train()
+    (tmp_path / "checkpoint-3" / "stale").touch()
+    build_trainer(tmp_path, max_steps=3, save_steps=1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert not (tmp_path / "checkpoint-3" / "stale").exists()
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").exists()
+
+
+def test_the_best_checkpoint_is_known_by_its_final_name(tmp_path):
+    trainer = DecoSFTTrainer(
+        model=tiny.build_model(),
+        args=DecoSFTConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=4,
+            eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True, save_total_limit=1,
+            learning_rate=1e-3,
+        ),
+        train_dataset=build_dataset(),
+        eval_dataset=build_dataset(conversations(4)),
+        processing_class=tiny_training.build_processor(),
+    )  # fmt: skip
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert INCOMPLETE not in best
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == best
+    assert all(
+        torch.equal(value, trainer.model.state_dict()[name])
+        for name, value in load_file(f"{best}/model.safetensors").items()
+    )
+
+
+def losses(output_dir) -> dict[int, tuple]:
+    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return losses_of(json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"])
+
+
+def losses_of(log_history: list[dict]) -> dict[int, tuple]:
+    return {log["step"]: (log["loss"], log["grad_norm"]) for log in log_history if "loss" in log}
+
+
+@pytest.mark.parametrize("config", [None, "stage2_lora.yaml"])
+def test_a_resumed_run_has_the_losses_of_the_whole_one(config, checkpoint, data, template, tmp_path):
+    settings = {"max_steps": 16, "save_steps": 5, "train_sampling_strategy": "group_by_length", "save_total_limit": 9}
+    settings |= {"pooled_grid_sizes": [1, 2, 3], "chat_template": template, "gradient_accumulation_steps": 2}
+    settings |= {"resume_from_checkpoint": "latest"}  # begins where there is none
+    run(checkpoint, data, tmp_path / "whole", config, **settings)
+    for step in (5, 10):
+        source = tmp_path / "whole" / f"checkpoint-{step}"
+        run(checkpoint, data, tmp_path / f"from-{step}", config, **settings | {"resume_from_checkpoint": source})
+        assert losses(tmp_path / f"from-{step}") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [None, "stage2_lora.yaml"])
+def test_a_run_killed_at_any_step_goes_on_bit_for_bit(config, checkpoint, data, template, tmp_path):
+    settings = {"max_steps": 40, "save_steps": 2, "chat_template": template, "save_total_limit": 2}
+    settings |= {"resume_from_checkpoint": "latest", "pooled_grid_sizes": [1, 2, 3]}
+    settings |= {"train_sampling_strategy": "group_by_length", "dataloader_num_workers": 1}
+    whole = launch(arguments(checkpoint, data, tmp_path / "whole", config, **settings))
+    assert whole.returncode == 0, whole.stderr
+    words = arguments(checkpoint, data, tmp_path / "killed", config, **settings)
+    rng, kills = np.random.default_rng(0), 0
+    command = [sys.executable, str(CONFIGS.parent / "sft.py"), *words]
+    for _ in range(30):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seen = set((tmp_path / "killed").glob("checkpoint-*"))
+        while process.poll() is None and set((tmp_path / "killed").glob("checkpoint-*")) == seen:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.4))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.wait() == 0
+    assert kills >= 4
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    name = "model.safetensors" if config is None else "adapter_model.safetensors"
+    expected, found = (load_file(tmp_path / folder / name) for folder in ("whole", "killed"))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_model_and_data_have_no_default(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--config", str(CONFIGS / "stage1.yaml"), "--output_dir", "unused"])
+    assert "--data_path" in capsys.readouterr().err
+    words = [
+        "--config",
+        str(CONFIGS / "stage1.yaml"),
+        "--output_dir",
+        "unused",
+        "--data_path",
+        "unused",
+        "--bf16",
+        "false",
+    ]
+    with pytest.raises(ValueError, match="Name the model that is trained: --model_name_or_path"):
+        sft.main(*parse([*words, "--use_cpu", "true"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"freeze": ["tower"]},
+            r"freeze names 'tower'; the parts are vision_tower, multi_modal_projector, language_model",
+        ),
+        ({"pooled_grid_sizes": [2, 7]}, "pooled_grid_sizes has 7, but the vision tower gives 6 x 6 patches"),
+        ({"pooled_grid_sizes": [0]}, "positive int"),
+        ({"pooled_grid_sizes": [1, 2], "pooled_grid_weights": [1.0]}, "1 numbers for 2 pooled_grid_sizes"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build_trainer(tmp_path, **settings)
+
+
+def test_a_llava_checkpoint_is_refused_with_what_to_do(data, tmp_path):
+    from transformers import LlavaConfig
+
+    LlavaConfig().save_pretrained(tmp_path / "llava")
+    with pytest.raises(ValueError, match=r"is a 'llava' model, not DeCo\. Convert a LLaVA checkpoint by deco convert"):
+        run(tmp_path / "llava", data, tmp_path / "out")
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_every_config_is_read_to_the_last_field(config):
+    parse(["--config", str(CONFIGS / config), "--output_dir", "unused", "--data_path", "unused", "--bf16", "false"])
+    assert "Source:" in (CONFIGS / config).read_text()
+
+
+def readme_commands() -> list[list[str]]:
+    """The arguments of every `recipes/sft.py` in the README and in the recipe's own docstring."""
+    found = []
+    for text in ((CONFIGS.parents[1] / "README.md").read_text(), sft.__doc__):
+        for command in re.findall(r"^ *accelerate launch .*$", text.replace("\\\n", ""), re.MULTILINE):
+            words = shlex.split(command)
+            found.append([word for word in words[words.index("recipes/sft.py") + 1 :] if word != "..."])
+    return found
+
+
+@pytest.mark.parametrize("words", readme_commands())
+def test_documented_commands_are_understood(words, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parents[1])
+    for name in ("--data_path", "--output_dir", "--model_name_or_path"):
+        words = words if name in words else [*words, name, "unused"]
+    args, training_args, model_args = parse([*words, "--bf16", "false"])
+    assert args.data_path
+    assert model_args.model_name_or_path
+
+
+def test_documented_commands_are_found():
+    assert len(readme_commands()) >= 7
+
+
+# --- the check on a GPU ----------------------------------------------------------------------------------------------
+
+GPU_CHECK = CONFIGS.parent / "gpu_check.sh"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_check_says_what_it_cannot_run(tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable}
+    result = subprocess.run([GPU_CHECK, "--out", tmp_path], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "not run: 7b, stage1, stage2_lora, stage2_qlora: this machine has no CUDA device" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_gpu_check_is_in_order(tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CI": "1"}
+    command = [GPU_CHECK, "--shape", "tiny", "--out", tmp_path]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert set(report["stages"]) == {
+        f"tiny {stage}" for stage in ("stage1", "stage2_full", "stage2_lora", "stage2_qlora")
+    }
+    for cost in report["stages"].values():
+        assert cost["samples_per_second"] > 0
+        assert len(cost["losses"]) == 6
+    assert json.loads(result.stdout.splitlines()[-1]) == report

@@ -1,0 +1,146 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny DeCo checkpoint, a data set of conversations, and runs of `recipes/sft.py` on them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny
+from datasets import Dataset, Features, Image, List, Value
+from trl import ModelConfig, TrlParser
+
+from modeling_deco.recipes import sft
+from modeling_deco.recipes.trainer import DecoSFTConfig
+
+CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
+ACCELERATE_CONFIGS = CONFIGS.with_name("accelerate_configs")
+
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- set content = message['content'] -%}
+{%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
+{{- message['role'] + ' : ' -}}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}
+{%- for part in parts -%}{{- part['text'] + ' ' -}}{%- endfor -%}{{- eos_token + ' ' -}}
+{% endgeneration %}
+{%- else -%}
+{%- for part in parts -%}{{- '<image>' if part['type'] == 'image' else part['text'] + ' ' -}}{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'assistant : ' -}}{%- endif -%}
+"""
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "images": List(Image()),
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+    }
+)
+ANSWERS = ("a red cat .", "the blue dog .", "two .", "the cat is blue .")
+
+
+def build_processor(**kwargs):
+    return tiny.build_processor(chat_template=CHAT_TEMPLATE, **kwargs)
+
+
+def conversation(index: int, num_images: int = 1, num_turns: int = 1) -> dict:
+    """An example as `modeling_deco.recipes.data` writes it."""
+    messages = []
+    for turn in range(num_turns):
+        shown = [{"type": "image", "text": None}] * num_images if turn == 0 else []
+        question = "what is this ?" if turn == 0 else "is the cat red ?"
+        messages += [
+            {"role": "user", "content": [*shown, {"type": "text", "text": question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[(index + turn) % len(ANSWERS)]}]},
+        ]
+    images = [tiny.picture(10 * index + number) for number in range(num_images)]
+    return {"id": f"sample-{index}", "images": images, "messages": messages}
+
+
+def conversations(number: int = 24) -> list[dict]:
+    """One image, two, and none in turn; one or two questions."""
+    return [conversation(index, num_images=(1, 2, 0)[index % 3], num_turns=1 + index % 2) for index in range(number)]
+
+
+def build_dataset(examples=None) -> Dataset:
+    return Dataset.from_list(conversations() if examples is None else examples, features=FEATURES)
+
+
+def save_dataset(folder: Path, examples=None) -> Path:
+    """A folder that `load_dataset` opens."""
+    (folder / "data").mkdir(parents=True)
+    build_dataset(examples).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+
+def save_checkpoint(folder: Path, **kwargs) -> Path:
+    tiny.build_model(**kwargs).save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+    return folder
+
+
+def arguments(model: Path, data: Path, output_dir: Path, config: str | None = None, **kwargs) -> list[str]:
+    """The command line of a short run on CPU in float32."""
+    settings = {
+        "model_name_or_path": model,
+        "data_path": data,
+        "output_dir": output_dir,
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "dataloader_num_workers": 0,
+        "use_cpu": True,
+        "bf16": False,
+        "dtype": "float32",
+        "report_to": "none",
+        "disable_tqdm": True,
+    } | kwargs
+    words = [] if config is None else ["--config", str(CONFIGS / config)]
+    for name, value in settings.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def parse(words: list[str]):
+    return TrlParser((sft.DecoArguments, DecoSFTConfig, ModelConfig)).parse_args_and_config(words)
+
+
+def run(model: Path, data: Path, output_dir: Path, config: str | None = None, **kwargs):
+    """Run the recipe in this process; returns its trainer."""
+    return sft.main(*parse(arguments(model, data, output_dir, config, **kwargs)))
+
+
+def launch(
+    words: list[str], launcher=(sys.executable,), timeout: float = 600, extra_environment=None
+) -> subprocess.CompletedProcess:
+    """Run the recipe's script in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "1"} | (extra_environment or {})
+    script = Path(__file__).parents[1] / "recipes" / "sft.py"
+    return subprocess.run(
+        [*launcher, str(script), *words], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def launch_on_cpus(words: list[str], config: str, num_processes: int = 2, **kwargs) -> subprocess.CompletedProcess:
+    """Run the script as `accelerate launch --config_file` would, in CPU processes that talk over gloo.
+
+    accelerate itself starts several processes for GPUs alone, so its reading of the file is handed to torchrun.
+    """
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    command = ["--config_file", str(ACCELERATE_CONFIGS / config), "--num_processes", str(num_processes), "unused"]
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    environment = prepare_multi_gpu_env(parsed) | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    if parsed.use_fsdp:
+        launcher.append(str(Path(__file__).with_name("fsdp_on_cpu.py")))
+    return launch(words, launcher, extra_environment=environment, **kwargs)
