@@ -67,7 +67,7 @@ def draw(results: dict[str, dict], grids: list[int], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("accuracy, %")
-    figure.axes[-1].legend(loc="lower right")
+    figure.axes[0].legend(loc="lower center")
     figure.savefig(path, dpi=120)
 
 

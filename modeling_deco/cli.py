@@ -31,7 +31,7 @@ def _grid(value: str) -> list[int]:
     return [int(match[1]), int(match[2] or match[1])]
 
 
-def _nf4_config():
+def nf4_config():
     """NF4 for bitsandbytes, or a ValueError that says what to install."""
     missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
     if missing:
@@ -83,7 +83,7 @@ def ask(
     try:
         grid = None if pooled_grid_size is None else _grid(pooled_grid_size)
         # not quantization_config=None, with which an Auto class forgets that a checkpoint is quantized
-        quantization = {"quantization_config": _nf4_config()} if in_4bit else {}
+        quantization = {"quantization_config": nf4_config()} if in_4bit else {}
         processor = AutoProcessor.from_pretrained(model)
         loaded = AutoModelForImageTextToText.from_pretrained(model, **quantization)
         pipe = pipeline("image-text-to-text", model=loaded, processor=processor)

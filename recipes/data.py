@@ -486,11 +486,13 @@ def load_data(paths: str | list[str], streaming: bool = False, split: str = "tra
         columns = dataset.column_names or list(next(iter(dataset), {}))
         if "messages" not in columns and not {"chosen", "rejected"} <= set(columns):
             raise ValueError(f"{path} has no column 'messages' but {', '.join(columns)}; make it by `{command}`.")
-        columns = [name for name in ("messages", "prompt", "chosen", "rejected", "images") if name in columns]
+        columns = [name for name in ("id", "messages", "prompt", "chosen", "rejected", "images") if name in columns]
         dataset = dataset.select_columns(columns)
         if "images" not in columns:
-            features = Features({**dict.fromkeys(columns, MESSAGES), "images": List(ImageFeature())})
-            dataset = dataset.map(_without_images).cast(features)
+            features = {name: Value("string") if name == "id" else MESSAGES for name in columns}
+            dataset = dataset.map(_without_images).cast(Features({**features, "images": List(ImageFeature())}))
+        elif "id" in columns and (dataset.features or {}).get("id") != Value("string"):  # numbers elsewhere
+            dataset = dataset.cast_column("id", Value("string"))  # which copies all that is not streamed
         datasets.append(dataset)
     return concatenate_datasets(datasets)
 
@@ -504,6 +506,7 @@ def _without_images(row: dict[str, Any]) -> dict[str, Any]:
     return {"images": []} | {
         name: [{"role": message["role"], "content": parts(message["content"])} for message in messages]
         for name, messages in row.items()
+        if name != "id"
     }
 
 

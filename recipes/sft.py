@@ -33,7 +33,7 @@ from modeling_deco.recipes.data import load_data
 from modeling_deco.recipes.plots import plot_training
 from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
 
-logger = logging.getLogger(__name__)
+SHUFFLE_BUFFER_SIZE = 1000  # rows of a streamed data set, images not decoded
 
 # LLaVA's `plain` (llava/conversation.py, conv_llava_plain): an image, its caption, a line break.
 PLAIN_CHAT_TEMPLATE = """\
@@ -124,11 +124,14 @@ def merge_adapter(adapter_dir: str) -> None:
 def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelConfig) -> DecoSFTTrainer:
     """Train, save, plot; returns the trainer."""
     model, processor = load(args, model_args)
+    train_dataset = load_data(args.data_path, streaming=args.streaming)
+    if args.streaming:  # one endless pass, of which Trainer knows how much a resumed run has seen
+        train_dataset = train_dataset.repeat(None).shuffle(seed=training_args.seed, buffer_size=SHUFFLE_BUFFER_SIZE)
     eval_dataset = None if args.eval_data_path is None else load_data(args.eval_data_path, streaming=args.streaming)
     trainer = DecoSFTTrainer(
         model=model,
         args=training_args,
-        train_dataset=load_data(args.data_path, streaming=args.streaming),
+        train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
         peft_config=get_peft_config(model_args),
@@ -144,7 +147,7 @@ def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelCon
             merge_adapter(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub()
-    trainer.end()
+    trainer.accelerator.end_training()
     return trainer
 
 

@@ -166,8 +166,8 @@ class DecoSFTTrainer(SFTTrainer):
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
         sampler = ModalityLengthSampler(
-            dataset["length"],
-            dataset["has_images"],
+            dataset["length"][:],
+            dataset["has_images"][:],
             batch_size=self.args.train_batch_size * self.args.world_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
@@ -203,6 +203,12 @@ class DecoSFTTrainer(SFTTrainer):
                 f"{', '.join(self._sample_ids)}. Nothing was learned from them; checkpoints before this step are good."
             )
         return loss
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer would do steps more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -317,7 +323,7 @@ def measured(dataset, collator: DecoCollator, args: DecoSFTConfig):
     dataset = concatenate_datasets([dataset, measurements.with_format(None)], axis=1)
     if args.max_length is None:
         return dataset
-    lengths = np.array(dataset["length"])
+    lengths = np.array(dataset["length"][:])
     overlong = np.flatnonzero(lengths > args.max_length)
     if len(overlong) == 0:
         return dataset
@@ -379,7 +385,9 @@ class ModalityLengthSampler(Sampler[int]):
             batches += [samples[start : start + self.batch_size] for start in range(0, num_full, self.batch_size)]
             rest += samples[num_full:]
         batches = [batches[position] for position in torch.randperm(len(batches), generator=generator).tolist()]
-        batches.sort(key=lambda batch: max(self.lengths[sample] for sample in batch) < max(self.lengths))
+        longest = [max(self.lengths[sample] for sample in batch) for batch in batches]
+        if batches:
+            batches.insert(0, batches.pop(int(np.argmax(longest))))
         yield from (sample for batch in [*batches, rest] for sample in batch)
 
 

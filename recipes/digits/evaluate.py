@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
+from modeling_deco.cli import nf4_config
 from modeling_deco.recipes.digits.world import KINDS, SPLITS, questions, render, score
 
 BATCH_SIZE = 256  # questions
@@ -91,12 +92,14 @@ def main(
     split: Annotated[str, typer.Option(help=f"Scans to draw from: {', '.join(SPLITS)}.")] = "test",
     num_pictures: Annotated[int, typer.Option(min=2, help="Pictures, each with one question of every kind.")] = 1000,
     seed: Annotated[int, typer.Option(help="Another seed gives other pictures.")] = 0,
+    in_4bit: Annotated[bool, typer.Option("--4bit", help="Language model in 4 bits (NF4, bitsandbytes).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Print the accuracy of MODEL on held-out handwriting."""
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
-    loaded = AutoModelForImageTextToText.from_pretrained(model)
+    quantization = {"quantization_config": nf4_config()} if in_4bit else {}
+    loaded = AutoModelForImageTextToText.from_pretrained(model, **quantization)
     processor = AutoProcessor.from_pretrained(model)
     if torch.cuda.is_available():
         loaded = loaded.to("cuda")
@@ -105,6 +108,7 @@ def main(
         report = {
             "model": model,
             "pooled_grid_size": pooled_grid_size or processor.pooled_grid_size,
+            "in_4bit": in_4bit,
             "split": split,
             "num_pictures": num_pictures,
             "seed": seed,
