@@ -129,6 +129,10 @@ class DecoCollator:
         prefix = turns[0][0][:start]
         if any(ids[:start] != prefix for ids, _ in turns):
             raise ValueError("the chat template shows more of a question than its images before the last image.")
+        if any(labels[start] != IGNORE_INDEX for _, labels in turns[1:]):
+            raise ValueError(
+                "the chat template shows no question before an answer, so turns would follow one another."
+            )
         row = {"input_ids": list(prefix), "labels": [IGNORE_INDEX] * start, "owners": [SHARED] * start}
         for owner, (ids, labels) in enumerate(turns, start=1):
             row["input_ids"] += ids[start:]

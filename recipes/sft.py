@@ -22,8 +22,9 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig
+from transformers import AutoConfig, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -83,10 +84,15 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
         raise ValueError("Name the model that is trained: --model_name_or_path.")
     grid = {} if args.pooled_grid_size is None else {"pooled_grid_size": args.pooled_grid_size}
     if args.vision_model_name_or_path is not None:
-        if quantization_config is not None:
-            raise ValueError("A model joined from two backbones cannot be quantized at once; save it first (stage 1).")
+        if quantization_config is not None or model_args.model_revision != "main":
+            raise ValueError(
+                "Two backbones are joined as they are: train the projector first (stage 1), then quantize the result; "
+                "for a --model_revision, download it and name its folder."
+            )
         backbones = (args.vision_model_name_or_path, name)
         model = DecoForConditionalGeneration.from_vision_text_pretrained(*backbones, dtype=model_args.dtype, **grid)
+        if model_args.attn_implementation is not None:
+            model.set_attn_implementation(model_args.attn_implementation)
         processor = DecoProcessor.from_vision_text_pretrained(*backbones, **grid)
     else:
         config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
@@ -112,17 +118,27 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
     return model, processor
 
 
-def merge_adapter(adapter_dir: str) -> None:
+def merge_adapter(adapter_dir: str, revision: str = "main") -> None:
     """Write `adapter_dir/merged`: the model that the adapter was trained on, with the adapter in it."""
-    base = PeftConfig.from_pretrained(adapter_dir).base_model_name_or_path
-    model = DecoForConditionalGeneration.from_pretrained(base, dtype="auto")
+    processor = DecoProcessor.from_pretrained(adapter_dir)
+    model = DecoForConditionalGeneration.from_pretrained(
+        PeftConfig.from_pretrained(adapter_dir).base_model_name_or_path,
+        revision=revision,
+        dtype="auto",
+        pooled_grid_size=processor.pooled_grid_size,
+    )
     merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
     merged.save_pretrained(Path(adapter_dir, "merged"))
-    DecoProcessor.from_pretrained(adapter_dir).save_pretrained(Path(adapter_dir, "merged"))
+    processor.save_pretrained(Path(adapter_dir, "merged"))
 
 
 def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelConfig) -> DecoSFTTrainer:
     """Train, save, plot; returns the trainer."""
+    if model_args.use_peft and args.pooled_grid_size is not None and not args.merge_adapter:
+        raise ValueError(
+            "An adapter keeps its model's grid: with --pooled_grid_size, set --merge_adapter true as well."
+        )
+    set_seed(training_args.seed)  # a new projector is drawn before the trainer does so
     model, processor = load(args, model_args)
     train_dataset = load_data(args.data_path, streaming=args.streaming)
     if args.streaming:  # one endless pass, of which Trainer knows how much a resumed run has seen
@@ -138,16 +154,18 @@ def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelCon
     )
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint == "latest":
-        checkpoint = get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
+        has_run = Path(training_args.output_dir).is_dir()
+        # what the first process finds, or processes without a shared disk would begin at different steps
+        (checkpoint,) = broadcast_object_list([get_last_checkpoint(training_args.output_dir) if has_run else None])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         plot_training(trainer.state.log_history, Path(training_args.output_dir, "training.png"))
-        if args.merge_adapter:
-            merge_adapter(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.end_training()
+    if args.merge_adapter and trainer.is_world_process_zero():  # alone: the other processes are done
+        merge_adapter(training_args.output_dir, model_args.model_revision)
     return trainer
 
 

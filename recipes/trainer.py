@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from modeling_deco.configuration_deco import parse_grid
+from modeling_deco.configuration_deco import num_image_tokens, parse_grid
 from modeling_deco.recipes.collator import DecoCollator, expand_images
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,12 @@ class DecoSFTConfig(SFTConfig):
         self.remove_unused_columns = False  # ids of samples are wanted, and the collator picks what it needs
         self.logging_nan_inf_filter = False  # such a loss stops the run
         self.use_cache = True  # of the saved config; TRL turns it off call by call
+        for name in ("pad_token", "eos_token", "pad_to_multiple_of", "completion_only_loss", "chat_template_path"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect here: the loss is on what the chat template marks, "
+                    f"and the template is set by --chat_template."
+                )
         unknown = sorted(set(self.freeze) - set(PARTS))
         if unknown:
             raise ValueError(f"freeze names {', '.join(map(repr, unknown))}; the parts are {', '.join(PARTS)}.")
@@ -102,23 +108,31 @@ class DecoSFTTrainer(SFTTrainer):
         kwargs: as for `SFTTrainer`.
     """
 
-    def __init__(self, model, args: DecoSFTConfig, train_dataset, processing_class, **kwargs):
+    def __init__(self, model, args: DecoSFTConfig, train_dataset, processing_class, eval_dataset=None, **kwargs):
         self._check_grids(model, args)
         for name, parameter in model.named_parameters():
             if part_of(name) in args.freeze:
                 parameter.requires_grad_(False)
+        if args.independent_turns and model.config.get_text_config()._attn_implementation != "sdpa":
+            raise ValueError("independent_turns has a mask of its own, which sdpa attention alone reads: choose that.")
+        grids = [*(args.pooled_grid_sizes or ()), processing_class.pooled_grid_size]  # the last, in evaluation
         collator = DecoCollator(
             processing_class,
             independent_turns=args.independent_turns,
             max_length=args.max_length,
-            largest_grid=max(args.pooled_grid_sizes) if args.pooled_grid_sizes else None,
+            largest_grid=max(grids, key=num_image_tokens),
         )
         with args.main_process_first(desc="measuring samples"):
             train_dataset = measured(train_dataset, collator, args)
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: measured(dataset, collator, args) for name, dataset in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = measured(eval_dataset, collator, args)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=collator,
             **kwargs,
@@ -165,10 +179,12 @@ class DecoSFTTrainer(SFTTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
+        if "length" not in dataset.column_names:
+            raise ValueError("group_by_length needs samples that were measured, and these come from a transform.")
         sampler = ModalityLengthSampler(
             dataset["length"][:],
             dataset["has_images"][:],
-            batch_size=self.args.train_batch_size * self.args.world_size,
+            batch_size=self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
         self.add_callback(_SetEpoch(sampler))
@@ -189,7 +205,7 @@ class DecoSFTTrainer(SFTTrainer):
         for group in optimizer.param_groups:
             for part in reversed(PARTS):  # the logged rate is the first group's
                 parameters = [parameter for parameter in group["params"] if parts[id(parameter)] == part]
-                rate = rates.get(part) or group["lr"]
+                rate = group["lr"] if rates.get(part) is None else rates[part]
                 if parameters:
                     groups.append({**group, "params": parameters, "lr": rate})
         optimizer.param_groups = groups
@@ -229,9 +245,11 @@ class DecoSFTTrainer(SFTTrainer):
         finally:
             self._is_saving = False
         self.accelerator.wait_for_everyone()
+        is_best = self.state.best_model_checkpoint == str(staged)
+        if is_best:
+            self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
-            if self.state.best_model_checkpoint == str(staged):
-                self.state.best_model_checkpoint = str(final)
+            if is_best:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             if final.exists():  # of a run that went on from an older checkpoint
                 final.rename(run_dir / INCOMPLETE / "replaced")
@@ -243,6 +261,8 @@ class DecoSFTTrainer(SFTTrainer):
                 str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
         self.accelerator.wait_for_everyone()
+        if not final.exists():
+            raise FileNotFoundError(f"{final} was written on another machine: output_dir must be on a shared disk.")
 
     def _push_from_checkpoint(self, checkpoint_folder):
         self._pushes = True  # when it has its name

@@ -172,6 +172,16 @@ def test_turns_that_are_not_independent_are_refused(processor):
         collator([{**example, "messages": example["messages"][:1]}])
 
 
+def test_turns_whose_questions_are_not_shown_are_refused():
+    template = tiny_training.CHAT_TEMPLATE.replace("{{- message['role'] + ' : ' -}}\n", "").replace(
+        "else part['text'] + ' '", "else ''"
+    )
+    collator = DecoCollator(tiny.build_processor(chat_template=template), independent_turns=True)
+    collator([conversation(0)])
+    with pytest.raises(ValueError, match="'sample-0': the chat template shows no question before an answer"):
+        collator([conversation(0, num_turns=2)])
+
+
 def test_a_sample_that_is_too_long_is_never_cut(processor):
     collator = DecoCollator(processor, max_length=22)
     with pytest.raises(ValueError, match=r"Sample 'sample-0' has 23 tokens, 1 image\(s\).*max_length=22"):

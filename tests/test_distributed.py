@@ -72,6 +72,17 @@ def test_two_processes_have_the_losses_and_the_checkpoint_of_one(config, case):
     assert all(torch.equal(resumed[name], found[name]) for name in found)
 
 
+def test_sharded_tied_embeddings_have_the_losses_of_one_process(case):
+    root, _, data = case
+    checkpoint = tiny_training.save_checkpoint(root / "tied", tied=True)
+    for name, size in (("tied-one", 8), ("tied-fsdp2", 4)):
+        words = arguments(checkpoint, data, root / name, per_device_train_batch_size=size, **SETTINGS)
+        result = launch(words) if size == 8 else launch_on_cpus(words, "fsdp2.yaml")
+        assert result.returncode == 0, result.stderr
+    one, two = (torch.tensor(history(root / name)) for name in ("tied-one", "tied-fsdp2"))
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
 def test_two_processes_train_an_adapter_in_batches_of_one_modality(config, case):
     root, checkpoint, data = case

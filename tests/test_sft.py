@@ -94,6 +94,7 @@ def test_after_a_step_each_parameter_moved_or_is_bit_equal_as_the_config_declare
 ):
     if "qlora" in config:
         pytest.importorskip("bitsandbytes")
+        checkpoint = tiny_training.save_checkpoint(tmp_path / "wide", hidden_size=64)
     if config == "digits.yaml":
         data = tiny_training.save_dataset(tmp_path / "data", [conversation(index, num_turns=2) for index in range(12)])
     declared = yaml.safe_load((CONFIGS / config).read_text())
@@ -366,7 +367,7 @@ def test_an_adapter_loads_on_its_model_and_merged(checkpoint, data, template, tm
         "merged": AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "merged"),
         "before": before,
     }
-    if Version(transformers.__version__) >= Version("5.23"):  # 5.17 logs that it loses the adapter's projector
+    if Version(transformers.__version__) >= Version("5.18"):  # 5.17 loses the adapter's projector, and logs it
         loaded["by its Auto class"] = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         logits = {name: model.eval()(**inputs).logits for name, model in loaded.items()}
@@ -374,6 +375,39 @@ def test_an_adapter_loads_on_its_model_and_merged(checkpoint, data, template, tm
     for name in logits:
         torch.testing.assert_close(logits[name], logits["trained"], atol=1e-4, rtol=1e-4, msg=name)
     assert AutoProcessor.from_pretrained(tmp_path / "out" / "merged").chat_template == tiny_training.CHAT_TEMPLATE
+
+
+def test_another_grid_is_the_results_own(checkpoint, data, template, tmp_path):
+    settings = {"chat_template": template, "pooled_grid_size": 2}
+    with pytest.raises(ValueError, match="An adapter keeps its model's grid"):
+        run(checkpoint, data, tmp_path / "adapter", "stage2_lora.yaml", **settings)
+    run(checkpoint, data, tmp_path / "lora", "stage2_lora.yaml", **settings, merge_adapter=True)
+    run(checkpoint, data, tmp_path / "full", "stage2_full.yaml", **settings)
+    for folder in (tmp_path / "lora" / "merged", tmp_path / "full"):
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        assert model.config.pooled_grid_size == AutoProcessor.from_pretrained(folder).pooled_grid_size == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_evaluation_goes_with_grouped_batches_and_drops_what_is_too_long(
+    streaming, checkpoint, data, template, tmp_path
+):
+    trainer = run(
+        checkpoint, data, tmp_path / "out", "stage2_full.yaml", chat_template=template, max_length=30,
+        overlong_samples="drop", eval_data_path=data, eval_strategy="steps", eval_steps=1, max_steps=2,
+        streaming=streaming,
+    )  # fmt: skip
+    assert [log["step"] for log in trainer.state.log_history if "eval_loss" in log] == [1, 2]
+
+
+def test_a_new_projector_depends_on_the_seed_alone(data, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sft, "load", lambda *args: drawn.append(torch.randn(1).item()) or 1 / 0)
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(drawn))
+        with pytest.raises(ZeroDivisionError):
+            run("unused", data, tmp_path, seed=seed)
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_logs_go_where_report_to_says(checkpoint, data, tmp_path, monkeypatch):
@@ -553,6 +587,24 @@ def test_model_and_data_have_no_default(capsys):
 def test_impossible_settings_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         build_trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", ["pad_token", "eos_token", "chat_template_path"])
+def test_settings_of_trl_without_effect_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name}='<pad>' has no effect here.*--chat_template"):
+        build_trainer(tmp_path, **{name: "<pad>"})
+
+
+def test_independent_turns_need_the_attention_that_reads_their_mask(tmp_path):
+    model = tiny.build_model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="sdpa attention alone"):
+        DecoSFTTrainer(
+            model=model,
+            args=DecoSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, independent_turns=True),
+            train_dataset=build_dataset(),
+            processing_class=tiny_training.build_processor(),
+        )
 
 
 def test_a_llava_checkpoint_is_refused_with_what_to_do(data, tmp_path):

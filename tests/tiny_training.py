@@ -11,6 +11,7 @@ import tiny
 from datasets import Dataset, Features, Image, List, Value
 from trl import ModelConfig, TrlParser
 
+from modeling_deco import DecoConfig, DecoForConditionalGeneration
 from modeling_deco.recipes import sft
 from modeling_deco.recipes.trainer import DecoSFTConfig
 
@@ -79,8 +80,17 @@ def save_dataset(folder: Path, examples=None) -> Path:
     return folder
 
 
-def save_checkpoint(folder: Path, **kwargs) -> Path:
-    tiny.build_model(**kwargs).save_pretrained(folder)
+def save_checkpoint(folder: Path, hidden_size: int | None = None, tied: bool = False) -> Path:
+    """A random model. bitsandbytes wants widths of at least 64 on some CPUs."""
+    sizes = {} if hidden_size is None else {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size}
+    text_config = {**tiny.TEXT_CONFIGS["llama"], **sizes, "tie_word_embeddings": tied}
+    config = DecoConfig(
+        vision_config=tiny.VISION_CONFIGS["clip"],
+        text_config=text_config,
+        image_token_id=tiny.IMAGE_TOKEN_ID,
+        pooled_grid_size=3,
+    )
+    tiny.randomize(DecoForConditionalGeneration(config)).save_pretrained(folder)
     build_processor().save_pretrained(folder)
     return folder
 
@@ -97,6 +107,7 @@ def arguments(model: Path, data: Path, output_dir: Path, config: str | None = No
         "warmup_steps": 0,
         "logging_steps": 1,
         "dataloader_num_workers": 0,
+        "dataset_num_proc": 1,
         "use_cpu": True,
         "bf16": False,
         "dtype": "float32",
