@@ -3,6 +3,7 @@
 """Two processes train what one process trains: DDP and FSDP2, for real, on CPU."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -61,9 +62,10 @@ def test_two_processes_have_the_losses_and_the_checkpoint_of_one(config, case):
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5)
 
     resumed_dir = root / f"resumed-{config}"
+    shutil.copytree(output_dir / "checkpoint-2", resumed_dir / "checkpoint-2")
     words = arguments(
         checkpoint, data, resumed_dir, per_device_train_batch_size=4,
-        **SETTINGS, resume_from_checkpoint=output_dir / "checkpoint-2",
+        **SETTINGS, resume_from_checkpoint="latest",
     )  # fmt: skip
     result = launch_on_cpus(words, config)
     assert result.returncode == 0, result.stderr
@@ -91,9 +93,9 @@ def test_two_processes_train_an_adapter_in_batches_of_one_modality(config, case)
     output_dir = root / f"lora-{config}"
     words = arguments(
         checkpoint, data, output_dir, "stage2_lora.yaml", per_device_train_batch_size=2, max_steps=4, save_steps=4,
-        chat_template=template, merge_adapter=True,
+        chat_template=template, merge_adapter=True, dtype="bfloat16", bf16=True,
     )  # fmt: skip
-    result = launch_on_cpus(words, config)
+    result = launch_on_cpus(words, config, mixed_precision="bf16")  # frozen in bfloat16, trained in float32
     assert result.returncode == 0, result.stderr
     assert len(history(output_dir)) == 4
     assert (output_dir / "adapter_model.safetensors").exists()

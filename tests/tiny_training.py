@@ -140,7 +140,9 @@ def launch(
     )
 
 
-def launch_on_cpus(words: list[str], config: str, num_processes: int = 2, **kwargs) -> subprocess.CompletedProcess:
+def launch_on_cpus(
+    words: list[str], config: str, mixed_precision: str = "no", num_processes: int = 2
+) -> subprocess.CompletedProcess:
     """Run the script as `accelerate launch --config_file` would, in CPU processes that talk over gloo.
 
     accelerate itself starts several processes for GPUs alone, so its reading of the file is handed to torchrun.
@@ -150,8 +152,9 @@ def launch_on_cpus(words: list[str], config: str, num_processes: int = 2, **kwar
 
     command = ["--config_file", str(ACCELERATE_CONFIGS / config), "--num_processes", str(num_processes), "unused"]
     parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
-    environment = prepare_multi_gpu_env(parsed) | {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    environment = prepare_multi_gpu_env(parsed)
+    environment |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": mixed_precision}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     if parsed.use_fsdp:
         launcher.append(str(Path(__file__).with_name("fsdp_on_cpu.py")))
-    return launch(words, launcher, extra_environment=environment, **kwargs)
+    return launch(words, launcher, extra_environment=environment)
