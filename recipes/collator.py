@@ -16,6 +16,7 @@ from trl.chat_template_utils import has_generation_markers
 from trl.data_utils import prepare_multimodal_messages
 
 from modeling_deco import DecoProcessor, num_image_tokens
+from modeling_deco.configuration_deco import parse_grid
 
 IGNORE_INDEX = -100
 PADDING, SHARED = -1, 0  # owners of tokens; the turns of a conversation are 1, 2, ...
@@ -189,9 +190,7 @@ def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProces
             inputs[name] = _repeated(batch[name], repeats, value)
         owners = _repeated(owners, repeats, PADDING)
         if pooled_grid_size is not None:
-            rows, cols = (grid, grid) if isinstance(grid, int) else grid
-            num_images = int(is_image.sum())
-            inputs["pooled_grid_sizes"] = torch.tensor([[rows, cols]] * num_images, device=owners.device)
+            inputs["pooled_grid_sizes"] = torch.tensor([parse_grid(grid)] * int(is_image.sum()), device=owners.device)
     if (owners > SHARED).any():
         inputs["attention_mask"], inputs["position_ids"] = _independent(owners)
     else:
@@ -211,6 +210,7 @@ def _independent(owners: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _end_of_images(ids: list[int], image_token_id: int) -> int:
+    """The position after the last image; 0 where there is none."""
     return max((position for position, token in enumerate(ids) if token == image_token_id), default=-1) + 1
 
 

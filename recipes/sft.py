@@ -119,7 +119,12 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
 
 
 def merge_adapter(adapter_dir: str, revision: str = "main") -> None:
-    """Write `adapter_dir/merged`: the model that the adapter was trained on, with the adapter in it."""
+    """Write `adapter_dir/merged`: the model that the adapter was trained on, with the adapter in it.
+
+    Args:
+        adapter_dir: of the adapter and its processor.
+        revision: of that model on the Hub.
+    """
     processor = DecoProcessor.from_pretrained(adapter_dir)
     model = DecoForConditionalGeneration.from_pretrained(
         PeftConfig.from_pretrained(adapter_dir).base_model_name_or_path,

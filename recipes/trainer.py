@@ -105,7 +105,11 @@ class DecoSFTTrainer(SFTTrainer):
         model: a `DecoForConditionalGeneration`.
         args: `DecoSFTConfig`.
         train_dataset: conversational, with `messages` and `images`.
+        processing_class: the model's `DecoProcessor`.
         kwargs: as for `SFTTrainer`.
+
+    Raises:
+        ValueError: settings contradict each other or the model, or samples are too long and are refused.
     """
 
     def __init__(self, model, args: DecoSFTConfig, train_dataset, processing_class, eval_dataset=None, **kwargs):
@@ -137,6 +141,12 @@ class DecoSFTTrainer(SFTTrainer):
             data_collator=collator,
             **kwargs,
         )
+        whole = {part_of(name) for name, _ in self.model.named_parameters() if "modules_to_save" in name.split(".")}
+        if whole & set(args.freeze):
+            raise ValueError(
+                f"{', '.join(sorted(whole & set(args.freeze)))} is in freeze and, for PEFT, in modules_to_save, which "
+                f"trains it: name it in one of them."
+            )
         if not self.is_deepspeed_enabled:  # which keeps float32 copies itself
             for parameter in self.model.parameters():
                 if parameter.requires_grad:

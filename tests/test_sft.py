@@ -607,6 +607,14 @@ def test_independent_turns_need_the_attention_that_reads_their_mask(tmp_path):
         )
 
 
+def test_a_part_both_frozen_and_trained_is_refused(checkpoint, data, template, tmp_path):
+    with pytest.raises(ValueError, match="multi_modal_projector is in freeze and, for PEFT, in modules_to_save"):
+        run(
+            checkpoint, data, tmp_path / "out", "stage2_lora.yaml", chat_template=template,
+            freeze=["vision_tower", "multi_modal_projector"],
+        )  # fmt: skip
+
+
 def test_a_llava_checkpoint_is_refused_with_what_to_do(data, tmp_path):
     from transformers import LlavaConfig
 
