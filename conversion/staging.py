@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from .errors import ConversionError
 from .files import read_json
@@ -68,8 +68,7 @@ def staged(destination: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]
             f"DST {destination} needs {num_bytes:,} bytes, and its disk has {free:,} free; make room there."
         )
     try:
-        room.mkdir(parents=True, exist_ok=True)
-        with FileLock(room / "lock", timeout=0):
+        with _lock(room):
             try:
                 _put_back(replaced, destination)
                 _remove(folder, replaced)
@@ -101,6 +100,17 @@ def staged(destination: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]
             for parent in missing_parents:
                 with suppress(OSError):
                     parent.rmdir()
+
+
+def _lock(room: Path) -> AcquireReturnProxy:
+    lock = FileLock(room / "lock", timeout=0)
+    for attempt in range(100):
+        try:
+            room.mkdir(parents=True, exist_ok=True)
+            return lock.acquire()
+        except FileNotFoundError:  # a run that ended has cleared the room away in this moment
+            if attempt == 99:
+                raise
 
 
 def _remove(*folders: Path) -> None:

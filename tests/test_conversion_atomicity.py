@@ -14,9 +14,11 @@ import re
 import shutil
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import hostile
 import pytest
+from filelock import FileLock
 from fresh_process import FreshProcesses
 from hostile import contents, snapshot
 from transformers import AutoModelForImageTextToText
@@ -24,6 +26,7 @@ from typer.testing import CliRunner
 
 from modeling_deco.cli import app
 from modeling_deco.conversion import ConversionError, convert, export
+from modeling_deco.conversion.staging import staged
 
 MODULES = [
     "torch",
@@ -487,6 +490,23 @@ def test_many_short_conversions_to_one_destination_do_not_mix(fresh, tiny_source
         assert all(message == "done" or message.startswith("refused: ") for message in messages), messages
         assert contents(destination) in tiny_sources.whole.values()
         assert beside(destination) == ["out"]
+
+
+def test_a_room_that_vanishes_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    """A run that ends removes its room while the next one is between making it and locking it."""
+    acquire, vanished = FileLock.acquire, []
+
+    def acquire_late(lock, *args, **kwargs):
+        if not vanished:
+            vanished.append(Path(lock.lock_file).parent)
+            vanished[0].rmdir()
+        return acquire(lock, *args, **kwargs)
+
+    monkeypatch.setattr(FileLock, "acquire", acquire_late)
+    with staged(tmp_path / "out", num_bytes=1, overwrite=False) as folder:
+        (folder / "file").write_text("whole")
+    assert vanished == [tmp_path / ".out.incomplete"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
 
 @pytest.mark.parametrize("name", ["other", "out-2", "out.tmp", ".out"])
