@@ -34,7 +34,7 @@ def export(source: str | Path, destination: str | Path, overwrite: bool = False)
     LLaVA does not pool: the language model gets all patches, and answers as DeCo does at the grid of the patches.
 
     Args:
-        source: folder or Hub id of a DeCo with an average-pooling projector of two layers.
+        source: folder or Hub id of a DeCo whose projector is `avg_pool` or `mlp`, of two layers.
         destination: folder to make; it appears when all is written and verified.
         overwrite: replace a model that `destination` holds.
 
@@ -89,6 +89,11 @@ def _read_config(source) -> DecoConfig:
         )
     with refusing(f"config.json of {source.name}"):
         config = DecoConfig.from_dict(raw_config)
+    if config.projector_type not in ("avg_pool", "mlp"):
+        raise ConversionError(
+            f"projector_type={config.projector_type!r} in config.json of {source.name}: LLaVA has no such projector; "
+            f"avg_pool and mlp can be exported."
+        )
     if config.projector_num_layers != 2:
         raise ConversionError(
             f"projector_num_layers={config.projector_num_layers} in config.json of {source.name}: LLaVA's projector "

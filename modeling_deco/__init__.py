@@ -14,18 +14,35 @@ if TYPE_CHECKING:
     from .configuration_deco import DecoConfig, num_image_tokens
     from .modeling_deco import DecoForConditionalGeneration, DecoModel, DecoPreTrainedModel
     from .processing_deco import DecoProcessor
-    from .projectors import AvgPoolProjector, pool_patch_grid
+    from .projectors import (
+        AvgPoolProjector,
+        CAbstractorProjector,
+        DAbstractorProjector,
+        MlpProjector,
+        QFormerProjector,
+        ResamplerProjector,
+        pool_patch_grid,
+    )
+    from .relevance import Relevance, explain, plot_relevance
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
     "AvgPoolProjector": "projectors",
+    "CAbstractorProjector": "projectors",
+    "DAbstractorProjector": "projectors",
     "DecoConfig": "configuration_deco",
     "DecoForConditionalGeneration": "modeling_deco",
     "DecoModel": "modeling_deco",
     "DecoPreTrainedModel": "modeling_deco",
     "DecoProcessor": "processing_deco",
+    "MlpProjector": "projectors",
+    "QFormerProjector": "projectors",
+    "Relevance": "relevance",
+    "ResamplerProjector": "projectors",
+    "explain": "relevance",
     "num_image_tokens": "configuration_deco",
+    "plot_relevance": "relevance",
     "pool_patch_grid": "projectors",
 }
 
@@ -44,11 +61,19 @@ register_with_auto_classes()
 
 __all__ = [
     "AvgPoolProjector",
+    "CAbstractorProjector",
+    "DAbstractorProjector",
     "DecoConfig",
     "DecoForConditionalGeneration",
     "DecoModel",
     "DecoPreTrainedModel",
     "DecoProcessor",
+    "MlpProjector",
+    "QFormerProjector",
+    "Relevance",
+    "ResamplerProjector",
+    "explain",
     "num_image_tokens",
+    "plot_relevance",
     "pool_patch_grid",
 ]

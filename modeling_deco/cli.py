@@ -4,6 +4,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -45,6 +46,33 @@ def nf4_config():
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
+def _check_relevance(path: Path, level: str | None) -> str:
+    """The level to draw. Raises a ValueError where the picture could not be drawn, or not be written."""
+    from .relevance import LEVELS
+
+    if level not in (None, *LEVELS):
+        raise ValueError(f"--relevance-level must be one of {', '.join(LEVELS)}, got {level!r}.")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--relevance writes a PNG file; {str(path)!r} does not end in .png.")
+    if path.is_dir():
+        raise ValueError(f"--relevance: {str(path)!r} is a folder.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--relevance: there is no folder {str(path.parent)!r} that can be written to.")
+    if find_spec("matplotlib") is None:
+        raise ValueError("--relevance needs matplotlib: pip install matplotlib")
+    return level or LEVELS[0]
+
+
+def _save_figure(figure, path: Path) -> None:
+    """Write beside, then rename: a file under its name is whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(partial, format="png")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @app.command()
 def ask(
     image: Annotated[str, typer.Argument(help="Path or URL of a picture.")],
@@ -63,6 +91,13 @@ def ask(
         bool,
         typer.Option("--4bit", help="Language model in 4 bits, with bitsandbytes: a quarter of 16-bit weights."),
     ] = False,
+    relevance: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw what each word of the answer rests on.")
+    ] = None,
+    relevance_level: Annotated[
+        str | None,
+        typer.Option(metavar="patch|query|both", help="Over the patches (default), the image tokens, or both."),
+    ] = None,
 ):
     """Answer QUESTION about IMAGE.
 
@@ -71,6 +106,8 @@ def ask(
     deco ask digits.png "Read the digits." --pooled-grid-size 3 --json
 
     deco ask digits.png "Where is the 7?" --4bit
+
+    deco ask digits.png "Read the digits." --relevance relevance.png
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
     from transformers.utils import logging
@@ -81,26 +118,40 @@ def ask(
     logging.disable_progress_bar()
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     try:
+        if relevance is not None:
+            relevance_level = _check_relevance(relevance, relevance_level)
+        elif relevance_level is not None:
+            raise ValueError("--relevance-level has no effect without --relevance.")
         grid = None if pooled_grid_size is None else _grid(pooled_grid_size)
         # not quantization_config=None, with which an Auto class forgets that a checkpoint is quantized
         quantization = {"quantization_config": nf4_config()} if in_4bit else {}
         processor = AutoProcessor.from_pretrained(model)
         loaded = AutoModelForImageTextToText.from_pretrained(model, **quantization)
         pipe = pipeline("image-text-to-text", model=loaded, processor=processor)
-        (output,) = pipe(
-            text=[{"role": "user", "content": content}],
-            processor_kwargs={"pooled_grid_size": grid},
-            return_full_text=False,
-            max_new_tokens=max_new_tokens,
-        )
+        if relevance is not None:
+            from .relevance import explain, plot_relevance
+
+            explained = explain(
+                pipe.model, processor, image, question, pooled_grid_size=grid, max_new_tokens=max_new_tokens
+            )
+            _save_figure(plot_relevance(explained, relevance_level), relevance)
+            answer = explained.answer
+        else:
+            (output,) = pipe(
+                text=[{"role": "user", "content": content}],
+                processor_kwargs={"pooled_grid_size": grid},
+                return_full_text=False,
+                max_new_tokens=max_new_tokens,
+            )
+            answer = output["generated_text"].strip()
     except (ImportError, OSError, ValueError) as error:  # ImportError: a quantized checkpoint without its library
         typer.echo(f"deco ask: {str(error).splitlines()[0]}", err=True)
         raise typer.Exit(2) from None
-    answer = output["generated_text"].strip()
     if as_json:
         grid = grid or processor.pooled_grid_size
         report = {"answer": answer, "question": question, "image": image, "model": model}
         report |= {"pooled_grid_size": grid, "num_image_tokens": num_image_tokens(grid)}
+        report |= {} if relevance is None else {"relevance": str(relevance)}
         answer = json.dumps(report)
     typer.echo(answer)
 

@@ -30,7 +30,16 @@ from transformers.utils import (  # private in part, seen in 5.17 to 5.23
 )
 
 from .configuration_deco import DecoConfig, parse_grid
-from .projectors import AvgPoolProjector
+from .projectors import (
+    AvgPoolProjector,
+    CAbstractorProjector,
+    DAbstractorProjector,
+    GridPositions,
+    MlpProjector,
+    QFormerProjector,
+    QueryProjector,
+    ResamplerProjector,
+)
 
 # What quantization leaves alone: all but the language model's layers. A name counts from the start of a module's full
 # name, so "vision_tower" alone would miss "model.vision_tower.encoder". The names are DecoForConditionalGeneration's
@@ -100,6 +109,12 @@ class DecoPreTrainedModel(PreTrainedModel):
         # from a checkpoint CLIP's attention and MLP would not get CLIP's initialization. Ours is transformers' alone.
         return False
 
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, (GridPositions, QueryProjector)):
+            module.reset_parameters()
+
     def post_init(self):
         super().post_init()
         # Classes of vision towers name layers of their text siblings too, and FSDP's wrapping policy insists on each.
@@ -122,7 +137,7 @@ class DecoModel(DecoPreTrainedModel):
     def __init__(self, config: DecoConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = _projector(config)
+        self.multi_modal_projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -356,8 +371,9 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         )
         model.model.language_model = text_model.base_model
         model.lm_head = text_model.get_output_embeddings()
-        model.model.multi_modal_projector = _projector(config).to(text_model.dtype)
-        model.model.multi_modal_projector.apply(model._init_weights)
+        projector = build_projector(config)
+        projector.smart_apply(model._initialize_weights, cls.is_custom_code())  # transformers' parts have their own
+        model.model.multi_modal_projector = projector.to(text_model.dtype)
         model.generation_config = text_model.generation_config
         return model.eval()
 
@@ -462,15 +478,24 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         return order
 
 
-def _projector(config: DecoConfig) -> nn.Module:
-    return AvgPoolProjector(
-        config.vision_config.hidden_size,
-        config.text_config.hidden_size,
-        pooled_grid_size=config.pooled_grid_size,
-        num_layers=config.projector_num_layers,
-        hidden_act=config.projector_hidden_act,
-        bias=config.multimodal_projector_bias,
-    )
+def build_projector(config: DecoConfig) -> nn.Module:
+    """The projector that the config asks for, in PyTorch's initialization."""
+    widths = config.vision_config.hidden_size, config.text_config.hidden_size
+    mlp = {
+        "num_layers": config.projector_num_layers,
+        "hidden_act": config.projector_hidden_act,
+        "bias": config.multimodal_projector_bias,
+    }
+    if config.projector_type == "mlp":
+        return MlpProjector(*widths, **mlp)
+    if config.projector_type == "avg_pool":
+        return AvgPoolProjector(*widths, config.pooled_grid_size, **mlp)
+    if config.projector_type == "qformer":
+        return QFormerProjector(*widths, config.pooled_grid_size, **config.projector_config)
+    if config.projector_type == "resampler":
+        return ResamplerProjector(*widths, config.pooled_grid_size, **config.projector_config)
+    abstractor = CAbstractorProjector if config.projector_type == "c_abstractor" else DAbstractorProjector
+    return abstractor(*widths, config.pooled_grid_size, config.patch_grid, **config.projector_config)
 
 
 def _with_modules_to_skip(quantization_config):

@@ -18,6 +18,7 @@ Stage 2, instruction tuning of the result, or of a converted LLaVA checkpoint: s
 with LoRA that is the adapter, and `--merge_adapter` writes the whole model to `output_dir/merged`.
 """
 
+import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,14 @@ class DecoArguments:
     pooled_grid_size: int | None = field(
         default=None, metadata={"help": "Side of the model's own grid; default: 12, or the checkpoint's."}
     )
+    projector_type: str | None = field(
+        default=None,
+        metadata={"help": "Of a new projector: avg_pool (the default), or what it is compared with; see DecoConfig."},
+    )
+    projector_config: str | None = field(
+        default=None,
+        metadata={"help": "Its sizes, as JSON: '{\"num_hidden_layers\": 2}'; default: the field's standard."},
+    )
     chat_template: str | None = field(
         default=None,
         metadata={"help": "plain, vicuna or the path of a Jinja file, with marks around what is to be learned."},
@@ -90,11 +99,21 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
                 "for a --model_revision, download it and name its folder."
             )
         backbones = (args.vision_model_name_or_path, name)
-        model = DecoForConditionalGeneration.from_vision_text_pretrained(*backbones, dtype=model_args.dtype, **grid)
+        projector = {} if args.projector_type is None else {"projector_type": args.projector_type}
+        if args.projector_config is not None:
+            projector["projector_config"] = json.loads(args.projector_config)
+        model = DecoForConditionalGeneration.from_vision_text_pretrained(
+            *backbones, dtype=model_args.dtype, **grid, **projector
+        )
         if model_args.attn_implementation is not None:
             model.set_attn_implementation(model_args.attn_implementation)
         processor = DecoProcessor.from_vision_text_pretrained(*backbones, **grid)
     else:
+        if args.projector_type is not None or args.projector_config is not None:
+            raise ValueError(
+                f"{name} has a projector, and --projector_type is of a new one, between two backbones; see "
+                f"--vision_model_name_or_path."
+            )
         config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
         if config.model_type != "deco":
             raise ValueError(

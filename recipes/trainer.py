@@ -161,6 +161,11 @@ class DecoSFTTrainer(SFTTrainer):
 
     @staticmethod
     def _check_grids(model, args):
+        if args.pooled_grid_sizes and model.config.projector_type not in ("avg_pool", "c_abstractor"):
+            raise ValueError(
+                f"pooled_grid_sizes draws a grid per step, and projector_type={model.config.projector_type!r} has one "
+                f"grid; avg_pool and c_abstractor take any."
+            )
         for side in args.pooled_grid_sizes or ():
             rows, cols = parse_grid(side)
             patch_rows, patch_cols = model.config.patch_grid

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -64,6 +65,72 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(arguments, message, pic
     assert re.search(message, result.stderr)
     assert result.stderr.startswith("deco ask: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_relevance_is_drawn_and_the_answer_is_the_one_without_it(scene, picture, tmp_path):
+    digit, drawing = scene.digits[0], tmp_path / "relevance.png"
+    drawing.write_text("of an earlier run")
+    question = f"What colour is the {digit.value}?"
+    sizes = {}
+    for level in ("patch", "query", "both"):
+        result = ask(picture, question, "--relevance", str(drawing), "--relevance-level", level)
+        assert (result.exit_code, result.stdout) == (0, ask(picture, question).stdout)
+        with Image.open(drawing) as image:
+            assert image.format == "PNG"
+            sizes[level] = image.size
+    assert sizes["patch"] == sizes["query"]
+    assert sizes["both"][1] > 1.9 * sizes["patch"][1]
+    assert {path.name for path in tmp_path.iterdir()} == {"digits.png", "relevance.png"}
+
+
+def test_json_names_the_drawing(picture, tmp_path):
+    drawing = str(tmp_path / "relevance.png")
+    arguments = ("--relevance", drawing, "--pooled-grid-size", "3x4", "--json")
+    report = json.loads(ask(picture, "How many digits are there?", *arguments).stdout)
+    assert (report["answer"], report["relevance"], report["num_image_tokens"]) == ("4 digits.", drawing, 12)
+    assert "relevance" not in json.loads(ask(picture, "Is there a 7?", "--json").stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--relevance", "map.jpg"], r"--relevance writes a PNG file; 'map\.jpg' does not end in \.png"),
+        (["--relevance", "missing/map.png"], r"--relevance: there is no folder 'missing' that can be written to"),
+        (["--relevance", "{folder}"], r"--relevance: '.*folder\.png' is a folder"),
+        (["--relevance", "map.png", "--relevance-level", "word"], r"must be one of patch, query, both, got 'word'"),
+        (["--relevance-level", "query"], r"--relevance-level has no effect without --relevance"),
+    ],
+)
+def test_relevance_is_refused_before_the_model_is_loaded(arguments, message, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    arguments = [argument.format(folder=tmp_path / "folder.png") for argument in arguments]
+    result = ask("missing.png", "Is there a 7?", "--model", "no/such/model", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.search(message, result.stderr)
+    assert result.stderr.startswith("deco ask: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_relevance_without_matplotlib_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_deco.cli.find_spec", lambda name: None if name == "matplotlib" else True)
+    result = ask("missing.png", "Is there a 7?", "--model", "no/such/model", "--relevance", str(tmp_path / "map.png"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "deco ask: --relevance needs matplotlib: pip install matplotlib\n"
+
+
+def test_a_drawing_that_fails_leaves_the_old_one(picture, tmp_path, monkeypatch):
+    drawing = tmp_path / "relevance.png"
+    drawing.write_text("of an earlier run")
+
+    def fail(self, path, **kwargs):
+        Path(path).write_text("half of")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    result = ask(picture, "Is there a 7?", "--relevance", str(drawing))
+    assert (result.exit_code, result.stderr) == (2, "deco ask: No space left on device\n")
+    assert drawing.read_text() == "of an earlier run"
+    assert {path.name for path in tmp_path.iterdir()} == {"digits.png", "relevance.png"}
 
 
 @pytest.mark.parametrize("missing", ["accelerate", "bitsandbytes"])

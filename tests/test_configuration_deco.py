@@ -85,7 +85,7 @@ def test_full_features_are_taken_from_towers_without_prefix_tokens(vision):
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("projector_type", "qformer", "'avg_pool'"),
+        ("projector_type", "perceiver", "one of mlp, avg_pool, qformer, resampler, c_abstractor, d_abstractor"),
         ("projector_num_layers", 0, "at least 1"),
         ("vision_feature_select_strategy", "cls", "'default' or 'full'"),
     ],

@@ -190,6 +190,15 @@ def test_a_projector_of_another_depth_is_refused(num_layers, tmp_path):
     assert not (tmp_path / "exported").exists()
 
 
+def test_a_compressive_projector_is_refused(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1}
+    tiny.build_model(projector_type="c_abstractor", projector_config=sizes).save_pretrained(tmp_path / "deco")
+    tiny.build_processor().save_pretrained(tmp_path / "deco")
+    with pytest.raises(ConversionError, match="projector_type='c_abstractor'.*avg_pool and mlp can be exported"):
+        export(tmp_path / "deco", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
 def test_what_is_not_a_deco_is_refused(tmp_path):
     llava_sources.write_hf_saved(tmp_path / "source")
     with pytest.raises(ConversionError, match="llava"):

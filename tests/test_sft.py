@@ -137,7 +137,9 @@ def test_what_is_trained_is_in_float32_beside_a_frozen_bfloat16_model(
     assert {before[name].dtype for name in equal} == {torch.bfloat16}
 
 
-def test_stage_1_joins_two_backbones(data, tmp_path):
+@pytest.fixture
+def backbones(tmp_path):
+    """Folders of a vision tower and of a language model."""
     from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
     def config_of(kind, values):
@@ -148,6 +150,11 @@ def test_stage_1_joins_two_backbones(data, tmp_path):
     tiny.build_image_processor().save_pretrained(vision)
     AutoModelForCausalLM.from_config(config_of(LlamaConfig, tiny.TEXT_CONFIGS["llama"])).save_pretrained(text)
     tiny.build_tokenizer(with_image_token=False).save_pretrained(text)
+    return vision, text
+
+
+def test_stage_1_joins_two_backbones(backbones, data, tmp_path):
+    vision, text = backbones
     run(text, data, tmp_path / "out", "stage1.yaml", vision_model_name_or_path=vision, pooled_grid_size=2)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
@@ -157,6 +164,34 @@ def test_stage_1_joins_two_backbones(data, tmp_path):
     frozen = load_file(text / "model.safetensors")
     kept = dict(model.model.language_model.named_parameters())
     assert torch.equal(frozen["model.layers.0.mlp.up_proj.weight"], kept["layers.0.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("projector_type", ["mlp", "qformer", "resampler", "c_abstractor", "d_abstractor"])
+def test_stage_1_trains_every_projector_and_nothing_else(projector_type, backbones, data, tmp_path):
+    vision, text = backbones
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1}
+    extra = {} if projector_type == "mlp" else {"projector_config": json.dumps(sizes)}
+    if projector_type in ("qformer", "resampler", "d_abstractor"):
+        extra["projector_config"] = json.dumps(sizes | {"num_attention_heads": 2})
+    trainer = run(
+        text, data, tmp_path / "out", "stage1.yaml", vision_model_name_or_path=vision, projector_type=projector_type,
+        pooled_grid_size=6 if projector_type == "mlp" else 2, max_steps=2, gradient_checkpointing=True, **extra,
+    )  # fmt: skip
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert model.config.projector_type == projector_type
+    untrained = load_file(text / "model.safetensors")
+    for name, value in model.model.language_model.state_dict().items():
+        assert torch.equal(value, untrained[f"model.{name}"]), name
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name in model.state_dict() if "multi_modal_projector" in name}
+    state = {name: trainer.optimizer.state[parameter] for name, parameter in trainer.model.named_parameters()}
+    moved = [name for name in trained if state[name]["exp_avg"].abs().max() > 0]
+    assert len(moved) > 0.8 * len(trained)  # a key has no use for its bias, a query's first weights for the rest
+
+
+def test_a_projector_type_for_a_model_with_a_projector_is_refused(checkpoint, data, tmp_path):
+    with pytest.raises(ValueError, match="has a projector, and --projector_type is of a new one"):
+        run(checkpoint, data, tmp_path / "out", projector_type="qformer")
 
 
 def test_stage_1_learns_the_caption_and_its_line_break():

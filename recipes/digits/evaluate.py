@@ -46,12 +46,12 @@ def answer(model, processor, images, texts, pooled_grid_size=None) -> list[str]:
 
 
 def accuracy_by_kind(
-    model, processor, split, num_pictures, pooled_grid_size=None, kinds=KINDS, seed=0
+    model, processor, split, num_pictures, pooled_grid_size=None, kinds=KINDS, seed=0, min_digits=2, max_digits=4
 ) -> dict[str, dict[str, float]]:
     """For each kind: `accuracy` and `standard_error` in percent, and the number of `questions`.
 
     Args:
-        split: of the scans; pictures hold 2 to 4 digits.
+        split: of the scans; pictures hold `min_digits` to `max_digits` digits.
         kinds: kinds of questions asked about each picture, one for each entry.
         pooled_grid_size: default: the processor's.
     """
@@ -59,7 +59,7 @@ def accuracy_by_kind(
     model.eval()
     asked = []
     for index in range(num_pictures):
-        scene = render(split, index, seed=seed, min_digits=2)
+        scene = render(split, index, seed=seed, min_digits=min_digits, max_digits=max_digits)
         asked += [(index, scene.image, question) for question in questions(scene, np.random.default_rng(index), kinds)]
     hits = defaultdict(lambda: defaultdict(list))  # kind -> picture -> right or not
     for start in tqdm(range(0, len(asked), BATCH_SIZE), desc="evaluate", unit="batch", disable=None, file=sys.stderr):

@@ -65,6 +65,13 @@ class TowerArguments:
     min_digits: int = field(default=2, metadata={"help": "Fewest digits in a training picture."})
     max_digits: int = field(default=6, metadata={"help": "Most digits; more than the world's 4 give more labels."})
     seed: int = field(default=0, metadata={"help": "For the initial weights and the pictures."})
+    pooled_heads: bool = field(
+        default=True,
+        metadata={"help": "Labels of pooled patches too; without them no projector is favoured (compare_projectors)."},
+    )
+    bf16: bool = field(
+        default=True, metadata={"help": "Autocast; slow, not fast, on CPUs without bfloat16 instructions."}
+    )
     num_workers: int = field(default=1, metadata={"help": "Processes that render ahead."})
     eval_steps: int = field(default=500, metadata={"help": "Evaluate on validation scans and save this often."})
     num_eval_pictures: int = field(default=400, metadata={"help": "Validation pictures, two to four digits each."})
@@ -133,9 +140,10 @@ class DenseHeads(nn.Module):
         presence, colours, boxes = slots.split([1, NUM_COLOURS, 4], dim=-1)
         return presence.squeeze(-1), colours, boxes
 
-    def loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor], pooled: bool = True) -> torch.Tensor:
         """Sum of the dense losses for `patch_features` of a batch and its `scene_labels`."""
-        return self._patch_loss(features, labels) + sum(self._pooled_loss(features, labels, g) for g in POOLED_GRIDS)
+        grids = POOLED_GRIDS if pooled else ()
+        return self._patch_loss(features, labels) + sum(self._pooled_loss(features, labels, grid) for grid in grids)
 
     def _patch_loss(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
         digit_logits, colour_logits, boxes = self.read_patches(features)
@@ -250,7 +258,9 @@ def read_scenes(
 
 
 @torch.no_grad()
-def evaluate(tower: CLIPVisionModel, heads: DenseHeads, loader: DataLoader) -> dict[str, float]:
+def evaluate(
+    tower: CLIPVisionModel, heads: DenseHeads, loader: DataLoader, bf16: bool = True, pooled: bool = True
+) -> dict[str, float]:
     """Percentages on pictures of held-back scans: digit of a digit's patch, and per grid whole pictures and boxes.
 
     `read` counts pictures whose digits are all found, none besides, in the right order; `locate` counts boxes with
@@ -260,12 +270,12 @@ def evaluate(tower: CLIPVisionModel, heads: DenseHeads, loader: DataLoader) -> d
     counts: dict[str, list[float]] = {}
     for batch in loader:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             features = patch_features(tower, batch["pixel_values"])
             digits, predicted = patch_digits(batch["boxes"]), heads.read_patches(features)[0].argmax(-1)
             on_digit = (digits >= 0) & (digits != BACKGROUND)
             counts.setdefault("patch_digit", []).extend((digits == predicted)[on_digit].tolist())
-            for grid in POOLED_GRIDS:
+            for grid in POOLED_GRIDS if pooled else ():
                 present, colours, boxes = read_scenes(heads, features, grid)
                 truth = batch["colours"] >= 0
                 order = _centers(boxes, truth).argsort(-1) == _centers(batch["boxes"], truth).argsort(-1)
@@ -346,8 +356,8 @@ def train(args: TowerArguments) -> dict[str, float]:
     progress = tqdm(loader, initial=first_step, total=args.num_steps, desc="tower", unit="step", disable=None)
     for step, batch in enumerate(progress, start=first_step + 1):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = heads.loss(patch_features(tower, batch["pixel_values"]), batch)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.bf16):
+            loss = heads.loss(patch_features(tower, batch["pixel_values"]), batch, pooled=args.pooled_heads)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -358,7 +368,7 @@ def train(args: TowerArguments) -> dict[str, float]:
             logger.info("step %d of %d: loss %.3f", step, args.num_steps, sum(losses) / len(losses))
             losses.clear()
         if step % args.eval_steps == 0 or step == args.num_steps:
-            metrics = evaluate(tower, heads, eval_loader)
+            metrics = evaluate(tower, heads, eval_loader, bf16=args.bf16, pooled=args.pooled_heads)
             logger.info("step %d: %s", step, json.dumps(metrics))
             save_state(state_path, step, parts)
 

@@ -26,6 +26,7 @@ from transformers import AutoConfig, CLIPVisionModel, HfArgumentParser, LlamaCon
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor, pool_patch_grid
+from modeling_deco.configuration_deco import parse_grid
 from modeling_deco.recipes.digits import tower
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.optimizer import MuonAdamW
@@ -46,6 +47,14 @@ class DigitsArguments:
     tower: str | None = field(
         default=None, metadata={"help": "A trained tower, or a DeCo checkpoint with one; default: one is trained."}
     )
+    projector_type: str = field(
+        default="avg_pool",
+        metadata={
+            "help": "mlp: every patch is a token, and no grid is drawn (backbones for compare_projectors).",
+            "choices": ["avg_pool", "mlp"],
+        },
+    )
+    max_digits: int = field(default=4, metadata={"help": "Most digits in a picture."})
     num_steps: int = field(default=3600, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=32, metadata={"help": "Pictures per step, each with up to eleven questions."})
     muon_learning_rate: float = field(default=0.02, metadata={"help": "For matrices but embeddings."})
@@ -66,7 +75,9 @@ class DigitsArguments:
     seed: int = field(default=1, metadata={"help": "For weights, pictures and grids."})
 
 
-def build_model(tower_dir: str | os.PathLike, processor: DecoProcessor) -> DecoForConditionalGeneration:
+def build_model(
+    tower_dir: str | os.PathLike, processor: DecoProcessor, projector_type: str = "avg_pool"
+) -> DecoForConditionalGeneration:
     """The trained tower under a fresh projector and a fresh four-layer Llama of width 128 (heads of 32)."""
     tokenizer = processor.tokenizer
     if AutoConfig.from_pretrained(tower_dir).model_type == "deco":
@@ -91,6 +102,7 @@ def build_model(tower_dir: str | os.PathLike, processor: DecoProcessor) -> DecoF
         text_config=text_config,
         image_token_id=processor.image_token_id,
         pooled_grid_size=processor.pooled_grid_size,
+        projector_type=projector_type,
         vision_feature_layer=-1,
     )
     model = DecoForConditionalGeneration(config)
@@ -111,7 +123,7 @@ def whiten_projector(model: DecoForConditionalGeneration, pixel_values: torch.Te
     """
     projector, config = model.model.multi_modal_projector, model.config
     patch_features = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
-    pooled = pool_patch_grid(patch_features, config.patch_grid, projector.pooled_grid).flatten(0, 1)
+    pooled = pool_patch_grid(patch_features, config.patch_grid, parse_grid(config.pooled_grid_size)).flatten(0, 1)
     variances, directions = torch.linalg.eigh(torch.cov(pooled.T))
     scales = variances.clamp(min=variances.max() * 1e-4).rsqrt()  # the last directions are numerical noise
     rotation, _ = torch.linalg.qr(torch.randn_like(projector.linear_1.weight))
@@ -119,11 +131,17 @@ def whiten_projector(model: DecoForConditionalGeneration, pixel_values: torch.Te
     projector.linear_1.bias.copy_(-projector.linear_1.weight @ pooled.mean(0))
 
 
-def build_dataset(num_pictures: int, seed: int) -> Dataset:
-    """Training pictures by index, rendered when they are read: nothing is stored, and any row can be made again."""
+def build_dataset(num_pictures: int, seed: int, min_digits: int = 2, max_digits: int = 4) -> Dataset:
+    """Training pictures by index, rendered when they are read: nothing is stored, and any row can be made again.
+
+    Every fifth picture may have a digit less than `min_digits`.
+    """
 
     def draw(rows):
-        scenes = [render("train", index, seed=seed, min_digits=1 + (index % 5 > 0)) for index in rows["index"]]
+        scenes = [
+            render("train", index, seed=seed, min_digits=min_digits - (index % 5 == 0), max_digits=max_digits)
+            for index in rows["index"]
+        ]
         rngs = [np.random.default_rng([seed, index]) for index in rows["index"]]
         return {
             "index": rows["index"],
@@ -200,6 +218,11 @@ class DigitsTrainer(DecoSFTTrainer):
         return None if step < self.first_elastic_step else super().grid_of_step(step)
 
 
+def faster_attention():
+    """On a CPU, the backward pass of PyTorch's fused attention is the slowest part of a step: not it."""
+    return nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)
+
+
 def train(args: DigitsArguments) -> Path:
     """Train what is missing of both stages; returns the folder of the finished checkpoint."""
     output_dir = Path(args.output_dir)
@@ -208,9 +231,10 @@ def train(args: DigitsArguments) -> Path:
         tower.train(tower.TowerArguments(output_dir=str(tower_dir)))
     set_seed(args.seed)
     on_gpu = torch.cuda.is_available()
-    processor = build_processor()
-    model = build_model(tower_dir, processor)
-    train_dataset = build_dataset(args.num_steps * args.batch_size, args.seed)
+    is_elastic = args.projector_type == "avg_pool"
+    processor = build_processor() if is_elastic else build_processor(tower.PATCH_GRID)
+    model = build_model(tower_dir, processor, args.projector_type)
+    train_dataset = build_dataset(args.num_steps * args.batch_size, args.seed, max_digits=args.max_digits)
     model.model.vision_tower.requires_grad_(args.tower_learning_rate_factor > 0)
     pictures = [images[0] for images in train_dataset[:96]["images"]]
     whiten_projector(model, processor.image_processor(pictures, return_tensors="pt")["pixel_values"])
@@ -224,8 +248,8 @@ def train(args: DigitsArguments) -> Path:
         bf16=args.bf16,
         use_cpu=not on_gpu,
         gradient_checkpointing=False,
-        pooled_grid_sizes=list(GRID_WEIGHTS),
-        pooled_grid_weights=list(GRID_WEIGHTS.values()),
+        pooled_grid_sizes=list(GRID_WEIGHTS) if is_elastic else None,
+        pooled_grid_weights=list(GRID_WEIGHTS.values()) if is_elastic else None,
         independent_turns=True,
         max_length=None,
         train_sampling_strategy="sequential",
@@ -245,8 +269,7 @@ def train(args: DigitsArguments) -> Path:
         callbacks=[PlateauCheck(args, processor)],
         first_elastic_step=args.plateau_step,
     )
-    # The backward pass of PyTorch's fused attention is the slowest part of a step on CPU.
-    with nullcontext() if on_gpu else sdpa_kernel(SDPBackend.MATH):
+    with faster_attention():
         trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
     final_dir = output_dir / "final"
     trainer.model.save_pretrained(final_dir)

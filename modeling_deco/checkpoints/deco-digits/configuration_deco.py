@@ -18,6 +18,17 @@ _NUM_CLS_TOKENS = {
     "dinov2_with_registers": 1,
 }
 
+# Sizes of the compressive projectors where `projector_config` does not say others: the field's standard, whose sources
+# are named at each class in projectors.py. "mlp" and "avg_pool" have none.
+_PROJECTOR_SIZES = {
+    "mlp": {},
+    "avg_pool": {},
+    "qformer": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "resampler": {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16},
+    "c_abstractor": {"hidden_size": 1024, "num_hidden_layers": 3, "mlp_num_layers": 2},
+    "d_abstractor": {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16},
+}
+
 # With these entries and files a saved folder works under `trust_remote_code=True` without this package.
 # transformers by itself writes only the entry of the class that is saved.
 AUTO_MAP = {
@@ -82,10 +93,15 @@ class DecoConfig(PreTrainedConfig):
         image_token_id: id of the placeholder token; each image takes `num_image_tokens` of them.
         pooled_grid_size: the grid that patches are pooled to, an int (square) or `[rows, cols]`; `forward`, `generate`
             and the processor take another one per call.
-        projector_type: `"avg_pool"`, 2D adaptive average pooling before the MLP (DeCo, arXiv 2405.20985).
-        projector_num_layers: linear layers of the projector's MLP (`layer_num` in the authors' code).
+        projector_type: `"avg_pool"`, 2D adaptive average pooling before the MLP (DeCo, arXiv 2405.20985), or what that
+            is compared with: `"mlp"` (LLaVA's, no compression: `pooled_grid_size` is the patch grid), `"qformer"`,
+            `"resampler"`, `"c_abstractor"`, `"d_abstractor"`. Of these `"c_abstractor"` takes another grid per call.
+        projector_num_layers: linear layers of the MLP of `"avg_pool"` and `"mlp"` (`layer_num` in the authors' code).
         projector_hidden_act: activation between them.
         multimodal_projector_bias: whether they have biases.
+        projector_config: sizes of a compressive projector, arguments of its class in projectors.py: `hidden_size`,
+            `num_hidden_layers`, `num_attention_heads` (`mlp_num_layers` for `"c_abstractor"`). Those that are not
+            given become the field's standard.
         vision_feature_layer: index into the tower's hidden states, of which there are `num_hidden_layers + 1`.
         vision_feature_select_strategy: `"default"` drops prefix tokens (CLS, registers); `"full"` is the same for the
             towers that have none, and refused for the others, whose CLS token has no place in the grid.
@@ -107,6 +123,7 @@ class DecoConfig(PreTrainedConfig):
     projector_num_layers: int = 2
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
+    projector_config: dict | None = None
     vision_feature_layer: int = -2
     vision_feature_select_strategy: str = "default"
     tie_word_embeddings: bool = False
@@ -119,12 +136,13 @@ class DecoConfig(PreTrainedConfig):
         if isinstance(self.pooled_grid_size, tuple):  # JSON knows lists only
             self.pooled_grid_size = list(self.pooled_grid_size)
         self._validate_choices()
+        if _PROJECTOR_SIZES[self.projector_type]:
+            self.projector_config = _PROJECTOR_SIZES[self.projector_type] | (self.projector_config or {})
         self._cut_unused_vision_layers()
         super().__post_init__(**kwargs)
 
     def _validate_choices(self):
-        if self.projector_type != "avg_pool":
-            raise ValueError(f"projector_type must be 'avg_pool', got {self.projector_type!r}.")
+        self._validate_projector()
         if self.projector_num_layers < 1:
             raise ValueError(f"projector_num_layers must be at least 1, got {self.projector_num_layers}.")
         if self.vision_config.model_type not in _NUM_CLS_TOKENS:
@@ -153,6 +171,32 @@ class DecoConfig(PreTrainedConfig):
             raise ValueError(
                 f"pooled_grid_size={self.pooled_grid_size} asks for {rows} x {cols} cells, but the vision tower gives "
                 f"{patch_rows} x {patch_cols} patches; choose at most that."
+            )
+        if self.projector_type == "mlp" and (rows, cols) != (patch_rows, patch_cols):
+            raise ValueError(
+                f"projector_type='mlp' does not compress: pooled_grid_size must be the patch grid "
+                f"[{patch_rows}, {patch_cols}], got {self.pooled_grid_size}."
+            )
+
+    def _validate_projector(self):
+        if self.projector_type not in _PROJECTOR_SIZES:
+            raise ValueError(
+                f"projector_type must be one of {', '.join(_PROJECTOR_SIZES)}, got {self.projector_type!r}."
+            )
+        allowed, given = _PROJECTOR_SIZES[self.projector_type], self.projector_config or {}
+        for name, value in given.items():
+            if name not in allowed:
+                raise ValueError(
+                    f"projector_config of projector_type={self.projector_type!r} can have "
+                    f"{', '.join(allowed) or 'no fields'}, got {name!r}."
+                )
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"projector_config[{name!r}] must be a positive int, got {value!r}.")
+        sizes = {**allowed, **given}
+        if sizes.get("hidden_size", 0) % sizes.get("num_attention_heads", 1) != 0:
+            raise ValueError(
+                f"projector_config: hidden_size={sizes['hidden_size']} is not a multiple of "
+                f"num_attention_heads={sizes['num_attention_heads']}."
             )
 
     def _cut_unused_vision_layers(self):

@@ -1,20 +1,33 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The projector of DeCo: pool the patch grid without parameters, then LLaVA's MLP.
+"""The projector of DeCo: pool the patch grid without parameters, then LLaVA's MLP. And those it is compared with.
 
 It needs nothing else of this package's models and can be taken alone:
 
     projector = AvgPoolProjector(vision_hidden_size=1024, text_hidden_size=4096, pooled_grid_size=12)
     image_features = projector(patch_features)  # (num_images, 576, 1024) -> (num_images, 144, 4096)
+
+All projectors are called alike, with `patch_features` `(num_images, patch_rows * patch_cols, vision_hidden_size)`
+without prefix tokens, row by row, of images that share one patch grid and one pooled grid:
+
+    patch_grid: `(patch_rows, patch_cols)`; may be left out where it is square.
+    pooled_grid: `(rows, cols)`; default: the module's.
+
+They return `(num_images, rows * cols, text_hidden_size)`, and raise a ValueError where the patches do not fill the
+patch grid, or where they cannot make the pooled grid of it.
+
+The compressors are built of transformers' blocks. These are imported where they are built: who pools needs none, and
+does not depend on them.
 """
 
 import math
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .configuration_deco import parse_grid
+from .configuration_deco import num_image_tokens, parse_grid
 
 
 def pool_patch_grid(
@@ -33,27 +46,98 @@ def pool_patch_grid(
     Raises:
         ValueError: the tokens do not fill the patch grid, or the pooled grid is larger than it.
     """
-    (patch_rows, patch_cols), (rows, cols) = patch_grid, pooled_grid
-    if patch_features.shape[1] != patch_rows * patch_cols:
-        raise ValueError(
-            f"{patch_features.shape[1]} patch features do not fill a grid of {patch_rows} x {patch_cols} = "
-            f"{patch_rows * patch_cols} patches."
-        )
-    if rows > patch_rows or cols > patch_cols:
-        raise ValueError(
-            f"A pooled grid of {rows} x {cols} is larger than the image's {patch_rows} x {patch_cols} patches; "
-            f"choose a pooled_grid_size of at most that."
-        )
-    if (rows, cols) == (patch_rows, patch_cols):
+    patch_grid = _find_patch_grid(patch_features, patch_grid)
+    _check_is_smaller(pooled_grid, patch_grid)
+    if pooled_grid == patch_grid:
         return patch_features
-    feature_map = patch_features.transpose(1, 2).unflatten(2, patch_grid)  # (images, hidden, patch_rows, patch_cols)
-    pooled_map = nn.functional.adaptive_avg_pool2d(feature_map, pooled_grid)  # (images, hidden, rows, cols)
-    return pooled_map.flatten(2).transpose(1, 2).contiguous()  # (images, rows * cols, hidden)
+    patch_map = _to_map(patch_features, patch_grid)
+    return _from_map(nn.functional.adaptive_avg_pool2d(patch_map, pooled_grid))
 
 
-class AvgPoolProjector(nn.Module):
-    """DeCo's projector: `pool_patch_grid`, then `linear_1 ... linear_n` with an activation between (the authors' name
-    for it, and LLaVA's names for the layers).
+def _check_is_smaller(pooled_grid: tuple[int, int], patch_grid: tuple[int, int]) -> None:
+    if pooled_grid[0] > patch_grid[0] or pooled_grid[1] > patch_grid[1]:
+        raise ValueError(
+            f"A pooled grid of {pooled_grid[0]} x {pooled_grid[1]} is larger than the image's {patch_grid[0]} x "
+            f"{patch_grid[1]} patches; choose a pooled_grid_size of at most that."
+        )
+
+
+def _find_patch_grid(patch_features: torch.Tensor, patch_grid: tuple[int, int] | None) -> tuple[int, int]:
+    num_patches = patch_features.shape[1]
+    if patch_grid is None:
+        side = math.isqrt(num_patches)
+        if side * side != num_patches:
+            raise ValueError(f"{num_patches} patches are not square; pass patch_grid=(rows, cols).")
+        return side, side
+    if patch_grid[0] * patch_grid[1] != num_patches:
+        raise ValueError(
+            f"{num_patches} patch features do not fill a grid of {patch_grid[0]} x {patch_grid[1]} = "
+            f"{patch_grid[0] * patch_grid[1]} patches."
+        )
+    return patch_grid
+
+
+def _to_map(patch_features: torch.Tensor, patch_grid: tuple[int, int]) -> torch.Tensor:
+    return patch_features.transpose(1, 2).unflatten(2, patch_grid)  # (images, hidden, patch_rows, patch_cols)
+
+
+def _from_map(feature_map: torch.Tensor) -> torch.Tensor:
+    return feature_map.flatten(2).transpose(1, 2).contiguous()  # (images, rows * cols, hidden)
+
+
+class MlpProjector(nn.Module):
+    """LLaVA-1.5's projector (arXiv 2310.03744): every patch becomes a token. `linear_1 ... linear_n` with an
+    activation between.
+
+    Args:
+        vision_hidden_size: width of the patch features.
+        text_hidden_size: width of the language model.
+        num_layers: linear layers.
+        hidden_act: a key of transformers' `ACT2FN`.
+        bias: whether the linear layers have biases.
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        text_hidden_size: int,
+        num_layers: int = 2,
+        hidden_act: str = "gelu",
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.num_layers = num_layers
+        self.act = ACT2FN[hidden_act]
+        for index in range(num_layers):
+            in_features = vision_hidden_size if index == 0 else text_hidden_size
+            self.add_module(f"linear_{index + 1}", nn.Linear(in_features, text_hidden_size, bias=bias))
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """`(..., vision_hidden_size)` to `(..., text_hidden_size)`, token by token."""
+        for index in range(self.num_layers):
+            if index > 0:
+                features = self.act(features)
+            features = self.get_submodule(f"linear_{index + 1}")(features)
+        return features
+
+    def forward(
+        self,
+        patch_features: torch.Tensor,
+        patch_grid: tuple[int, int] | None = None,
+        pooled_grid: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """See the module's docstring; the pooled grid can only be the patch grid."""
+        patch_grid = _find_patch_grid(patch_features, patch_grid)
+        if pooled_grid not in (None, patch_grid):
+            raise ValueError(
+                f"projector_type 'mlp' does not compress: {patch_grid[0]} x {patch_grid[1]} patches become as many "
+                f"tokens, not {pooled_grid[0]} x {pooled_grid[1]}; choose avg_pool for that."
+            )
+        return self.project(patch_features)
+
+
+class AvgPoolProjector(MlpProjector):
+    """DeCo's projector (arXiv 2405.20985; the authors' name for it): `pool_patch_grid`, then LLaVA's MLP.
 
     Args:
         vision_hidden_size: width of the patch features.
@@ -73,13 +157,8 @@ class AvgPoolProjector(nn.Module):
         hidden_act: str = "gelu",
         bias: bool = True,
     ):
-        super().__init__()
+        super().__init__(vision_hidden_size, text_hidden_size, num_layers, hidden_act, bias)
         self.pooled_grid = parse_grid(pooled_grid_size)
-        self.num_layers = num_layers
-        self.act = ACT2FN[hidden_act]
-        for index in range(num_layers):
-            in_features = vision_hidden_size if index == 0 else text_hidden_size
-            self.add_module(f"linear_{index + 1}", nn.Linear(in_features, text_hidden_size, bias=bias))
 
     def forward(
         self,
@@ -87,30 +166,311 @@ class AvgPoolProjector(nn.Module):
         patch_grid: tuple[int, int] | None = None,
         pooled_grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """Pool and project the patches of images that share one patch grid and one pooled grid.
-
-        Args:
-            patch_features: `(num_images, patch_rows * patch_cols, vision_hidden_size)` without prefix tokens.
-            patch_grid: `(patch_rows, patch_cols)`; may be left out where it is square.
-            pooled_grid: `(rows, cols)`; default: the module's.
-
-        Returns:
-            `(num_images, rows * cols, text_hidden_size)`.
-
-        Raises:
-            ValueError: the patch grid is not given and not square, or `pool_patch_grid` refuses the grids.
-        """
-        if patch_grid is None:
-            side = math.isqrt(patch_features.shape[1])
-            if side * side != patch_features.shape[1]:
-                raise ValueError(f"{patch_features.shape[1]} patches are not square; pass patch_grid=(rows, cols).")
-            patch_grid = (side, side)
-        hidden_states = pool_patch_grid(patch_features, patch_grid, pooled_grid or self.pooled_grid)
-        for index in range(self.num_layers):
-            if index > 0:
-                hidden_states = self.act(hidden_states)
-            hidden_states = self.get_submodule(f"linear_{index + 1}")(hidden_states)
-        return hidden_states
+        """See the module's docstring; any grid up to the patch grid."""
+        patch_grid = _find_patch_grid(patch_features, patch_grid)
+        return self.project(pool_patch_grid(patch_features, patch_grid, pooled_grid or self.pooled_grid))
 
 
-__all__ = ["AvgPoolProjector", "pool_patch_grid"]
+class QueryProjector(nn.Module):
+    """What has a learned query for each token, and so one token budget."""
+
+    def __init__(self, pooled_grid_size: int | tuple[int, int]):
+        super().__init__()
+        self.pooled_grid = parse_grid(pooled_grid_size)
+
+    def check_grid(self, pooled_grid: tuple[int, int] | None) -> None:
+        if pooled_grid not in (None, self.pooled_grid):
+            raise ValueError(
+                f"{type(self).__name__} has learned queries for {self.pooled_grid[0]} x {self.pooled_grid[1]} tokens "
+                f"and cannot make {pooled_grid[0]} x {pooled_grid[1]}; avg_pool and c_abstractor take any grid."
+            )
+
+
+class QFormerProjector(QueryProjector):
+    """BLIP-2's Q-Former (arXiv 2301.12597): learned queries attend to one another, and in every second layer to the
+    patches. By default of BERT-base's size, as there.
+
+    Its LayerNorm on the patches is LAVIS's `ln_vision`, its last layer BLIP-2's `language_projection`. No dropout, as
+    elsewhere in LLaVA's line.
+
+    Args:
+        vision_hidden_size: width of the patch features.
+        text_hidden_size: width of the language model.
+        pooled_grid_size: `rows * cols` of it is the number of queries, which have no place in the picture.
+        hidden_size, num_hidden_layers, num_attention_heads: of the Q-Former; its feed-forward layers are 4 times as
+            wide.
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        text_hidden_size: int,
+        pooled_grid_size: int | tuple[int, int] = 12,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+    ):
+        from transformers import Blip2QFormerConfig
+        from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel  # seen in 5.17 to 5.23
+
+        super().__init__(pooled_grid_size)
+        config = Blip2QFormerConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            intermediate_size=4 * hidden_size,
+            encoder_hidden_size=vision_hidden_size,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.input_norm = nn.LayerNorm(vision_hidden_size)
+        self.query_tokens = nn.Parameter(torch.empty(1, num_image_tokens(pooled_grid_size), hidden_size))
+        self.qformer = Blip2QFormerModel(config)
+        self.linear = nn.Linear(hidden_size, text_hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.query_tokens, std=0.02)
+
+    def forward(
+        self,
+        patch_features: torch.Tensor,
+        patch_grid: tuple[int, int] | None = None,
+        pooled_grid: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """See the module's docstring; the pooled grid can only be the module's."""
+        self.check_grid(pooled_grid)
+        query_tokens = self.query_tokens.expand(len(patch_features), -1, -1)  # (images, queries, hidden)
+        outputs = self.qformer(
+            query_embeds=query_tokens, encoder_hidden_states=self.input_norm(patch_features), return_dict=True
+        )
+        return self.linear(outputs.last_hidden_state)
+
+
+class ResamplerProjector(QueryProjector):
+    """Flamingo's perceiver resampler (arXiv 2204.14198): latents attend to the patches and to themselves at once. By
+    default of Flamingo's six layers; the layers are Idefics2's, with SwiGLU and RMSNorm.
+
+    Args:
+        vision_hidden_size: width of the patch features.
+        text_hidden_size: width of the language model.
+        pooled_grid_size: `rows * cols` of it is the number of latents, which have no place in the picture.
+        hidden_size, num_hidden_layers, num_attention_heads: of the resampler; its feed-forward layers are 4 times as
+            wide.
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        text_hidden_size: int,
+        pooled_grid_size: int | tuple[int, int] = 12,
+        hidden_size: int = 1024,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 16,
+    ):
+        from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
+        from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler  # seen in 5.17 to 5.23
+
+        super().__init__(pooled_grid_size)
+        config = Idefics2PerceiverConfig(
+            hidden_size=hidden_size,
+            resampler_n_latents=num_image_tokens(pooled_grid_size),
+            resampler_depth=num_hidden_layers,
+            resampler_n_heads=num_attention_heads,
+            resampler_head_dim=hidden_size // num_attention_heads,
+            num_key_value_heads=num_attention_heads,
+        )
+        self.input_proj = nn.Linear(vision_hidden_size, hidden_size)
+        self.resampler = Idefics2PerceiverResampler(config)
+        self.linear = nn.Linear(hidden_size, text_hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.resampler.latents, std=0.02)  # Idefics2's are all equal before it loads its weights
+
+    def forward(
+        self,
+        patch_features: torch.Tensor,
+        patch_grid: tuple[int, int] | None = None,
+        pooled_grid: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """See the module's docstring; the pooled grid can only be the module's."""
+        self.check_grid(pooled_grid)
+        attention_mask = patch_features.new_ones(patch_features.shape[:2], dtype=torch.long)
+        return self.linear(self.resampler(self.input_proj(patch_features), attention_mask))
+
+
+class GridPositions(nn.Module):
+    """Learned positions, added to a map; interpolated where the map is of another size."""
+
+    def __init__(self, hidden_size: int, patch_grid: tuple[int, int]):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size, *patch_grid))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        positions = self.weight
+        if feature_map.shape[-2:] != positions.shape[-2:]:
+            positions = nn.functional.interpolate(positions, feature_map.shape[-2:], mode="bicubic")
+        return feature_map + positions
+
+
+class CAbstractorProjector(nn.Module):
+    """Honeybee's C-Abstractor (arXiv 2312.06742): convolutions, average pooling, convolutions, an MLP.
+
+    The convolutions are RegNet's, depthwise and with squeeze-and-excitation, with LayerNorm over channels and SiLU, as
+    in Honeybee's code (timm's `RegStage`).
+
+    Args:
+        vision_hidden_size: width of the patch features.
+        text_hidden_size: width of the language model.
+        pooled_grid_size: default grid, an int (square) or `(rows, cols)`.
+        patch_grid: `(rows, cols)` that the learned positions are for; they are interpolated for others.
+        hidden_size: channels of the convolutions.
+        num_hidden_layers: blocks before the pooling, and as many after it.
+        mlp_num_layers: linear layers of the MLP.
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        text_hidden_size: int,
+        pooled_grid_size: int | tuple[int, int] = 12,
+        patch_grid: tuple[int, int] = (24, 24),
+        hidden_size: int = 1024,
+        num_hidden_layers: int = 3,
+        mlp_num_layers: int = 2,
+    ):
+        super().__init__()
+        self.pooled_grid = parse_grid(pooled_grid_size)
+        self.positions = GridPositions(vision_hidden_size, patch_grid)
+        self.before = _regnet_stage(vision_hidden_size, hidden_size, num_hidden_layers)
+        self.after = _regnet_stage(hidden_size, hidden_size, num_hidden_layers)
+        self.readout = MlpProjector(hidden_size, text_hidden_size, mlp_num_layers, hidden_act="silu")
+
+    def forward(
+        self,
+        patch_features: torch.Tensor,
+        patch_grid: tuple[int, int] | None = None,
+        pooled_grid: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """See the module's docstring; any grid up to the patch grid."""
+        patch_map = _to_map(patch_features, _find_patch_grid(patch_features, patch_grid))
+        patch_map = self.before(self.positions(patch_map))  # (images, hidden, patch_rows, patch_cols)
+        pooled_grid = pooled_grid or self.pooled_grid
+        _check_is_smaller(pooled_grid, patch_map.shape[-2:])
+        pooled_map = nn.functional.adaptive_avg_pool2d(patch_map, pooled_grid)
+        return self.readout.project(_from_map(self.after(pooled_map)))
+
+
+def _regnet_stage(in_channels: int, out_channels: int, num_layers: int) -> nn.Sequential:
+    from transformers import RegNetConfig
+    from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
+    from transformers.models.regnet.modeling_regnet import RegNetYLayer  # seen in 5.17 to 5.23
+
+    config = RegNetConfig(groups_width=1, hidden_act="silu")
+    layers = [
+        RegNetYLayer(config, in_channels if index == 0 else out_channels, out_channels) for index in range(num_layers)
+    ]
+    for module in [module for layer in layers for module in layer.modules() if hasattr(module, "normalization")]:
+        module.normalization = ConvNextLayerNorm(out_channels, data_format="channels_first")
+    return nn.Sequential(*layers)
+
+
+class DAbstractorProjector(QueryProjector):
+    """Honeybee's D-Abstractor (arXiv 2312.06742): a Deformable DETR decoder (arXiv 2010.04159) whose queries begin at
+    the points of a grid, learn where to sample the patches, and are told apart by the pooled patches ("v-pooled
+    queries" in Honeybee's code). By default of Deformable DETR's six layers and four points.
+
+    Args:
+        vision_hidden_size: width of the patch features.
+        text_hidden_size: width of the language model.
+        pooled_grid_size: grid of the queries, an int (square) or `(rows, cols)`.
+        patch_grid: `(rows, cols)` that the learned positions are for; they are interpolated for others.
+        hidden_size, num_hidden_layers, num_attention_heads: of the decoder; its feed-forward layers are 4 times as
+            wide.
+    """
+
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        text_hidden_size: int,
+        pooled_grid_size: int | tuple[int, int] = 12,
+        patch_grid: tuple[int, int] = (24, 24),
+        hidden_size: int = 1024,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 16,
+    ):
+        from transformers import DeformableDetrConfig
+        from transformers.models.deformable_detr.modeling_deformable_detr import (
+            DeformableDetrDecoder,  # seen in 5.17 to 5.23
+        )
+
+        super().__init__(pooled_grid_size)
+        config = DeformableDetrConfig(
+            d_model=hidden_size,
+            decoder_layers=num_hidden_layers,
+            decoder_attention_heads=num_attention_heads,
+            decoder_ffn_dim=4 * hidden_size,
+            num_feature_levels=1,
+            dropout=0.0,
+        )
+        num_queries = num_image_tokens(pooled_grid_size)
+        self.patch_grid = patch_grid
+        self.input_proj = nn.Linear(vision_hidden_size, hidden_size)
+        self.positions = GridPositions(hidden_size, patch_grid)
+        self.query_tokens = nn.Parameter(torch.empty(1, num_queries, hidden_size))
+        self.reference_points = nn.Parameter(torch.empty(1, num_queries, 2))  # (x, y) in 0 to 1
+        self.decoder = DeformableDetrDecoder(config)
+        self.linear = nn.Linear(hidden_size, text_hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.query_tokens, std=0.02)
+        # from the middle of the first patch to that of the last, as in Honeybee
+        y, x = (
+            torch.linspace(0.5, size - 0.5, num_points) / size
+            for size, num_points in zip(self.patch_grid, self.pooled_grid, strict=True)
+        )
+        points = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (rows, cols, 2)
+        init.copy_(self.reference_points, points.flatten(0, 1)[None])
+
+    def forward(
+        self,
+        patch_features: torch.Tensor,
+        patch_grid: tuple[int, int] | None = None,
+        pooled_grid: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """See the module's docstring; the pooled grid can only be the module's."""
+        self.check_grid(pooled_grid)
+        patch_grid = _find_patch_grid(patch_features, patch_grid)
+        _check_is_smaller(self.pooled_grid, patch_grid)
+        patch_map = self.positions(_to_map(self.input_proj(patch_features), patch_grid))
+        outputs = self.decoder(
+            inputs_embeds=self.query_tokens.expand(len(patch_features), -1, -1),
+            object_queries_position_embeddings=_from_map(
+                nn.functional.adaptive_avg_pool2d(patch_map, self.pooled_grid)
+            ),
+            encoder_hidden_states=_from_map(patch_map),
+            reference_points=self.reference_points.expand(len(patch_features), -1, -1),
+            valid_ratios=patch_features.new_ones(len(patch_features), 1, 2),
+            spatial_shapes=torch.tensor([patch_grid], device=patch_features.device),
+            spatial_shapes_list=[patch_grid],
+            level_start_index=torch.tensor([0], device=patch_features.device),
+            return_dict=True,
+        )
+        return self.linear(outputs.last_hidden_state)
+
+
+__all__ = [
+    "AvgPoolProjector",
+    "CAbstractorProjector",
+    "DAbstractorProjector",
+    "MlpProjector",
+    "QFormerProjector",
+    "ResamplerProjector",
+    "pool_patch_grid",
+]

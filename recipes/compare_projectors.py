@@ -1,0 +1,308 @@
+# /// script
+# dependencies = ["modeling-deco[train]"]
+# ///
+"""DeCo against the projectors that it is compared with, on the digits world: the paper's question in small.
+
+    python -m modeling_deco.recipes.compare_projectors --config recipes/configs/compare_projectors/cpu.yaml
+
+Every run starts from the same backbones, a frozen vision tower and a language model that has learned the task from
+uncompressed patches, puts a fresh projector between them, and trains projector and language model with the same
+pictures, steps and optimizer. There is a run for each projector, token count and seed.
+
+Each run leaves `OUTPUT_DIR/runs/NAME/result.json` when it is done; started again, the recipe does what is missing.
+Then it writes `results.json`, `table.md`, `curves.png`, `tokens.png` and `relevance.png` into OUTPUT_DIR.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+import trl
+import typer
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from trl import TrlParser
+
+from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor
+from modeling_deco.configuration_deco import num_image_tokens
+from modeling_deco.recipes.collator import IGNORE_INDEX, DecoCollator, expand_images
+from modeling_deco.recipes.compare_report import write_report
+from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
+from modeling_deco.recipes.digits.pointing_game import pointing_game
+from modeling_deco.recipes.digits.train import build_dataset, faster_attention, turn
+from modeling_deco.recipes.digits.world import KINDS, questions, render, score
+from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CompareArguments:
+    """What is compared, and how it is trained. It stands in the YAML file; see recipes/configs."""
+
+    backbones: str = field(
+        metadata={"help": "A DeCo checkpoint whose tower and language model every run starts from: of type mlp."}
+    )
+    output_dir: str = field(metadata={"help": "Holds the runs and the report."})
+    projectors: dict = field(metadata={"help": "projector_type: projector_config, for each projector."})
+    pooled_grid_sizes: list[int] = field(metadata={"help": "Sides of the grids; mlp has the patch grid alone."})
+    seeds: list[int] = field(metadata={"help": "For the projector's weights, and for the pictures."})
+    training: dict = field(metadata={"help": "Fields of DecoSFTConfig."})
+    min_digits: int = field(default=2, metadata={"help": "Fewest digits in a picture."})
+    max_digits: int = field(default=4, metadata={"help": "Most digits in a picture."})
+    eval_steps: int = field(default=50, metadata={"help": "A point on the curves this often."})
+    num_eval_pictures: int = field(default=100, metadata={"help": "Pictures of validation scans for the curves."})
+    num_test_pictures: int = field(default=300, metadata={"help": "Pictures of held-out scans for the table."})
+    num_pointing_pictures: int = field(default=100, metadata={"help": "The same, for the pointing game."})
+    threshold: float = field(default=90.0, metadata={"help": "Accuracy, in percent, that runs are timed to."})
+    parallel_runs: int = field(default=1, metadata={"help": "Runs at once; they share the cores, or the GPU."})
+
+
+@dataclass(frozen=True)
+class Run:
+    projector_type: str
+    pooled_grid_size: int
+    seed: int
+
+    @property
+    def num_tokens(self) -> int:
+        return num_image_tokens(self.pooled_grid_size)
+
+    @property
+    def name(self) -> str:
+        return f"{self.projector_type}-{self.num_tokens}-{self.seed}"
+
+    def folder(self, args: CompareArguments) -> Path:
+        return Path(args.output_dir) / "runs" / self.name
+
+
+def config_of(args: CompareArguments, run: Run) -> DecoConfig:
+    """The backbones' configuration with the run's projector.
+
+    Raises:
+        ValueError: the projector's sizes or the grid cannot be.
+    """
+    fields = DecoConfig.from_pretrained(args.backbones).to_dict() | {
+        "projector_type": run.projector_type,
+        "projector_config": args.projectors[run.projector_type] or None,
+        "pooled_grid_size": run.pooled_grid_size,
+    }
+    return DecoConfig(**fields)
+
+
+def training_args_of(args: CompareArguments, run: Run) -> DecoSFTConfig:
+    return DecoSFTConfig(
+        **args.training,
+        output_dir=str(run.folder(args)),
+        freeze=["vision_tower"],
+        seed=run.seed,
+        independent_turns=True,
+        max_length=None,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=args.parallel_runs > 1,
+    )
+
+
+def build_model(args: CompareArguments, run: Run) -> tuple[DecoForConditionalGeneration, DecoProcessor]:
+    """The backbones' vision tower and language model with a fresh projector, and their processor."""
+    warm = DecoForConditionalGeneration.from_pretrained(args.backbones, dtype=torch.float32)
+    processor = DecoProcessor.from_pretrained(args.backbones)
+    processor.pooled_grid_size = run.pooled_grid_size
+    model = DecoForConditionalGeneration(config_of(args, run))
+    model.model.vision_tower.load_state_dict(warm.model.vision_tower.state_dict())
+    model.model.language_model.load_state_dict(warm.model.language_model.state_dict())
+    model.lm_head.load_state_dict(warm.lm_head.state_dict())
+    model.generation_config = warm.generation_config
+    return model, processor
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def forced_accuracy(model, processor, pictures: list[tuple]) -> dict[str, float]:
+    """Percent right by kind of question, from the most likely token at each position of the reference answer.
+
+    Where that is the reference, it is what the model would write greedily; so this equals exact match at a tenth of
+    the time. Boxes are judged by IoU, and a wrong number in one does not lead the next ones astray.
+
+    Args:
+        pictures: `(scene, questions)`.
+    """
+    was_training = model.training
+    model.eval()
+    collator = DecoCollator(processor, independent_turns=True)
+    hits = {kind: [] for kind in KINDS}
+    for start in range(0, len(pictures), 32):
+        chunk = pictures[start : start + 32]
+        examples = [
+            {"images": [scene.image], "messages": [message for question in asked for message in turn(question)]}
+            for scene, asked in chunk
+        ]
+        inputs = expand_images(collator(examples), None, processor)
+        labels = inputs.pop("labels")
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        predictions = model(**inputs).logits.argmax(-1).cpu()
+        for (_, asked), row, predicted in zip(chunk, labels, predictions, strict=True):
+            answers = torch.nonzero(row != IGNORE_INDEX).flatten().tolist()
+            ends = [position for position, after in pairwise([*answers, -1]) if after != position + 1]
+            starts = [position for before, position in pairwise([-1, *answers]) if before != position - 1]
+            for question, first, last in zip(asked, starts, ends, strict=True):
+                text = processor.decode(predicted[first - 1 : last], skip_special_tokens=True)
+                hits[question.kind].append(score(question, text))
+    model.train(was_training)
+    return {kind: round(100 * float(np.mean(found)), 2) for kind, found in hits.items()}
+
+
+class Curve(TrainerCallback):
+    """Accuracy every `eval_steps`, from before the first step on."""
+
+    def __init__(self, args: CompareArguments, processor):
+        self.args, self.processor = args, processor
+        self.points = []
+        scenes = [
+            render("validation", index, min_digits=args.min_digits, max_digits=args.max_digits)
+            for index in range(args.num_eval_pictures)
+        ]
+        self.pictures = [(scene, questions(scene, np.random.default_rng(index))) for index, scene in enumerate(scenes)]
+
+    def measure(self, model, step: int):
+        self.points.append({"step": step, "accuracy": forced_accuracy(model, self.processor, self.pictures)})
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.measure(model, 0)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.args.eval_steps == 0 or state.global_step == state.max_steps:
+            self.measure(model, state.global_step)
+
+
+def settings_of(args: CompareArguments, run: Run) -> dict:
+    """What a result depends on, besides the code."""
+    ignored = ("output_dir", "projectors", "pooled_grid_sizes", "seeds", "threshold", "parallel_runs")
+    return {
+        "projector_config": args.projectors[run.projector_type] or None,
+        **{name: value for name, value in vars(args).items() if name not in ignored},
+    }
+
+
+def train(args: CompareArguments, run: Run) -> dict:
+    """Train and measure; the result is also written to the run's folder, when all is done."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.parallel_runs))
+    transformers.utils.logging.disable_progress_bar()
+    set_seed(run.seed)
+    folder, training_args = run.folder(args), training_args_of(args, run)
+    model, processor = build_model(args, run)
+    pictures = training_args.max_steps * training_args.per_device_train_batch_size
+    curve = Curve(args, processor)
+    trainer = DecoSFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=build_dataset(pictures, run.seed, args.min_digits, args.max_digits),
+        processing_class=processor,
+        callbacks=[curve],
+    )
+    trainer.remove_callback(PrinterCallback)
+    began = time.perf_counter()
+    with faster_attention():
+        trainer.train()
+    seconds = time.perf_counter() - began
+    model.eval()
+    accuracy = accuracy_by_kind(
+        model, processor, "test", args.num_test_pictures, min_digits=args.min_digits, max_digits=args.max_digits
+    )
+    pointing = pointing_game(model, processor, num_pictures=args.num_pointing_pictures)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    result = {
+        "projector_type": run.projector_type,
+        "num_tokens": run.num_tokens,
+        "pooled_grid_size": run.pooled_grid_size,
+        "seed": run.seed,
+        "parameters": sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters()),
+        "seconds": round(seconds, 1),
+        "accuracy": accuracy,
+        "pointing_game": pointing,
+        "curve": curve.points,
+        "loss": [[log["step"], round(log["loss"], 4)] for log in trainer.state.log_history if "loss" in log],
+        "settings": settings_of(args, run),
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": trl.__version__,
+            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+    partial = folder / "result.partial"
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder / "result.json")
+    return result
+
+
+# --- all runs --------------------------------------------------------------------------------------------------------
+
+
+def planned_runs(args: CompareArguments) -> list[Run]:
+    """Seed by seed, so that an unfinished comparison has all projectors. mlp has one token count, the patches'."""
+    patch_grid = DecoConfig.from_pretrained(args.backbones).patch_grid
+    runs = []
+    for seed in args.seeds:
+        for projector_type in args.projectors:
+            grids = [patch_grid[0]] if projector_type == "mlp" else args.pooled_grid_sizes
+            runs += [Run(projector_type, grid, seed) for grid in grids]
+    return runs
+
+
+def finished(args: CompareArguments, run: Run) -> dict | None:
+    path = run.folder(args) / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result["settings"] != json.loads(json.dumps(settings_of(args, run))):
+        raise ValueError(f"{path} is of other settings; choose another output_dir, or remove that folder.")
+    return result
+
+
+def compare(args: CompareArguments) -> list[dict]:
+    """The results of all runs, those that are there already included."""
+    found = {}
+    for run in planned_runs(args):  # what is wrong shows before the first step
+        config_of(args, run)
+        training_args_of(args, run)
+        found[run] = finished(args, run)
+    missing = [run for run, result in found.items() if result is None]
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(args.parallel_runs, mp_context=context) as pool:
+        started = {pool.submit(train, args, run): run for run in missing}
+        progress = tqdm(as_completed(started), total=len(found), initial=len(found) - len(missing), unit="run")
+        for future in progress:
+            run = started[future]
+            found[run] = future.result()
+            progress.set_postfix_str(run.name)
+    return list(found.values())
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    (args,) = TrlParser((CompareArguments,)).parse_args_and_config()
+    results = compare(args)
+    write_report(results, args)
+    typer.echo((Path(args.output_dir) / "table.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
