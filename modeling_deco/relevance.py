@@ -566,8 +566,8 @@ _LONGEST_TITLE = 20  # characters, which is what fits above a panel
 def plot_relevance(relevance: Relevance, level: str = "patch"):
     """Draw the picture and, for each word of the answer, its heat map over the greyed picture.
 
-    Each map has its own scale, from nothing to its largest value: it tells what a word rests on, and not which word
-    depends on the picture most.
+    Each map has its own scale, from nothing to its peak, and says how high that is beside the other words': a word that
+    does not come from the picture has a low one.
 
     Args:
         relevance: of tokens or words; tokens are averaged by word.
@@ -623,7 +623,8 @@ def _draw_word(axes, words: Relevance, index: int, level: str):
         (words.text_to_patch, words.patch_grid) if level == "patch" else (words.text_to_query, words.pooled_grid)
     )
     heat = maps[index].unflatten(0, grid).numpy()
-    heat = heat / (heat.max() or 1)
+    peak, highest = heat.max(), maps.max().item()
+    heat = heat / (peak or 1)
     height, width = words.image.shape[:2]
     opacity = 1
     if level == "patch" or words.has_grid:
@@ -636,6 +637,8 @@ def _draw_word(axes, words: Relevance, index: int, level: str):
     if len(word) > _LONGEST_TITLE:
         word = word[: _LONGEST_TITLE - 3] + "..."
     axes.set_title(word, parse_math=False, weight="bold", size="medium")
+    share = f"peak: {peak / highest:.0%} of the highest" if highest > 0 else "no relevance"
+    axes.text(0.5, -0.02, share, transform=axes.transAxes, ha="center", va="top", size="x-small", color="0.4")
     return heat_map
 
 
