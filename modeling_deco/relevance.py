@@ -566,7 +566,7 @@ _LONGEST_TITLE = 20  # characters, which is what fits above a panel
 def plot_relevance(relevance: Relevance, level: str = "patch"):
     """Draw the picture and, for each word of the answer, its heat map over the greyed picture.
 
-    Each map has its own scale, from nothing to its peak, and says how high that is beside the other words': a word that
+    Each map has its own scale, from nothing to its peak, and says how high that is beside other words: one that
     does not come from the picture has a low one.
 
     Args:
