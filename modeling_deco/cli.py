@@ -65,7 +65,7 @@ def _check_relevance(path: Path, level: str | None) -> str:
 
 def _save_figure(figure, path: Path) -> None:
     """Write beside, then rename: a file under its name is whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{os.getpid()}.tmp")
     try:
         figure.savefig(partial, format="png")
         os.replace(partial, path)
@@ -134,8 +134,7 @@ def ask(
             explained = explain(
                 pipe.model, processor, image, question, pooled_grid_size=grid, max_new_tokens=max_new_tokens
             )
-            _save_figure(plot_relevance(explained, relevance_level), relevance)
-            answer = explained.answer
+            answer, figure = explained.answer, plot_relevance(explained, relevance_level)
         else:
             (output,) = pipe(
                 text=[{"role": "user", "content": content}],
@@ -154,6 +153,12 @@ def ask(
         report |= {} if relevance is None else {"relevance": str(relevance)}
         answer = json.dumps(report)
     typer.echo(answer)
+    if relevance is not None:
+        try:
+            _save_figure(figure, relevance)
+        except OSError as error:
+            typer.echo(f"deco ask: --relevance {str(relevance)!r} cannot be written: {error.strerror}.", err=True)
+            raise typer.Exit(2) from None
 
 
 @contextmanager

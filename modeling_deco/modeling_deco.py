@@ -85,6 +85,13 @@ class DecoPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    # those with residual connections; post_init adds the backbones' and drops what is not in the model
+    _no_split_modules = [  # noqa: RUF012
+        "QFormerProjector",
+        "ResamplerProjector",
+        "CAbstractorProjector",
+        "DAbstractorProjector",
+    ]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     _supports_flash_attn = True
@@ -112,7 +119,7 @@ class DecoPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, (GridPositions, QueryProjector)):
+        if isinstance(module, (CAbstractorProjector, GridPositions, QueryProjector)):
             module.reset_parameters()
 
     def post_init(self):
@@ -480,7 +487,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
 
 def build_projector(config: DecoConfig) -> nn.Module:
     """The projector that the config asks for, in PyTorch's initialization."""
-    widths = config.vision_config.hidden_size, config.text_config.hidden_size
+    widths, sizes = (config.vision_config.hidden_size, config.text_config.hidden_size), config.projector_sizes
     mlp = {
         "num_layers": config.projector_num_layers,
         "hidden_act": config.projector_hidden_act,
@@ -491,11 +498,11 @@ def build_projector(config: DecoConfig) -> nn.Module:
     if config.projector_type == "avg_pool":
         return AvgPoolProjector(*widths, config.pooled_grid_size, **mlp)
     if config.projector_type == "qformer":
-        return QFormerProjector(*widths, config.pooled_grid_size, **config.projector_config)
+        return QFormerProjector(*widths, config.pooled_grid_size, **sizes)
     if config.projector_type == "resampler":
-        return ResamplerProjector(*widths, config.pooled_grid_size, **config.projector_config)
+        return ResamplerProjector(*widths, config.pooled_grid_size, **sizes)
     abstractor = CAbstractorProjector if config.projector_type == "c_abstractor" else DAbstractorProjector
-    return abstractor(*widths, config.pooled_grid_size, config.patch_grid, **config.projector_config)
+    return abstractor(*widths, config.pooled_grid_size, config.patch_grid, **sizes)
 
 
 def _with_modules_to_skip(quantization_config):

@@ -48,7 +48,7 @@ def pool_patch_grid(
     """
     patch_grid = _find_patch_grid(patch_features, patch_grid)
     _check_is_smaller(pooled_grid, patch_grid)
-    if pooled_grid == patch_grid:
+    if tuple(pooled_grid) == patch_grid:
         return patch_features
     patch_map = _to_map(patch_features, patch_grid)
     return _from_map(nn.functional.adaptive_avg_pool2d(patch_map, pooled_grid))
@@ -74,7 +74,7 @@ def _find_patch_grid(patch_features: torch.Tensor, patch_grid: tuple[int, int] |
             f"{num_patches} patch features do not fill a grid of {patch_grid[0]} x {patch_grid[1]} = "
             f"{patch_grid[0] * patch_grid[1]} patches."
         )
-    return patch_grid
+    return tuple(patch_grid)
 
 
 def _to_map(patch_features: torch.Tensor, patch_grid: tuple[int, int]) -> torch.Tensor:
@@ -128,7 +128,7 @@ class MlpProjector(nn.Module):
     ) -> torch.Tensor:
         """See the module's docstring; the pooled grid can only be the patch grid."""
         patch_grid = _find_patch_grid(patch_features, patch_grid)
-        if pooled_grid not in (None, patch_grid):
+        if pooled_grid is not None and tuple(pooled_grid) != patch_grid:
             raise ValueError(
                 f"projector_type 'mlp' does not compress: {patch_grid[0]} x {patch_grid[1]} patches become as many "
                 f"tokens, not {pooled_grid[0]} x {pooled_grid[1]}; choose avg_pool for that."
@@ -178,8 +178,10 @@ class QueryProjector(nn.Module):
         super().__init__()
         self.pooled_grid = parse_grid(pooled_grid_size)
 
-    def check_grid(self, pooled_grid: tuple[int, int] | None) -> None:
-        if pooled_grid not in (None, self.pooled_grid):
+    def check_grids(self, patch_features: torch.Tensor, patch_grid, pooled_grid) -> None:
+        if patch_grid is not None:
+            _find_patch_grid(patch_features, patch_grid)
+        if pooled_grid is not None and tuple(pooled_grid) != self.pooled_grid:
             raise ValueError(
                 f"{type(self).__name__} has learned queries for {self.pooled_grid[0]} x {self.pooled_grid[1]} tokens "
                 f"and cannot make {pooled_grid[0]} x {pooled_grid[1]}; avg_pool and c_abstractor take any grid."
@@ -239,7 +241,7 @@ class QFormerProjector(QueryProjector):
         pooled_grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """See the module's docstring; the pooled grid can only be the module's."""
-        self.check_grid(pooled_grid)
+        self.check_grids(patch_features, patch_grid, pooled_grid)
         query_tokens = self.query_tokens.expand(len(patch_features), -1, -1)  # (images, queries, hidden)
         outputs = self.qformer(
             query_embeds=query_tokens, encoder_hidden_states=self.input_norm(patch_features), return_dict=True
@@ -272,6 +274,10 @@ class ResamplerProjector(QueryProjector):
         from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler  # seen in 5.17 to 5.23
 
         super().__init__(pooled_grid_size)
+        if hidden_size % num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size={hidden_size} is not a multiple of num_attention_heads={num_attention_heads}."
+            )
         config = Idefics2PerceiverConfig(
             hidden_size=hidden_size,
             resampler_n_latents=num_image_tokens(pooled_grid_size),
@@ -295,7 +301,7 @@ class ResamplerProjector(QueryProjector):
         pooled_grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """See the module's docstring; the pooled grid can only be the module's."""
-        self.check_grid(pooled_grid)
+        self.check_grids(patch_features, patch_grid, pooled_grid)
         attention_mask = patch_features.new_ones(patch_features.shape[:2], dtype=torch.long)
         return self.linear(self.resampler(self.input_proj(patch_features), attention_mask))
 
@@ -351,6 +357,11 @@ class CAbstractorProjector(nn.Module):
         self.after = _regnet_stage(hidden_size, hidden_size, num_hidden_layers)
         self.readout = MlpProjector(hidden_size, text_hidden_size, mlp_num_layers, hidden_act="silu")
 
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # PyTorch's, as in Honeybee
+                init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+
     def forward(
         self,
         patch_features: torch.Tensor,
@@ -369,15 +380,19 @@ class CAbstractorProjector(nn.Module):
 def _regnet_stage(in_channels: int, out_channels: int, num_layers: int) -> nn.Sequential:
     from transformers import RegNetConfig
     from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
-    from transformers.models.regnet.modeling_regnet import RegNetYLayer  # seen in 5.17 to 5.23
+    from transformers.models.regnet.modeling_regnet import RegNetSELayer, RegNetYLayer  # seen in 5.17 to 5.23
 
     config = RegNetConfig(groups_width=1, hidden_act="silu")
     layers = [
         RegNetYLayer(config, in_channels if index == 0 else out_channels, out_channels) for index in range(num_layers)
     ]
-    for module in [module for layer in layers for module in layer.modules() if hasattr(module, "normalization")]:
-        module.normalization = ConvNextLayerNorm(out_channels, data_format="channels_first")
-    return nn.Sequential(*layers)
+    stage = nn.Sequential(*layers)
+    for module in stage.modules():
+        if hasattr(module, "normalization"):
+            module.normalization = ConvNextLayerNorm(out_channels, data_format="channels_first")
+        if isinstance(module, RegNetSELayer):
+            module.attention[1] = nn.SiLU()  # timm's squeeze has the block's activation
+    return stage
 
 
 class DAbstractorProjector(QueryProjector):
@@ -445,7 +460,7 @@ class DAbstractorProjector(QueryProjector):
         pooled_grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """See the module's docstring; the pooled grid can only be the module's."""
-        self.check_grid(pooled_grid)
+        self.check_grids(patch_features, patch_grid, pooled_grid)
         patch_grid = _find_patch_grid(patch_features, patch_grid)
         _check_is_smaller(self.pooled_grid, patch_grid)
         patch_map = self.positions(_to_map(self.input_proj(patch_features), patch_grid))

@@ -192,7 +192,8 @@ def explain(
 
     Raises:
         ValueError: an unknown method, the attention of an abstractor, which has none to patches, an answer without
-            tokens, or a part of the model that does not give the attention of each layer.
+            tokens or with an image token, arguments of `generate` that make it return other than one answer, or a part
+            of the model that does not give the attention of each layer.
     """
     deco = _find_deco(model)
     if method not in METHODS:
@@ -202,6 +203,9 @@ def explain(
         raise ValueError(f"projector_type {projector_type!r} has no attention to patches; use method='gae'.")
     if answer is not None and generate_kwargs:
         raise ValueError(f"An answer is given, so that {', '.join(generate_kwargs)} would have no effect.")
+    for name in ("return_dict_in_generate", "num_return_sequences"):
+        if name in generate_kwargs:
+            raise ValueError(f"{name} cannot be given: explain takes the token ids of one answer.")
 
     with _evaluation(deco):
         inputs = _prepare(processor, image, question, pooled_grid_size).to(deco.device)
@@ -211,6 +215,8 @@ def explain(
             answer_ids = generated[0, len(prompt_ids) :].tolist()
         else:
             answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if deco.config.image_token_id in answer_ids:
+            raise ValueError(f"The answer holds {processor.image_token!r}, which stands for an image; leave it out.")
         explained = [index for index, token in enumerate(answer_ids) if token not in tokenizer.all_special_ids]
         if not explained:
             raise ValueError("The answer is empty: it has no token to explain.")
@@ -360,7 +366,7 @@ def _run(deco, inputs, sequence: list[int], targets: list[int], method: str) -> 
         outputs = deco(
             input_ids=input_ids,
             mm_encoder_outputs={"image": image_outputs},
-            logits_to_keep=torch.tensor(positions, device=deco.device),
+            logits_to_keep=torch.tensor(positions),
             output_attentions=True,
             use_cache=False,
             return_dict=True,

@@ -13,6 +13,7 @@ Each run leaves `OUTPUT_DIR/runs/NAME/result.json` when it is done; started agai
 Then it writes `results.json`, `table.md`, `curves.png`, `tokens.png` and `relevance.png` into OUTPUT_DIR.
 """
 
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -20,7 +21,7 @@ import os
 import platform
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -92,12 +93,12 @@ def config_of(args: CompareArguments, run: Run) -> DecoConfig:
     Raises:
         ValueError: the projector's sizes or the grid cannot be.
     """
-    fields = DecoConfig.from_pretrained(args.backbones).to_dict() | {
+    config = DecoConfig.from_pretrained(args.backbones).to_dict() | {
         "projector_type": run.projector_type,
         "projector_config": args.projectors[run.projector_type] or None,
         "pooled_grid_size": run.pooled_grid_size,
     }
-    return DecoConfig(**fields)
+    return DecoConfig(**config)
 
 
 def training_args_of(args: CompareArguments, run: Run) -> DecoSFTConfig:
@@ -171,7 +172,7 @@ class Curve(TrainerCallback):
 
     def __init__(self, args: CompareArguments, processor):
         self.args, self.processor = args, processor
-        self.points = []
+        self.points, self.seconds = [], 0.0
         scenes = [
             render("validation", index, min_digits=args.min_digits, max_digits=args.max_digits)
             for index in range(args.num_eval_pictures)
@@ -179,7 +180,9 @@ class Curve(TrainerCallback):
         self.pictures = [(scene, questions(scene, np.random.default_rng(index))) for index, scene in enumerate(scenes)]
 
     def measure(self, model, step: int):
+        began = time.perf_counter()
         self.points.append({"step": step, "accuracy": forced_accuracy(model, self.processor, self.pictures)})
+        self.seconds += time.perf_counter() - began
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.measure(model, 0)
@@ -191,8 +194,10 @@ class Curve(TrainerCallback):
 
 def settings_of(args: CompareArguments, run: Run) -> dict:
     """What a result depends on, besides the code."""
-    ignored = ("output_dir", "projectors", "pooled_grid_sizes", "seeds", "threshold", "parallel_runs")
+    ignored = ("backbones", "output_dir", "projectors", "pooled_grid_sizes", "seeds", "threshold", "parallel_runs")
+    weights = Path(args.backbones, "model.safetensors").read_bytes()
     return {
+        "backbones": hashlib.sha256(weights).hexdigest(),
         "projector_config": args.projectors[run.projector_type] or None,
         **{name: value for name, value in vars(args).items() if name not in ignored},
     }
@@ -218,12 +223,11 @@ def train(args: CompareArguments, run: Run) -> dict:
     began = time.perf_counter()
     with faster_attention():
         trainer.train()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began - curve.seconds
     model.eval()
-    accuracy = accuracy_by_kind(
-        model, processor, "test", args.num_test_pictures, min_digits=args.min_digits, max_digits=args.max_digits
-    )
-    pointing = pointing_game(model, processor, num_pictures=args.num_pointing_pictures)
+    digits = {"min_digits": args.min_digits, "max_digits": args.max_digits}
+    accuracy = accuracy_by_kind(model, processor, "test", args.num_test_pictures, **digits)
+    pointing = pointing_game(model, processor, args.num_pointing_pictures, **digits)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     result = {
@@ -245,6 +249,7 @@ def train(args: CompareArguments, run: Run) -> dict:
             "trl": trl.__version__,
             "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(),
+            "parallel_runs": args.parallel_runs,
         },
     }
     partial = folder / "result.partial"
@@ -256,13 +261,59 @@ def train(args: CompareArguments, run: Run) -> dict:
 # --- all runs --------------------------------------------------------------------------------------------------------
 
 
+# What the comparison sets itself, of DecoSFTConfig.
+_SET_HERE = (
+    *("output_dir", "seed", "freeze", "pooled_grid_sizes", "independent_turns", "max_length", "num_train_epochs"),
+    *("gradient_accumulation_steps", "train_sampling_strategy", "save_strategy", "report_to", "disable_tqdm"),
+)
+
+
+def check(args: CompareArguments) -> None:
+    """Refuse what could not be compared, before anything is trained.
+
+    Raises:
+        ValueError: names the setting, its value and what it can be.
+    """
+    if not Path(args.backbones, "model.safetensors").is_file():
+        raise ValueError(
+            f"backbones={args.backbones!r} is no folder of a DeCo checkpoint; cpu.yaml says how to make it."
+        )
+    projector_type = DecoConfig.from_pretrained(args.backbones).projector_type
+    if projector_type != "mlp":
+        raise ValueError(
+            f"backbones={args.backbones!r} has projector_type={projector_type!r}, which would be favoured: its "
+            f"language model must have learned from uncompressed patches, projector_type='mlp'."
+        )
+    least = {"eval_steps": 1, "num_eval_pictures": 1, "num_test_pictures": 2, "num_pointing_pictures": 2}
+    for name, minimum in {**least, "parallel_runs": 1}.items():
+        if getattr(args, name) < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {getattr(args, name)}.")
+    for name, kind in {"projectors": dict, "training": dict, "pooled_grid_sizes": list, "seeds": list}.items():
+        if not isinstance(getattr(args, name), kind) or not getattr(args, name):
+            raise ValueError(f"{name} must be a {kind.__name__} that is not empty, got {getattr(args, name)!r}.")
+    if not 2 <= args.min_digits <= args.max_digits <= 6:
+        raise ValueError(
+            f"min_digits={args.min_digits} and max_digits={args.max_digits} must satisfy 2 <= min <= max <= 6."
+        )
+    taken = [name for name in _SET_HERE if name in args.training]
+    if taken:
+        raise ValueError(f"training has {', '.join(taken)}, which the comparison sets itself.")
+    if args.training.get("max_steps", 0) < 1:
+        raise ValueError(f"training needs max_steps of at least 1, got {args.training.get('max_steps')}.")
+    unknown = sorted(set(args.training) - {known.name for known in fields(DecoSFTConfig)})
+    if unknown:
+        raise ValueError(f"training has {', '.join(unknown)}, which is no field of DecoSFTConfig.")
+    for run in planned_runs(args):
+        config_of(args, run)
+
+
 def planned_runs(args: CompareArguments) -> list[Run]:
     """Seed by seed, so that an unfinished comparison has all projectors. mlp has one token count, the patches'."""
-    patch_grid = DecoConfig.from_pretrained(args.backbones).patch_grid
+    patch_rows, _ = DecoConfig.from_pretrained(args.backbones).patch_grid
     runs = []
     for seed in args.seeds:
         for projector_type in args.projectors:
-            grids = [patch_grid[0]] if projector_type == "mlp" else args.pooled_grid_sizes
+            grids = [patch_rows] if projector_type == "mlp" else args.pooled_grid_sizes
             runs += [Run(projector_type, grid, seed) for grid in grids]
     return runs
 
@@ -272,34 +323,45 @@ def finished(args: CompareArguments, run: Run) -> dict | None:
     if not path.exists():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
-    if result["settings"] != json.loads(json.dumps(settings_of(args, run))):
+    if result.get("settings") != json.loads(json.dumps(settings_of(args, run))):
         raise ValueError(f"{path} is of other settings; choose another output_dir, or remove that folder.")
     return result
 
 
 def compare(args: CompareArguments) -> list[dict]:
-    """The results of all runs, those that are there already included."""
-    found = {}
-    for run in planned_runs(args):  # what is wrong shows before the first step
-        config_of(args, run)
-        training_args_of(args, run)
-        found[run] = finished(args, run)
+    """The results of all runs, those that are there already included.
+
+    Raises:
+        ValueError: `check` refuses the arguments, or a result that is there is of others.
+        RuntimeError: a run failed; those that had begun are finished, and no other is begun.
+    """
+    check(args)
+    found = {run: finished(args, run) for run in planned_runs(args)}
     missing = [run for run, result in found.items() if result is None]
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(args.parallel_runs, mp_context=context) as pool:
         started = {pool.submit(train, args, run): run for run in missing}
         progress = tqdm(as_completed(started), total=len(found), initial=len(found) - len(missing), unit="run")
-        for future in progress:
-            run = started[future]
-            found[run] = future.result()
-            progress.set_postfix_str(run.name)
-    return list(found.values())
+        try:
+            for future in progress:
+                run = started[future]
+                found[run] = future.result()
+                progress.set_postfix_str(run.name)
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, Exception):
+                raise RuntimeError(f"The run {run.name} failed: {error}") from error
+            raise
+    return [{**result, "folder": str(run.folder(args))} for run, result in found.items()]
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     (args,) = TrlParser((CompareArguments,)).parse_args_and_config()
-    results = compare(args)
+    try:
+        results = compare(args)
+    except ValueError as error:
+        raise SystemExit(f"compare_projectors: {error}") from None
     write_report(results, args)
     typer.echo((Path(args.output_dir) / "table.md").read_text(encoding="utf-8"))
 

@@ -60,28 +60,30 @@ def mean_and_spread(values: list[float], digits: int = 1) -> str:
 
 
 def table(results: list[dict], threshold: float) -> str:
-    """Markdown: one row per projector and token count, mean and standard deviation over seeds."""
+    """Markdown: one row per projector and token count, mean and standard deviation over seeds; steps seed by seed."""
     lines = [
         f"| projector | tokens | parameters | {' | '.join(GROUPS)} | pointing game | steps to {threshold:g} % | s |",
         "|---" * (len(GROUPS) + 6) + "|",
     ]
     for (projector_type, num_tokens), runs in by_projector_and_tokens(results).items():
         steps = [steps_to(run, threshold) for run in runs]
-        reached = [step for step in steps if step is not None]
-        shown_steps = f"{mean(reached):.0f}" if reached else "not reached"
-        if reached and len(reached) < len(runs):
-            shown_steps += f" ({len(reached)} of {len(runs)} seeds)"
         cells = [
             NAMES[projector_type],
             str(num_tokens),
             f"{runs[0]['parameters']:,}",
             *(mean_and_spread([group_accuracy(run["accuracy"], group) for run in runs]) for group in GROUPS),
             mean_and_spread([run["pointing_game"]["gae"]["hit_rate"] for run in runs]),
-            shown_steps,
+            ", ".join("-" if step is None else str(step) for step in steps),
             mean_and_spread([run["seconds"] for run in runs], digits=0),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    chance = mean(result["pointing_game"]["chance"]["hit_rate"] for result in results)
+    notes = (
+        f"Accuracy in percent on held-out scans, mean ± standard deviation over seeds. Pointing game: by GAE's rules, "
+        f"for the abstractors by gradient x input; chance is {chance:.1f}. Steps, seed by seed, until the mean of the "
+        f"three groups reaches {threshold:g} % on validation scans (-: not within the budget). Seconds of training."
+    )
+    return "\n".join([*lines, "", notes]) + "\n"
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -207,12 +209,9 @@ def write_report(results: list[dict], args) -> None:
     (out / "results.json").write_text(json.dumps({"arguments": vars(args), "results": results}) + "\n")
     plot_curves(results).savefig(out / "curves.png", dpi=100)
     plot_tokens(results).savefig(out / "tokens.png", dpi=110)
-    first_seed, largest = args.seeds[0], max(args.pooled_grid_sizes) ** 2
     folders = {
-        f"{NAMES[result['projector_type']]}\n{result['num_tokens']} tokens": out / "runs" / name / "model"
+        f"{NAMES[result['projector_type']]}\n{result['num_tokens']} tokens": Path(result["folder"], "model")
         for result in results
-        if (name := f"{result['projector_type']}-{result['num_tokens']}-{first_seed}")
-        and result["seed"] == first_seed
-        and (result["num_tokens"] == largest or result["projector_type"] == "mlp")
+        if result["seed"] == args.seeds[0] and result["pooled_grid_size"] >= max(args.pooled_grid_sizes)
     }
     plot_relevance_grid(folders, args.max_digits).savefig(out / "relevance.png", dpi=110)

@@ -101,7 +101,7 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
         backbones = (args.vision_model_name_or_path, name)
         projector = {} if args.projector_type is None else {"projector_type": args.projector_type}
         if args.projector_config is not None:
-            projector["projector_config"] = json.loads(args.projector_config)
+            projector["projector_config"] = read_sizes(args.projector_config)
         model = DecoForConditionalGeneration.from_vision_text_pretrained(
             *backbones, dtype=model_args.dtype, **grid, **projector
         )
@@ -135,6 +135,19 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
     if args.pad_images:
         processor.image_processor = pad_to_square(processor.image_processor)
     return model, processor
+
+
+def read_sizes(projector_config: str) -> dict[str, int]:
+    """The JSON of `--projector_config`."""
+    try:
+        sizes = json.loads(projector_config)
+    except json.JSONDecodeError:
+        sizes = None
+    if not isinstance(sizes, dict):
+        raise ValueError(
+            f'--projector_config must be a JSON object, such as {{"num_hidden_layers": 2}}, got {projector_config!r}.'
+        )
+    return sizes
 
 
 def merge_adapter(adapter_dir: str, revision: str = "main") -> None:

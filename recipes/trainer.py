@@ -161,7 +161,7 @@ class DecoSFTTrainer(SFTTrainer):
 
     @staticmethod
     def _check_grids(model, args):
-        if args.pooled_grid_sizes and model.config.projector_type not in ("avg_pool", "c_abstractor"):
+        if args.pooled_grid_sizes and not model.config.takes_any_grid:
             raise ValueError(
                 f"pooled_grid_sizes draws a grid per step, and projector_type={model.config.projector_type!r} has one "
                 f"grid; avg_pool and c_abstractor take any."

@@ -1,5 +1,6 @@
 """`deco ask` and the shipped checkpoint: the answer alone on stdout, one line for bad input."""
 
+import errno
 import json
 import re
 import subprocess
@@ -118,17 +119,19 @@ def test_relevance_without_matplotlib_is_one_line(tmp_path, monkeypatch):
     assert result.stderr == "deco ask: --relevance needs matplotlib: pip install matplotlib\n"
 
 
-def test_a_drawing_that_fails_leaves_the_old_one(picture, tmp_path, monkeypatch):
+def test_a_drawing_that_fails_leaves_the_old_one_and_the_answer(picture, tmp_path, monkeypatch):
     drawing = tmp_path / "relevance.png"
     drawing.write_text("of an earlier run")
 
     def fail(self, path, **kwargs):
         Path(path).write_text("half of")
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     result = ask(picture, "Is there a 7?", "--relevance", str(drawing))
-    assert (result.exit_code, result.stderr) == (2, "deco ask: No space left on device\n")
+    assert result.exit_code == 2
+    assert result.stdout.startswith("7 ")
+    assert result.stderr == f"deco ask: --relevance {str(drawing)!r} cannot be written: No space left on device.\n"
     assert drawing.read_text() == "of an earlier run"
     assert {path.name for path in tmp_path.iterdir()} == {"digits.png", "relevance.png"}
 

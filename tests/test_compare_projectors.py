@@ -37,9 +37,9 @@ def backbones(tmp_path_factory):
     return folder
 
 
-def arguments(backbones, output_dir, **kwargs):
+def arguments(folder, output_dir, **kwargs):
     fields = {
-        "backbones": str(backbones),
+        "backbones": str(folder),
         "output_dir": str(output_dir),
         "projectors": {"mlp": {}, "avg_pool": {}, "qformer": SIZES},
         "pooled_grid_sizes": [2],
@@ -86,12 +86,15 @@ def test_a_comparison_from_start_to_end(backbones, tmp_path, monkeypatch):
 
     # started again, nothing is missing; the report is written from what is there
     monkeypatch.setattr(compare_projectors, "train", lambda *call: pytest.fail("trained again"))
-    assert compare_projectors.compare(args) == results
-    compare_report.write_report(results, args)
+    found = compare_projectors.compare(args)
+    assert [
+        {**result, "folder": str(run.folder(args))} for result, run in zip(results, planned_runs(args), strict=True)
+    ] == found
+    compare_report.write_report(found, args)
     for name in ("curves.png", "tokens.png", "relevance.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(results)
-    assert json.loads((tmp_path / "results.json").read_text())["results"] == results
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(results) + 2
+    assert json.loads((tmp_path / "results.json").read_text())["results"] == found
 
     other = arguments(backbones, tmp_path, num_eval_pictures=3)
     with pytest.raises(ValueError, match=r"mlp-144-1/result\.json is of other settings; choose another output_dir"):
@@ -128,14 +131,49 @@ def test_seeds_are_finished_one_after_the_other(backbones, tmp_path):
         ({"projectors": {"perceiver": {}}}, "projector_type must be one of .* got 'perceiver'"),
         ({"projectors": {"qformer": {"depth": 3}}}, "got 'depth'"),
         ({"pooled_grid_sizes": [13]}, "pooled_grid_size=13 asks for 13 x 13 cells"),
-        ({"training": {"bf16": False, "learning_rates": 1}}, "learning_rates"),
+        ({"training": {"max_steps": 2, "learning_rates": 1}}, "training has learning_rates, which is no field"),
+        ({"training": {"max_steps": 2, "seed": 1}}, "training has seed, which the comparison sets itself"),
+        ({"training": {"bf16": False}}, "training needs max_steps of at least 1, got None"),
+        ({"num_pointing_pictures": 1}, "num_pointing_pictures must be at least 2, got 1"),
+        ({"parallel_runs": 0}, "parallel_runs must be at least 1, got 0"),
+        ({"seeds": []}, r"seeds must be a list that is not empty, got \[\]"),
+        ({"projectors": ["mlp"]}, r"projectors must be a dict that is not empty, got \['mlp'\]"),
+        ({"min_digits": 5, "max_digits": 4}, "min_digits=5 and max_digits=4 must satisfy"),
+        ({"backbones": "nowhere"}, "backbones='nowhere' is no folder of a DeCo checkpoint"),
+        ({"backbones": str(SHIPPED_CHECKPOINT)}, "has projector_type='avg_pool', which would be favoured"),
     ],
     ids=str,
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is(changes, message, backbones, tmp_path):
-    with pytest.raises(Exception, match=message):
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(changes, message, backbones, tmp_path):
+    with pytest.raises(ValueError, match=message):
         compare_projectors.compare(arguments(backbones, tmp_path / "runs", **changes))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_fails_ends_the_comparison(backbones, tmp_path):
+    args = arguments(backbones, tmp_path, seeds=[1, 2, 3], parallel_runs=1)
+    (tmp_path / "runs").write_text("no folder can be made here")
+    with pytest.raises(RuntimeError, match="The run mlp-144-1 failed: "):
+        compare_projectors.compare(args)
+
+
+def test_all_projectors_see_the_same_pictures_in_the_same_order(backbones, tmp_path, monkeypatch):
+    seen = []
+    collate = compare_projectors.DecoSFTTrainer._prepare_inputs
+
+    def record(trainer, inputs):
+        seen.append(inputs["pixel_values"].sum(dim=(1, 2, 3)))
+        return collate(trainer, inputs)
+
+    monkeypatch.setattr(compare_projectors.DecoSFTTrainer, "_prepare_inputs", record)
+    args = arguments(backbones, tmp_path)
+    for run in planned_runs(args):
+        compare_projectors.train(args, run)
+    steps = len(seen) // 3
+    for step in range(steps):
+        assert torch.equal(seen[step], seen[steps + step])
+        assert torch.equal(seen[step], seen[2 * steps + step])
+    assert not torch.equal(seen[0], seen[1])
 
 
 def test_forced_accuracy_is_that_of_greedy_answers():
@@ -176,7 +214,7 @@ def result(projector_type="avg_pool", num_tokens=4, seed=1, final=90.0, curve=(1
         "parameters": 1234,
         "seconds": 10.0,
         "accuracy": {kind: {"accuracy": final} for kind in kinds},
-        "pointing_game": {"gae": {"hit_rate": 70.0}},
+        "pointing_game": {"gae": {"hit_rate": 70.0}, "chance": {"hit_rate": 5.0}},
         "curve": [{"step": 10 * i, "accuracy": dict.fromkeys(kinds, value)} for i, value in enumerate(curve)],
         **kwargs,
     }
@@ -192,19 +230,19 @@ def test_groups_count_equally_and_so_do_kinds_within_a_group():
 
 def test_the_table_has_mean_and_spread_over_seeds():
     results = [result(seed=1, final=80.0), result(seed=2, final=90.0), result("mlp", 144, final=99.0)]
-    header, _, pooled, mlp = compare_report.table(results, threshold=60).splitlines()
+    header, _, pooled, mlp, _, notes = compare_report.table(results, threshold=60).splitlines()
     assert "steps to 60 %" in header
     assert pooled.startswith(
         "| average pooling (DeCo) | 4 | 1,234 | 85.0 ± 7.1 | 85.0 ± 7.1 | 85.0 ± 7.1 | 70.0 ± 0.0 |"
     )
-    assert "| 20 |" in pooled
+    assert "| 20, 20 |" in pooled
+    assert "chance is 5.0" in notes
     assert mlp.startswith("| none (MLP) | 144 | 1,234 | 99.0 |")
 
 
 def test_the_table_says_where_a_threshold_was_not_reached():
     results = [result(seed=1), result(seed=2, curve=(10, 20, 30))]
-    assert "| 20 (1 of 2 seeds) |" in compare_report.table(results, threshold=60)
-    assert "| not reached |" in compare_report.table(results[1:], threshold=60)
+    assert "| 20, - |" in compare_report.table(results, threshold=60)
 
 
 def test_run_names_tell_runs_apart():

@@ -189,6 +189,23 @@ def test_stage_1_trains_every_projector_and_nothing_else(projector_type, backbon
     assert len(moved) > 0.8 * len(trained)  # a key has no use for its bias, a query's first weights for the rest
 
 
+@pytest.mark.parametrize("value", ["{bad", "[1]", "3"])
+def test_sizes_that_are_no_json_object_are_refused(value):
+    with pytest.raises(ValueError, match=r"--projector_config must be a JSON object, .*got '"):
+        sft.read_sizes(value)
+
+
+def test_grids_are_not_drawn_for_learned_queries(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="projector_type='qformer' has one grid; avg_pool and c_abstractor take any"):
+        DecoSFTTrainer(
+            model=tiny.build_model(projector_type="qformer", projector_config=sizes),
+            args=DecoSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, pooled_grid_sizes=[2, 3]),
+            train_dataset=build_dataset(),
+            processing_class=tiny_training.build_processor(),
+        )
+
+
 def test_a_projector_type_for_a_model_with_a_projector_is_refused(checkpoint, data, tmp_path):
     with pytest.raises(ValueError, match="has a projector, and --projector_type is of a new one"):
         run(checkpoint, data, tmp_path / "out", projector_type="qformer")

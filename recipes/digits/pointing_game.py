@@ -28,7 +28,7 @@ ABSTRACTORS = ("c_abstractor", "d_abstractor")  # have no attention to patches
 
 
 def pointing_game(
-    model, processor, num_pictures: int, pooled_grid_size=None, split="test", seed=0
+    model, processor, num_pictures: int, pooled_grid_size=None, split="test", seed=0, min_digits=2, max_digits=4
 ) -> dict[str, dict[str, float] | None]:
     """For `"gae"`, `"attention"` and `"chance"`: `hit_rate` and `standard_error` in percent.
 
@@ -37,12 +37,12 @@ def pointing_game(
     Args:
         num_pictures: with one question each.
         pooled_grid_size: default: the processor's.
-        split: of the scans; pictures hold 2 to 4 digits.
+        split: of the scans; pictures hold `min_digits` to `max_digits` digits.
     """
     methods = [method for method in METHODS if method == "gae" or model.config.projector_type not in ABSTRACTORS]
     rates = {name: [] for name in (*methods, "chance")}
     for index in tqdm(range(num_pictures), desc="pointing game", unit="picture", disable=None, file=sys.stderr):
-        scene = render(split, index, seed=seed, min_digits=2)
+        scene = render(split, index, seed=seed, min_digits=min_digits, max_digits=max_digits)
         (question,) = questions(scene, np.random.default_rng(index), ["colour"])
         (digit,) = (digit for digit in scene.digits if question.answer.startswith(str(digit.value)))
         for method in methods:

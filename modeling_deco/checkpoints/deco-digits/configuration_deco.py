@@ -101,7 +101,7 @@ class DecoConfig(PreTrainedConfig):
         multimodal_projector_bias: whether they have biases.
         projector_config: sizes of a compressive projector, arguments of its class in projectors.py: `hidden_size`,
             `num_hidden_layers`, `num_attention_heads` (`mlp_num_layers` for `"c_abstractor"`). Those that are not
-            given become the field's standard.
+            given are the field's standard; see `projector_sizes`.
         vision_feature_layer: index into the tower's hidden states, of which there are `num_hidden_layers + 1`.
         vision_feature_select_strategy: `"default"` drops prefix tokens (CLS, registers); `"full"` is the same for the
             towers that have none, and refused for the others, whose CLS token has no place in the grid.
@@ -136,8 +136,6 @@ class DecoConfig(PreTrainedConfig):
         if isinstance(self.pooled_grid_size, tuple):  # JSON knows lists only
             self.pooled_grid_size = list(self.pooled_grid_size)
         self._validate_choices()
-        if _PROJECTOR_SIZES[self.projector_type]:
-            self.projector_config = _PROJECTOR_SIZES[self.projector_type] | (self.projector_config or {})
         self._cut_unused_vision_layers()
         super().__post_init__(**kwargs)
 
@@ -190,7 +188,7 @@ class DecoConfig(PreTrainedConfig):
                     f"projector_config of projector_type={self.projector_type!r} can have "
                     f"{', '.join(allowed) or 'no fields'}, got {name!r}."
                 )
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"projector_config[{name!r}] must be a positive int, got {value!r}.")
         sizes = {**allowed, **given}
         if sizes.get("hidden_size", 0) % sizes.get("num_attention_heads", 1) != 0:
@@ -218,6 +216,17 @@ class DecoConfig(PreTrainedConfig):
         for name in ("stage_names", "out_features", "out_indices"):  # DINOv2's names of layers, made from their number
             fields.pop(name, None)
         self.vision_config = type(self.vision_config)(**fields)
+
+    @property
+    def projector_sizes(self) -> dict[str, int]:
+        """Sizes of a compressive projector, arguments of its class: `projector_config` and the field's standard."""
+        self._validate_projector()  # fields may have been set since
+        return _PROJECTOR_SIZES[self.projector_type] | (self.projector_config or {})
+
+    @property
+    def takes_any_grid(self) -> bool:
+        """Whether a call may ask for another grid; what has learned queries, or does not compress, has one."""
+        return self.projector_type in ("avg_pool", "c_abstractor")
 
     @property
     def num_prefix_tokens(self) -> int:
