@@ -39,10 +39,11 @@ from modeling_deco.configuration_deco import num_image_tokens
 from modeling_deco.recipes.collator import IGNORE_INDEX, DecoCollator, expand_images
 from modeling_deco.recipes.compare_report import write_report
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
+from modeling_deco.recipes.digits.optimizer import MuonAdamW
 from modeling_deco.recipes.digits.pointing_game import pointing_game
 from modeling_deco.recipes.digits.train import build_dataset, faster_attention, turn
 from modeling_deco.recipes.digits.world import KINDS, questions, render, score
-from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
+from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ class CompareArguments:
     projectors: dict = field(metadata={"help": "projector_type: projector_config, for each projector."})
     pooled_grid_sizes: list[int] = field(metadata={"help": "Sides of the grids; mlp has the patch grid alone."})
     seeds: list[int] = field(metadata={"help": "For the projector's weights, and for the pictures."})
-    training: dict = field(metadata={"help": "Fields of DecoSFTConfig."})
+    training: dict = field(
+        metadata={"help": "Fields of DecoSFTConfig; learning rates are Muon's, and AdamW has a tenth of them."}
+    )
     min_digits: int = field(default=2, metadata={"help": "Fewest digits in a picture."})
     max_digits: int = field(default=4, metadata={"help": "Most digits in a picture."})
     eval_steps: int = field(default=50, metadata={"help": "A point on the curves this often."})
@@ -127,6 +130,24 @@ def build_model(args: CompareArguments, run: Run) -> tuple[DecoForConditionalGen
     model.lm_head.load_state_dict(warm.lm_head.state_dict())
     model.generation_config = warm.generation_config
     return model, processor
+
+
+def build_optimizer(model: DecoForConditionalGeneration, training_args: DecoSFTConfig) -> MuonAdamW:
+    """Muon for the matrices of projector and language model, AdamW at a tenth of its rates for the rest."""
+    rates = {"language_model": training_args.learning_rate}
+    rates["multi_modal_projector"] = training_args.projector_learning_rate or training_args.learning_rate
+    groups = {}
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        if part in rates:
+            is_matrix = parameter.ndim == 2 or parameter.shape[2:] == (1, 1)
+            is_embedding = part == "language_model" and ".layers." not in name
+            groups.setdefault((part, is_matrix and not is_embedding), []).append(parameter)
+    return MuonAdamW(
+        [{"params": groups[part, True], "lr": rate} for part, rate in rates.items()],
+        [{"params": groups[part, False], "lr": rate / 10} for part, rate in rates.items()],
+        weight_decay=0.0,
+    )
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -217,6 +238,7 @@ def train(args: CompareArguments, run: Run) -> dict:
         args=training_args,
         train_dataset=build_dataset(pictures, run.seed, args.min_digits, args.max_digits),
         processing_class=processor,
+        optimizers=(build_optimizer(model, training_args), None),
         callbacks=[curve],
     )
     trainer.remove_callback(PrinterCallback)

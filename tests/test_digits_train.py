@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from modeling_deco.recipes.collator import IGNORE_INDEX, DecoCollator, expand_images
 from modeling_deco.recipes.digits import train
 from modeling_deco.recipes.digits.evaluate import _summary
-from modeling_deco.recipes.digits.optimizer import MuonAdamW
+from modeling_deco.recipes.digits.optimizer import Muon, MuonAdamW
 from modeling_deco.recipes.digits.processor import build_processor
 from modeling_deco.recipes.digits.tower import build_tower
 
@@ -24,10 +24,16 @@ def processor():
 
 
 @pytest.fixture(scope="module")
-def model(processor, tmp_path_factory):
+def tower_dir(tmp_path_factory):
     torch.manual_seed(0)
     tower_dir = tmp_path_factory.mktemp("tower")
     build_tower().save_pretrained(tower_dir)
+    return tower_dir
+
+
+@pytest.fixture(scope="module")
+def model(processor, tower_dir):
+    torch.manual_seed(0)
     return train.build_model(tower_dir, processor).eval()
 
 
@@ -85,9 +91,11 @@ def test_optimizer_covers_every_parameter_once_and_the_tower_at_its_own_rate(mod
     assert rates[id(named["model.language_model.embed_tokens.weight"])] == 2e-3
 
 
-def test_whitened_projector_sees_every_direction_of_the_features_alike(model, processor):
-    model = copy.deepcopy(model)
+@pytest.mark.parametrize(("projector_type", "grid"), [("avg_pool", 6), ("mlp", 12)])
+def test_whitened_projector_sees_every_direction_of_the_features_alike(projector_type, grid, tower_dir):
+    processor = build_processor(grid)
     torch.manual_seed(0)
+    model = train.build_model(tower_dir, processor, projector_type).eval()
     pictures = [image for example in train.build_dataset(40, seed=5) for image in example["images"]]
     pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     seen = []
@@ -100,6 +108,27 @@ def test_whitened_projector_sees_every_direction_of_the_features_alike(model, pr
     assert hidden_states.mean(0).abs().max() < 1e-2
     assert variances.max() < 1.05
     assert (variances > 0.95).float().mean() > 0.5  # the others were numerical noise, and stay small
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 8)])
+def test_muon_is_torchs_but_for_the_rounding(shape):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    parameters = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    convolution = torch.nn.Parameter(start.clone()[..., None, None])
+    optimizers = [
+        torch.optim.Muon([parameters[0]], lr=0.02, weight_decay=0.1),
+        Muon([parameters[1], convolution], lr=0.02, weight_decay=0.1),
+    ]
+    for _ in range(5):
+        gradient = torch.randn(shape, generator=generator)
+        for parameter in (*parameters, convolution):
+            parameter.grad = gradient.view_as(parameter).clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (parameters[0] - start).norm()
+    assert (parameters[0] - parameters[1]).norm() < 0.02 * moved  # torch's is in bfloat16
+    assert torch.equal(convolution[..., 0, 0], parameters[1])
 
 
 def test_optimizer_resumes_exactly():
