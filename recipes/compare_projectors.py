@@ -6,8 +6,8 @@
     python -m modeling_deco.recipes.compare_projectors --config recipes/configs/compare_projectors/cpu.yaml
 
 Every run starts from the same backbones, a frozen vision tower and a language model that has learned the task from
-uncompressed patches, puts a fresh projector between them, and trains projector and language model with the same
-pictures, steps and optimizer. There is a run for each projector, token count and seed.
+uncompressed patches, and puts a fresh projector between them. The projector is trained first, then both, with the
+same pictures, steps and optimizer for all. There is a run for each projector, token count and seed.
 
 Each run leaves `OUTPUT_DIR/runs/NAME/result.json` when it is done; started again, the recipe does what is missing.
 Then it writes `results.json`, `table.md`, `curves.png`, `tokens.png` and `relevance.png` into OUTPUT_DIR.
@@ -61,6 +61,9 @@ class CompareArguments:
     seeds: list[int] = field(metadata={"help": "For the projector's weights, and for the pictures."})
     training: dict = field(
         metadata={"help": "Fields of DecoSFTConfig; learning rates are Muon's, and AdamW has a tenth of them."}
+    )
+    alignment_steps: int = field(
+        default=0, metadata={"help": "First so many of the steps train the projector alone, as LLaVA's stage 1 does."}
     )
     min_digits: int = field(default=2, metadata={"help": "Fewest digits in a picture."})
     max_digits: int = field(default=4, metadata={"help": "Most digits in a picture."})
@@ -213,6 +216,16 @@ class Curve(TrainerCallback):
             self.measure(model, state.global_step)
 
 
+class Alignment(TrainerCallback):
+    """Keeps the language model as it is until the projector speaks its language."""
+
+    def __init__(self, num_steps: int):
+        self.num_steps = num_steps
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.model.language_model.requires_grad_(state.global_step >= self.num_steps)
+
+
 def settings_of(args: CompareArguments, run: Run) -> dict:
     """What a result depends on, besides the code."""
     ignored = ("backbones", "output_dir", "projectors", "pooled_grid_sizes", "seeds", "threshold", "parallel_runs")
@@ -239,7 +252,7 @@ def train(args: CompareArguments, run: Run) -> dict:
         train_dataset=build_dataset(pictures, run.seed, args.min_digits, args.max_digits),
         processing_class=processor,
         optimizers=(build_optimizer(model, training_args), None),
-        callbacks=[curve],
+        callbacks=[curve, Alignment(args.alignment_steps)],
     )
     trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
@@ -322,6 +335,10 @@ def check(args: CompareArguments) -> None:
         raise ValueError(f"training has {', '.join(taken)}, which the comparison sets itself.")
     if args.training.get("max_steps", 0) < 1:
         raise ValueError(f"training needs max_steps of at least 1, got {args.training.get('max_steps')}.")
+    if not 0 <= args.alignment_steps <= args.training["max_steps"]:
+        raise ValueError(
+            f"alignment_steps must be 0 to max_steps={args.training['max_steps']}, got {args.alignment_steps}."
+        )
     unknown = sorted(set(args.training) - {known.name for known in fields(DecoSFTConfig)})
     if unknown:
         raise ValueError(f"training has {', '.join(unknown)}, which is no field of DecoSFTConfig.")

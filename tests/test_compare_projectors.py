@@ -101,6 +101,20 @@ def test_a_comparison_from_start_to_end(backbones, tmp_path, monkeypatch):
         compare_projectors.compare(other)
 
 
+def test_the_projector_is_trained_alone_at_first(backbones, tmp_path):
+    args = arguments(backbones, tmp_path, alignment_steps=2, projectors={"avg_pool": {}})
+    (run,) = planned_runs(args)
+    compare_projectors.train(args, run)
+    warm = AutoModelForImageTextToText.from_pretrained(backbones).state_dict()
+    torch.manual_seed(run.seed)
+    begun = compare_projectors.build_model(args, run)[0].state_dict()
+    for name, value in AutoModelForImageTextToText.from_pretrained(run.folder(args) / "model").state_dict().items():
+        if "multi_modal_projector" in name:
+            assert not torch.equal(value, begun[name]), name
+        else:
+            assert torch.equal(value, warm[name]), name
+
+
 def test_runs_start_from_the_backbones_and_a_projector_of_their_own(backbones):
     args, run = arguments(backbones, "runs"), Run("qformer", 2, seed=1)
     torch.manual_seed(5)
@@ -134,6 +148,7 @@ def test_seeds_are_finished_one_after_the_other(backbones, tmp_path):
         ({"training": {"max_steps": 2, "learning_rates": 1}}, "training has learning_rates, which is no field"),
         ({"training": {"max_steps": 2, "seed": 1}}, "training has seed, which the comparison sets itself"),
         ({"training": {"bf16": False}}, "training needs max_steps of at least 1, got None"),
+        ({"alignment_steps": 3}, "alignment_steps must be 0 to max_steps=2, got 3"),
         ({"num_pointing_pictures": 1}, "num_pointing_pictures must be at least 2, got 1"),
         ({"parallel_runs": 0}, "parallel_runs must be at least 1, got 0"),
         ({"seeds": []}, r"seeds must be a list that is not empty, got \[\]"),
