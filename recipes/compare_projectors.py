@@ -160,8 +160,8 @@ def build_optimizer(model: DecoForConditionalGeneration, training_args: DecoSFTC
 def forced_accuracy(model, processor, pictures: list[tuple]) -> dict[str, float]:
     """Percent right by kind of question, from the most likely token at each position of the reference answer.
 
-    Where that is the reference, it is what the model would write greedily; so this equals exact match at a tenth of
-    the time. Boxes are judged by IoU, and a wrong number in one does not lead the next ones astray.
+    Where that is the reference, it is what the model would write greedily; so this equals exact match in a fraction
+    of the time. Boxes are judged by IoU, and a wrong number in one does not lead the next ones astray.
 
     Args:
         pictures: `(scene, questions)`.
