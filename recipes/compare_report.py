@@ -119,7 +119,7 @@ def plot_curves(results: list[dict]) -> Figure:
                 axes.set_yscale("log")
             else:
                 axes.set_ylim(0, 101)
-        row[1].legend(fontsize=8, loc="lower right")
+        row[-1].legend(fontsize=8, loc="upper left")
     return figure
 
 
