@@ -18,7 +18,6 @@ import json
 import logging
 import multiprocessing
 import os
-import platform
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
@@ -38,7 +37,7 @@ from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcesso
 from modeling_deco.configuration_deco import num_image_tokens
 from modeling_deco.recipes.collator import IGNORE_INDEX, DecoCollator, expand_images
 from modeling_deco.recipes.compare_report import write_report
-from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
+from modeling_deco.recipes.digits.evaluate import accuracy_by_kind, environment
 from modeling_deco.recipes.digits.optimizer import MuonAdamW
 from modeling_deco.recipes.digits.pointing_game import pointing_game
 from modeling_deco.recipes.digits.train import build_dataset, faster_attention, turn
@@ -278,11 +277,8 @@ def train(args: CompareArguments, run: Run) -> dict:
         "loss": [[log["step"], round(log["loss"], 4)] for log in trainer.state.log_history if "loss" in log],
         "settings": settings_of(args, run),
         "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **environment(model.device),
             "trl": trl.__version__,
-            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(),
             "parallel_runs": args.parallel_runs,
         },

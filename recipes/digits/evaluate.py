@@ -86,6 +86,16 @@ def _summary(hits_by_picture) -> dict[str, float]:
     }
 
 
+def environment(device: torch.device) -> dict[str, str]:
+    """What a result was measured with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }
+
+
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of the checkpoint.")],
     pooled_grid_size: Annotated[int | None, typer.Option(help="Token budget; default: the checkpoint's.")] = None,
@@ -113,12 +123,7 @@ def main(
             "num_pictures": num_pictures,
             "seed": seed,
             "accuracy": accuracies,
-            "environment": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "device": str(loaded.device),
-            },
+            "environment": environment(loaded.device),
         }
         typer.echo(json.dumps(report))
         return

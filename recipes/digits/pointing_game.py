@@ -9,18 +9,17 @@ counts by their share in the box. Chance is the share of all patch centres that 
 """
 
 import json
-import platform
 import sys
 from typing import Annotated
 
 import numpy as np
 import torch
-import transformers
 import typer
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
+from modeling_deco.recipes.digits.evaluate import environment
 from modeling_deco.recipes.digits.world import IMAGE_SIZE, SPLITS, Box, questions, render
 from modeling_deco.relevance import METHODS, explain
 
@@ -101,12 +100,7 @@ def main(
             "num_pictures": num_pictures,
             "seed": seed,
             **result,
-            "environment": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "device": str(loaded.device),
-            },
+            "environment": environment(loaded.device),
         }
         typer.echo(json.dumps(report))
         return
