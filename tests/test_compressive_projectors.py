@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The projectors that DeCo is compared with: alone, and in models."""
 
+import inspect
+
 import pytest
 import torch
 from tiny import PATCH_GRID, VISION_CONFIGS, batch, build_config, build_model, pixels, prompt
@@ -258,6 +260,13 @@ def test_sizes_are_the_fields_standard_unless_given():
     assert config.projector_config == {"num_hidden_layers": 6}
     assert config.projector_sizes == {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12}
     assert DecoConfig().projector_sizes == {}
+
+
+@pytest.mark.parametrize("projector_type", COMPRESSIVE)
+def test_sizes_are_the_same_alone_and_in_a_model(projector_type):
+    parameters = inspect.signature(CLASSES[projector_type]).parameters
+    sizes = DecoConfig(projector_type=projector_type).projector_sizes
+    assert sizes == {name: parameters[name].default for name in sizes}
 
 
 def test_another_type_when_a_folder_is_loaded(tmp_path):

@@ -5,8 +5,8 @@ import torch
 
 class Muon(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon), as `torch.optim.Muon` does it, with two differences: 1 x 1
-    convolutions count as the matrices that they are, and on CPUs the iteration is in float32. Those without bfloat16
-    instructions took three times as long for a whole step with torch's, which is always in bfloat16.
+    convolutions count as the matrices that they are, and on CPUs the iteration is in float32, since bfloat16, which
+    torch's is always in, is slow on those without instructions for it.
 
     Args:
         params: matrices and 1 x 1 convolutions, or groups of them.
