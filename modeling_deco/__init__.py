@@ -6,6 +6,7 @@
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._registration import register_with_auto_classes
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from .relevance import Relevance, explain, plot_relevance
 
 __version__ = "0.1.0"
+
+# A small DeCo that was trained on handwritten digits (MODEL_CARD.md): what commands use when no model is named.
+SHIPPED_CHECKPOINT = Path(__file__).with_name("checkpoints") / "deco-digits"
 
 _MODULE_OF = {
     "AvgPoolProjector": "projectors",
@@ -60,6 +64,7 @@ def __dir__():
 register_with_auto_classes()
 
 __all__ = [
+    "SHIPPED_CHECKPOINT",
     "AvgPoolProjector",
     "CAbstractorProjector",
     "DAbstractorProjector",

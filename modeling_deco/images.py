@@ -1,0 +1,284 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures from wherever a user has them: paths, URLs, data URLs, standard input, uploads.
+
+What the command line, the server and the page show to the model goes through `read_image`: it bounds size and time,
+turns a picture upright, and reads every mode that Pillow knows.
+"""
+
+import base64
+import binascii
+import http.client
+import io
+import ipaddress
+import socket
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+
+class ImageError(ValueError):
+    """A picture cannot be read; the message is one line that names it and says why."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Attributes:
+    max_bytes: of a download, a data URL, an upload or standard input; a file of one's own may be larger.
+    max_pixels: width times height, known before anything is decoded. Default: where Pillow sees a bomb.
+    timeout: seconds that a download may take, from the first connection to the last byte.
+    """
+
+    max_bytes: int = 32 * 2**20
+    max_pixels: int = 178_956_970
+    timeout: float = 15.0
+
+
+def read_image(
+    source: str | Path | bytes | BinaryIO,
+    *,
+    limits: ImageLimits = ImageLimits(),  # noqa: B008  frozen
+    allow_files: bool = True,
+    allow_private: bool = True,
+) -> Image.Image:
+    """Read a picture, whole.
+
+    Args:
+        source: path, `file:`, `http:`, `https:` or `data:` URL, an encoded picture as bytes, or an open binary file.
+        limits: see `ImageLimits`.
+        allow_files: whether strings may name files. Turn it off for what strangers send.
+        allow_private: whether URLs may lead, at once or by redirects, to addresses that are not public: this machine,
+            its network, a cloud's metadata service. Where not, proxies are not used either, since they would connect.
+
+    Returns:
+        An upright (EXIF) RGB image. Transparent parts are white; 16-bit grey is scaled to 8 bit, and so is floating
+        point, which counts from 0 to 1 or, where it exceeds 1, to 255; of an animation it is the first frame.
+
+    Raises:
+        ImageError: it cannot be read, is too large, takes too long, or is not allowed.
+    """
+    name = _name(source)
+    try:
+        if isinstance(source, Path):
+            return _decode(source, limits)
+        if isinstance(source, bytes):
+            return _decode(io.BytesIO(_bounded(source, limits)), limits)
+        if not isinstance(source, str):
+            return _decode(io.BytesIO(_bounded(source.read(limits.max_bytes + 1), limits)), limits)
+        scheme = source.partition(":")[0].lower()
+        if scheme in ("http", "https"):
+            return _decode(io.BytesIO(_download(source, limits, allow_private)), limits)
+        if scheme == "data":
+            return _decode(io.BytesIO(_bounded(_data_of_url(source, limits), limits)), limits)
+        if not allow_files:
+            raise ImageError("only http, https and data URLs are read")
+        return _decode(_path_of_url(source) if scheme == "file" else Path(source), limits)
+    except ImageError as error:
+        raise ImageError(f"{name} cannot be read: {error}.") from error.__cause__
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read: {error.strerror or error}.") from error
+
+
+def _name(source) -> str:
+    if isinstance(source, str) and source[:5].lower() != "data:":
+        return f"The image {source if len(source) <= 120 else source[:117] + '...'!r}"
+    return f"The image {str(source)!r}" if isinstance(source, Path) else "The image"
+
+
+def _bounded(encoded: bytes, limits: ImageLimits) -> bytes:
+    if len(encoded) > limits.max_bytes:
+        raise ImageError(f"it has more than {limits.max_bytes / 2**20:.4g} MiB")
+    return encoded
+
+
+def _path_of_url(url: str) -> Path:
+    parts = urllib.parse.urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise ImageError(f"it is a file of the machine {parts.netloc!r}")
+    return Path(urllib.request.url2pathname(parts.path))
+
+
+def _data_of_url(url: str, limits: ImageLimits) -> bytes:
+    header, comma, data = url.partition(",")
+    if not comma:
+        raise ImageError("it is a data URL without data (data:image/png;base64,...)")
+    if not header.lower().endswith(";base64"):
+        return urllib.parse.unquote_to_bytes(data)
+    if len(data) > limits.max_bytes * 4 // 3 + 4:  # before it is held twice
+        return _bounded(data.encode(), limits)
+    try:
+        return base64.b64decode(urllib.parse.unquote_to_bytes(data), validate=True)
+    except binascii.Error as error:
+        raise ImageError("its data are not base64") from error
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _decode(file: Path | BinaryIO, limits: ImageLimits) -> Image.Image:
+    Image.init()
+    formats = [name for name in Image.ID if name != "EPS"]  # PostScript is a program, and would be run
+    if isinstance(file, Path) and not file.is_file():
+        raise ImageError("there is no such file" if not file.exists() else "it is not a file")
+    try:
+        with Image.open(file, formats=formats) as image:
+            width, height = image.size
+            if width * height > limits.max_pixels:
+                raise ImageError(f"its {width} x {height} pixels are more than the {limits.max_pixels:,} allowed")
+            image.load()
+            return _to_rgb(_upright(image))
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("its content is no picture that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"it has more than the {limits.max_pixels:,} pixels allowed") from error
+    except Exception as error:  # decoders raise many kinds on broken files
+        if isinstance(error, OSError) and error.strerror:  # the file system's
+            raise
+        raise ImageError(f"it is broken ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of malformed EXIF data, which are no reason to refuse the pixels
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip them at 255
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+    if image.mode == "LAB":
+        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    if image.mode.lower() in ("la", "pa", "rgba") or "transparency" in image.info:
+        image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(grey: np.ndarray) -> np.ndarray:
+    if np.issubdtype(grey.dtype, np.floating):
+        grey = np.nan_to_num(grey, posinf=255.0)
+        grey = grey * 255 if grey.max(initial=0) <= 1 else grey
+    elif grey.dtype.itemsize == 2 or grey.max(initial=0) > 255:  # 16 bit, which older Pillows read as 32
+        grey = grey / 257
+    return grey.clip(0, 255).round().astype(np.uint8)
+
+
+# --- downloads -------------------------------------------------------------------------------------------------------
+
+
+def _download(url: str, limits: ImageLimits, allow_private: bool) -> bytes:
+    deadline = time.monotonic() + limits.timeout
+    request = urllib.request.Request(url, headers={"User-Agent": "modeling-deco", "Accept": "image/*"})
+    with _Connector(allow_private, deadline) as connector:
+        try:
+            with _opener(connector, allow_private).open(request, timeout=limits.timeout) as response:
+                encoded = response.read(limits.max_bytes + 1)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if time.monotonic() >= deadline:
+                raise ImageError(f"it took longer than {limits.timeout:g} seconds") from error
+            reason = getattr(error, "reason", error)  # urllib wraps what a connection raises
+            if isinstance(reason, ImageError):
+                raise reason from error
+            if isinstance(error, urllib.error.HTTPError):
+                reason = f"the server answered {error.code} {error.reason}"
+            reason = getattr(reason, "strerror", None) or " ".join(str(reason).split()) or type(error).__name__
+            raise ImageError(reason) from error
+    if time.monotonic() >= deadline:  # a connection that was shut down looks like the end of the file
+        raise ImageError(f"it took longer than {limits.timeout:g} seconds")
+    return _bounded(encoded, limits)
+
+
+class _Connector:
+    """Opens sockets, to public addresses alone unless told otherwise, and shuts them down at a deadline: the time
+    limit of a socket is about each packet, and a server that sends one byte a second would never reach it."""
+
+    def __init__(self, allow_private: bool, deadline: float):
+        self.allow_private = allow_private
+        self.sockets: list[socket.socket] = []
+        self.timer = threading.Timer(max(0.0, deadline - time.monotonic()), self.shut_down)
+        self.timer.daemon = True
+
+    def __enter__(self):
+        self.timer.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.timer.cancel()
+
+    def shut_down(self):
+        for connection in self.sockets:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def connect(self, address, timeout, source_address=None) -> socket.socket:
+        host, port = address
+        error = None
+        for _, _, _, _, (ip, *_) in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            if not (self.allow_private or _is_public(ip)):
+                raise ImageError(f"{host!r} is not a public address ({ip})")
+            try:  # to this address, and not to the name, which might resolve to another one the next time
+                connection = socket.create_connection((ip, port), timeout, source_address)
+            except OSError as refused:
+                error = refused
+                continue
+            self.sockets.append(connection)
+            return connection
+        raise error or OSError(f"{host!r} has no address")
+
+
+def _is_public(ip: str) -> bool:
+    address = ipaddress.ip_address(ip.partition("%")[0])
+    if address.version == 6:
+        embedded = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
+        if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
+            embedded = ipaddress.ip_address(int(address) & 0xFFFFFFFF)
+        if embedded is not None:
+            return _is_public(str(embedded))
+    return address.is_global and not address.is_multicast
+
+
+def _opener(connector: _Connector, allow_private: bool) -> urllib.request.OpenerDirector:
+    """urllib without its handlers of files, FTP and data, which a redirect could lead to."""
+
+    class Http(urllib.request.HTTPHandler):
+        def http_open(self, request):
+            return self.do_open(_connection_class(http.client.HTTPConnection, connector), request)
+
+    class Https(urllib.request.HTTPSHandler):
+        def https_open(self, request):
+            return self.do_open(_connection_class(http.client.HTTPSConnection, connector), request)
+
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(None if allow_private else {}),
+        urllib.request.UnknownHandler(),
+        Http(),
+        Https(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+def _connection_class(base: type, connector: _Connector) -> type:
+    class Connection(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._create_connection = connector.connect  # private, seen in Python 3.10 to 3.14
+
+    return Connection

@@ -1,0 +1,123 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Load a model for answering, and stream its answers: what the command line and the page share."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from threading import Event, Thread
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+
+def nf4_config() -> BitsAndBytesConfig:
+    """NF4 for bitsandbytes, or a ValueError that says what to install."""
+    missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"--4bit needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    # GPUs are fastest in bfloat16, which is far finer than 4-bit weights. A CPU without bfloat16 took 2 to 5 times as
+    # long in it as in float32; on those that have it, bitsandbytes uses it whatever is asked for.
+    compute_dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+
+
+def load(
+    model: str, *, revision: str | None = None, in_4bit: bool = False, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a checkpoint and its processor, in its own dtype: on GPUs, over all that are there, where accelerate is
+    installed; else on the CPU.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+        in_4bit: quantize the language model's layers to NF4.
+        trust_remote_code: run the code that comes with the checkpoint. DeCo's own is here, so that is rarely needed.
+
+    Raises:
+        OSError, ValueError: there is no such checkpoint, or it is not one that answers questions about images.
+        ImportError: it needs a library that is not installed.
+    """
+    arguments = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        arguments["revision"] = revision
+    processor = AutoProcessor.from_pretrained(model, **arguments)
+    if in_4bit:  # not quantization_config=None, with which an Auto class forgets that a checkpoint is quantized
+        arguments["quantization_config"] = nf4_config()
+    if torch.cuda.is_available() and find_spec("accelerate") is not None:
+        arguments["device_map"] = "auto"
+    return AutoModelForImageTextToText.from_pretrained(model, **arguments), processor
+
+
+def stream(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    messages: list[dict],
+    *,
+    pooled_grid_size=None,
+    max_new_tokens: int = 128,
+) -> Iterator[str]:
+    """Answer a conversation, piece by piece.
+
+    Args:
+        messages: transformers' chat messages, whose content is a list of `{"type": "image", "image": ...}` and
+            `{"type": "text", "text": ...}`, the user's last.
+        pooled_grid_size: token budget of each image, as in `DecoProcessor.__call__`.
+        max_new_tokens: longest answer, in tokens.
+
+    Yields:
+        Pieces of the answer's text as they are generated. Closing the iterator stops generation.
+
+    Raises:
+        ValueError: messages, images or grid do not fit the model.
+    """
+    processor_kwargs = {} if pooled_grid_size is None else {"pooled_grid_size": pooled_grid_size}
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=processor_kwargs,
+    ).to(model.device)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    closed, errors = Event(), []
+
+    def generate():
+        try:
+            model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_StopOn(closed)]),
+            )
+        except BaseException as error:  # to be raised where the answer is read
+            errors.append(error)
+        finally:
+            streamer.end()
+
+    thread = Thread(target=generate, daemon=True)
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        closed.set()
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+class _StopOn(StoppingCriteria):
+    def __init__(self, event: Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
