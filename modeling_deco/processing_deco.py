@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 
 from .configuration_deco import AUTO_MAP, copy_remote_code, num_image_tokens, parse_grid
@@ -18,10 +18,18 @@ class DecoProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012
 
 
-class DecoCallKwargs(DecoProcessorKwargs, total=False):
-    """`pooled_grid_size`: see `DecoProcessor.__call__`. It stands apart from the fields above, none of which may be an
-    argument of `__init__` too (a rule of transformers since 5.23)."""
+class DecoImagesKwargs(ImagesKwargs, total=False):
+    pooled_grid_size: int | list | tuple | torch.Tensor | None
 
+
+class DecoCallKwargs(DecoProcessorKwargs, total=False):
+    """`pooled_grid_size`: see `DecoProcessor.__call__`. It stands apart from the fields of `valid_processor_kwargs`,
+    none of which may be an argument of `__init__` too (a rule of transformers since 5.23). It is named among the
+    images' own arguments as well: vLLM loads a processor anew for each value of an argument that it finds in none of
+    the groups.
+    """
+
+    images_kwargs: DecoImagesKwargs
     pooled_grid_size: int | list | tuple | torch.Tensor | None
 
 
@@ -36,8 +44,8 @@ class DecoProcessor(ProcessorMixin):
         pooled_grid_size: default grid, an int (square) or `[rows, cols]`: the model's.
         chat_template: Jinja template; default: the tokenizer's.
         image_token: placeholder of an image in the text, where the tokenizer does not name one.
-        patch_size: of the vision tower, in pixels. With it a grid is refused here that is larger than an image's
-            patch grid: what the model refuses costs a server more than the one request. Default: only the model checks.
+        patch_size: of the vision tower, in pixels. With it a grid that is larger than an image's patch grid is refused
+            here; without it the model refuses it, which in vLLM ends the server.
     """
 
     valid_processor_kwargs = DecoProcessorKwargs
@@ -210,8 +218,8 @@ def _refuse_larger_grids(grids, image_inputs, patch_size):
     for index, ((rows, cols), (patch_rows, patch_cols)) in enumerate(zip(grids, patch_grids, strict=True)):
         if rows > patch_rows or cols > patch_cols:
             raise ValueError(
-                f"Image {index + 1} has {patch_rows} x {patch_cols} patches, fewer than the grid of {rows} x {cols} "
-                f"that is asked for; choose a pooled_grid_size of at most that."
+                f"A pooled grid of {rows} x {cols} is larger than the {patch_rows} x {patch_cols} patches of image "
+                f"{index + 1}; choose a pooled_grid_size of at most that."
             )
 
 

@@ -143,9 +143,12 @@ def test_a_malformed_grid_is_refused(grid, processor):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"pooled_grid_size": 7}, "Image 1 has 6 x 6 patches, fewer than the grid of 7 x 7 "),
-        ({"pooled_grid_size": [[6, 6], [1, 7]]}, "Image 2 has 6 x 6 patches, fewer than the grid of 1 x 7 "),
-        ({"size": {"height": 11, "width": 24}}, "Image 1 has 2 x 6 patches, fewer than the grid of 3 x 3 "),
+        ({"pooled_grid_size": 7}, "7 x 7 is larger than the 6 x 6 patches of image 1;"),
+        (
+            {"pooled_grid_size": [[6, 6], [1, 7]]},
+            "1 x 7 is larger than the 6 x 6 patches of image 2;",
+        ),
+        ({"size": {"height": 11, "width": 24}}, "3 x 3 is larger than the 2 x 6 patches of image 1;"),
     ],
     ids=str,
 )
@@ -167,7 +170,7 @@ def test_the_patch_grids_of_an_image_processor_that_names_them_count():
     processor = DecoProcessor(image_processor, tiny.build_tokenizer(), pooled_grid_size=3, patch_size=4)
     rows, cols = processor(images=tiny.picture(0), return_tensors="pt")["spatial_shapes"][0].tolist()
     processor(images=tiny.picture(0), pooled_grid_size=[rows, cols])
-    with pytest.raises(ValueError, match=f"{rows} x {cols} patches, fewer than the grid of {rows + 1} x {cols} "):
+    with pytest.raises(ValueError, match=f"{rows + 1} x {cols} is larger than the {rows} x {cols} patches of image 1"):
         processor(images=tiny.picture(0), pooled_grid_size=[rows + 1, cols])
 
 

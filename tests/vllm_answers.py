@@ -3,8 +3,8 @@
 """vLLM's greedy answers: `python vllm_answers.py REQUESTS ANSWERS`, in an environment that has vLLM.
 
 Both are JSON files. REQUESTS holds `engine`, the arguments of `vllm.LLM`, and `batches`, lists of requests that are
-answered together: a `prompt`, paths of `images` and, for a grid of its own, `mm_processor_kwargs`. ANSWERS has for
-each batch either the token ids of each request or, where vLLM refuses one of them, its error as text.
+answered together: a `prompt`, paths of `images` and, where it has any, `mm_processor_kwargs`. ANSWERS has the answer
+to each request of each batch, `num_prompt_tokens` and `token_ids`, or in the place of a batch its error as text.
 """
 
 import json
@@ -25,16 +25,21 @@ def main(requests_file: str, answers_file: str) -> None:
             {
                 "prompt": request["prompt"],
                 "multi_modal_data": {"image": [Image.open(path) for path in request["images"]]},
-                "mm_processor_kwargs": request.get("mm_processor_kwargs", {}),
+                "mm_processor_kwargs": request["mm_processor_kwargs"],
             }
             for request in batch
         ]
         try:
             outputs = llm.generate(prompts, greedy, use_tqdm=False)
-        except (TypeError, ValueError) as error:  # the request's fault: the engine must answer the next batch
-            answers.append(str(error))
+        except ValueError as error:
+            answers.append(str(error.__cause__ or error))
             continue
-        answers.append([list(output.outputs[0].token_ids) for output in outputs])
+        answers.append(
+            [
+                {"num_prompt_tokens": len(output.prompt_token_ids), "token_ids": list(output.outputs[0].token_ids)}
+                for output in outputs
+            ]
+        )
     Path(answers_file).write_text(json.dumps(answers))
 
 
