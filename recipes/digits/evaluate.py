@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
-from modeling_deco.cli import nf4_config
+from modeling_deco.inference import nf4_config
 from modeling_deco.recipes.digits.world import KINDS, SPLITS, questions, render, score
 
 BATCH_SIZE = 256  # questions
