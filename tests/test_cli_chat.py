@@ -34,11 +34,11 @@ def read(scene) -> str:
     return " ".join(str(digit.value) for digit in scene.digits) + "."
 
 
-def test_answers_alone_go_to_stdout(scenes):
+def test_answers_alone_go_to_stdout_and_a_later_question_is_about_the_same_picture(scenes):
     (scene, path), _ = scenes
     digit = scene.digits[0]
-    result = chat("--image", path, say=f"\nWhat colour is the {digit.value}?\n")
-    assert (result.exit_code, result.stdout) == (0, f"{digit.value} {digit.colour}.\n")
+    result = chat("--image", path, say=f"Read the digits.\n\nWhat colour is the {digit.value}?\n")
+    assert (result.exit_code, result.stdout) == (0, f"{read(scene)}\n{digit.value} {digit.colour}.\n")
 
 
 def test_a_picture_is_shown_in_the_conversation_and_cleared(scenes):
