@@ -9,11 +9,13 @@ models--org--name/refs/<branch>                 the branch's commit
 
 import hashlib
 import os
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
 from huggingface_hub import HfApi
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import filter_repo_objects
 
 
 class FakeHub:
@@ -40,7 +42,17 @@ class FakeHub:
             files = {operation.path_in_repo: _content(operation.path_or_fileobj) for operation in operations}
             return self.commit(repo_id, files, revision or "main")
 
-        for function in (create_repo, create_branch, create_commit):
+        def upload_folder(
+            api, *, repo_id, folder_path, ignore_patterns=None, revision=None, run_as_future=False, **kwargs
+        ):
+            names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+            names = filter_repo_objects(names, ignore_patterns=ignore_patterns)
+            files = {name: Path(folder_path, name).read_bytes() for name in names}
+            commit = Future()
+            commit.set_result(self.commit(repo_id, files, revision or "main"))
+            return commit if run_as_future else commit.result()
+
+        for function in (create_repo, create_branch, create_commit, upload_folder):
             monkeypatch.setattr(HfApi, function.__name__, function)
         return self
 
