@@ -23,7 +23,7 @@ class FakeHub:
 
     def __init__(self, cache: Path):
         self.cache = Path(cache)
-        self.created = {}
+        self.created, self.messages = {}, []  # what create_repo was asked for, and the commits' messages
 
     def install(self, monkeypatch) -> "FakeHub":
         """Let this process read from the cache, and push to it."""
@@ -38,7 +38,8 @@ class FakeHub:
             if head is not None and self.head(repo_id, branch) is None:
                 self._storage(repo_id).joinpath("refs", branch).write_text(head)
 
-        def create_commit(api, repo_id, operations, *, revision=None, **kwargs):
+        def create_commit(api, repo_id, operations, *, commit_message, revision=None, **kwargs):
+            self.messages.append(commit_message)
             files = {operation.path_in_repo: _content(operation.path_or_fileobj) for operation in operations}
             return self.commit(repo_id, files, revision or "main")
 

@@ -445,6 +445,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             image_token_id=image_token_id,
             **config_kwargs,
         )
+        config.vision_config._name_or_path = str(vision_model_name_or_path)  # of a whole CLIP it is not in its part
         with torch.device("meta"):
             model = cls(config)
         # the config's tower, without the layers above the one that is read: their weights are reported as unexpected
