@@ -59,12 +59,6 @@ def metadata(hub, repo_id=REPO):
     return ModelCard(readme(hub, repo_id)).data
 
 
-def conversation(image):
-    return [
-        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what is this ?"}]}
-    ]
-
-
 # --- what is pushed --------------------------------------------------------------------------------------------------
 
 
