@@ -3,6 +3,7 @@
 """DeCo on the Hub: what is pushed, its model card, and loading by repository id at a revision, offline."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -389,7 +390,7 @@ def remote(revisions, tmp_path_factory):
         environment={
             "HF_HUB_CACHE": str(revisions.cache),
             "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules")),
-            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         },
     )
     yield processes
