@@ -180,7 +180,8 @@ def upload(
 ):
     """Upload what `part`, a config, processor or model, has saved in a folder, in one commit.
 
-    A `README.md` that the repository or the folder has stays as it is, but for `tags` and `metadata` that are given.
+    A `README.md` in the folder stays as it is, and is the card of a repository that has none. One that the repository
+    has stays too; `tags` and `metadata` are added to it, unless the folder has its own.
 
     Args:
         card: a function from the repository's id and metadata to the card that it gets where neither has one.

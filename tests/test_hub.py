@@ -272,6 +272,14 @@ def test_the_card_of_the_folder_is_the_card_of_a_new_repository(hub, model, tmp_
     assert readme(hub).encode() == (tmp_path / "README.md").read_bytes() == CARD
 
 
+def test_the_card_of_the_folder_and_the_one_of_the_repository_are_kept_apart(hub, model, tmp_path):
+    hub.commit(REPO, {"README.md": CARD})
+    (tmp_path / "README.md").write_text("# Of the folder\n")
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id=REPO, tags=["dogs"])
+    assert (tmp_path / "README.md").read_text() == "# Of the folder\n"
+    assert readme(hub).encode() == CARD
+
+
 def test_a_card_that_cannot_be_read_is_not_replaced(hub, model, monkeypatch):
     def fail(*args, **kwargs):
         raise LocalEntryNotFoundError("the line is cut")
