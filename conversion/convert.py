@@ -168,7 +168,9 @@ def _build_processor(checkpoint: LlavaCheckpoint) -> tuple[DecoProcessor | None,
             f"written. If it was trained in another format, put that into chat_template.jinja."
         )
     tokenizer.chat_template = template  # in place of several by name, maybe
-    return DecoProcessor(image_processor, tokenizer, config.pooled_grid_size, chat_template=template), origin
+    patch_size = config.vision_config.patch_size
+    processor = DecoProcessor(image_processor, tokenizer, config.pooled_grid_size, template, patch_size=patch_size)
+    return processor, origin
 
 
 def _has_processor_files(folder: Path) -> bool:

@@ -847,6 +847,13 @@ def test_the_code_travels_along(name, converted):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_the_processor_knows_the_patch_size_of_the_vision_tower(name, converted):
+    folder = converted(name).destination
+    patch_size = json.loads((folder / "config.json").read_text())["vision_config"]["patch_size"]
+    assert json.loads((folder / "processor_config.json").read_text())["patch_size"] == patch_size
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_the_folder_is_named_deco_in_its_config(name, converted):
     config = json.loads((converted(name).destination / "config.json").read_text())
     assert config["model_type"] == "deco"

@@ -194,11 +194,12 @@ def test_fields_of_the_config_are_passed_on(join):
     assert config.vision_config.num_hidden_layers == 3
 
 
-def test_the_processor_that_goes_with_it_has_the_same_image_token(join, vision_folder, text_folder):
+def test_the_processor_that_goes_with_it_has_the_same_image_token_and_patch_size(join, vision_folder, text_folder):
     processor = DecoProcessor.from_vision_text_pretrained(
         vision_folder("clip"), text_folder("llama"), pooled_grid_size=3, chat_template=tiny.CHAT_TEMPLATE
     )
     model = join()
     assert processor.image_token_id == model.config.image_token_id
+    assert processor.patch_size == tiny.PATCH_SIZE
     inputs = processor(images=tiny.picture(0), text="<image> what is this ?", return_tensors="pt")
     assert model.generate(**inputs, do_sample=False).shape[1] > inputs["input_ids"].shape[1]

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, Siglip2ImageProcessorPil
 
 from modeling_deco import DecoProcessor
 
@@ -138,6 +138,40 @@ def test_no_tokens_are_counted_without_images(processor):
 def test_a_malformed_grid_is_refused(grid, processor):
     with pytest.raises(ValueError, match=r"a positive int .* or two positive ints \[rows, cols\], got "):
         processor(**TWO, pooled_grid_size=grid)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"pooled_grid_size": 7}, "7 x 7 is larger than the 6 x 6 patches of image 1;"),
+        (
+            {"pooled_grid_size": [[6, 6], [1, 7]]},
+            "1 x 7 is larger than the 6 x 6 patches of image 2;",
+        ),
+        ({"size": {"height": 11, "width": 24}}, "3 x 3 is larger than the 2 x 6 patches of image 1;"),
+    ],
+    ids=str,
+)
+def test_a_processor_that_knows_the_patch_size_refuses_a_grid_larger_than_the_patch_grid(call, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.build_processor(patch_size=tiny.PATCH_SIZE)(**TWO, **call)
+
+
+@pytest.mark.parametrize("return_tensors", ["pt", None])
+def test_a_processor_that_knows_the_patch_size_takes_the_patch_grid(return_tensors):
+    processor = tiny.build_processor(patch_size=tiny.PATCH_SIZE)
+    ids = processor(**TWO, pooled_grid_size=6, return_tensors=return_tensors)["input_ids"]
+    assert list(ids[0]).count(tiny.IMAGE_TOKEN_ID) == 2 * 36
+
+
+def test_the_patch_grids_of_an_image_processor_that_names_them_count():
+    """SigLIP 2's (NaFlex) gives flat patches, and says how many rows and columns of them there are."""
+    image_processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=36)
+    processor = DecoProcessor(image_processor, tiny.build_tokenizer(), pooled_grid_size=3, patch_size=4)
+    rows, cols = processor(images=tiny.picture(0), return_tensors="pt")["spatial_shapes"][0].tolist()
+    processor(images=tiny.picture(0), pooled_grid_size=[rows, cols])
+    with pytest.raises(ValueError, match=f"{rows + 1} x {cols} is larger than the {rows} x {cols} patches of image 1"):
+        processor(images=tiny.picture(0), pooled_grid_size=[rows + 1, cols])
 
 
 @pytest.mark.parametrize("num_grids", [1, 3])

@@ -4,7 +4,7 @@ from transformers import CLIPImageProcessor
 
 from modeling_deco import DecoProcessor
 from modeling_deco.recipes.digits.tokenizer import build_tokenizer
-from modeling_deco.recipes.digits.tower import IMAGE_MEAN, IMAGE_STD
+from modeling_deco.recipes.digits.tower import IMAGE_MEAN, IMAGE_STD, PATCH_SIZE
 from modeling_deco.recipes.digits.world import IMAGE_SIZE
 
 
@@ -16,4 +16,4 @@ def build_processor(pooled_grid_size: int = 6) -> DecoProcessor:
         image_mean=list(IMAGE_MEAN),
         image_std=list(IMAGE_STD),
     )
-    return DecoProcessor(image_processor, build_tokenizer(), pooled_grid_size=pooled_grid_size)
+    return DecoProcessor(image_processor, build_tokenizer(), pooled_grid_size, patch_size=PATCH_SIZE)

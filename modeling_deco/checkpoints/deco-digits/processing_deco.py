@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 
 from .configuration_deco import AUTO_MAP, copy_remote_code, num_image_tokens, parse_grid, upload
@@ -19,10 +19,18 @@ class DecoProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012
 
 
-class DecoCallKwargs(DecoProcessorKwargs, total=False):
-    """`pooled_grid_size`: see `DecoProcessor.__call__`. It stands apart from the fields above, none of which may be an
-    argument of `__init__` too (a rule of transformers since 5.23)."""
+class DecoImagesKwargs(ImagesKwargs, total=False):
+    pooled_grid_size: int | list | tuple | torch.Tensor | None
 
+
+class DecoCallKwargs(DecoProcessorKwargs, total=False):
+    """`pooled_grid_size`: see `DecoProcessor.__call__`. It stands apart from the fields of `valid_processor_kwargs`,
+    none of which may be an argument of `__init__` too (a rule of transformers since 5.23). It is named among the
+    images' own arguments as well: vLLM loads a processor anew for each value of an argument that it finds in none of
+    the groups.
+    """
+
+    images_kwargs: DecoImagesKwargs
     pooled_grid_size: int | list | tuple | torch.Tensor | None
 
 
@@ -37,6 +45,8 @@ class DecoProcessor(ProcessorMixin):
         pooled_grid_size: default grid, an int (square) or `[rows, cols]`: the model's.
         chat_template: Jinja template; default: the tokenizer's.
         image_token: placeholder of an image in the text, where the tokenizer does not name one.
+        patch_size: of the vision tower, in pixels. With it a grid that is larger than an image's patch grid is refused
+            here; without it the model refuses it, which in vLLM ends the server.
     """
 
     valid_processor_kwargs = DecoProcessorKwargs
@@ -48,10 +58,12 @@ class DecoProcessor(ProcessorMixin):
         pooled_grid_size=12,
         chat_template=None,
         image_token="<image>",  # noqa: S107
+        patch_size=None,
         **kwargs,
     ):
         parse_grid(pooled_grid_size)
         self.pooled_grid_size = pooled_grid_size
+        self.patch_size = patch_size
         self.image_token = getattr(tokenizer, "image_token", image_token)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
@@ -73,7 +85,9 @@ class DecoProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path)
         tokenizer.add_tokens("<image>", special_tokens=True)
         image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
-        return cls(image_processor, tokenizer, pooled_grid_size=pooled_grid_size, chat_template=chat_template)
+        vision_config = AutoConfig.from_pretrained(vision_model_name_or_path)
+        patch_size = getattr(vision_config, "vision_config", vision_config).patch_size
+        return cls(image_processor, tokenizer, pooled_grid_size, chat_template, patch_size=patch_size)
 
     def __call__(
         self,
@@ -94,8 +108,8 @@ class DecoProcessor(ProcessorMixin):
             height, width)` and, only where `pooled_grid_size` was given, `pooled_grid_sizes` `(num_images, 2)`.
 
         Raises:
-            ValueError: an image cannot be read, images and image tokens are not as many, a grid is malformed, or
-                truncation cuts into an image.
+            ValueError: an image cannot be read, images and image tokens are not as many, a grid is malformed or (where
+                `patch_size` is known) larger than an image's patch grid, or truncation cuts into an image.
         """
         return super().__call__(images=images, text=text, **kwargs)
 
@@ -134,8 +148,10 @@ class DecoProcessor(ProcessorMixin):
     def _process_images(self, images, pooled_grid_size=None, **kwargs):
         image_inputs = self.image_processor(images, **kwargs)
         num_images = len(make_flat_list_of_images(images))
+        grids = _grids_per_image(self.pooled_grid_size if pooled_grid_size is None else pooled_grid_size, num_images)
+        if self.patch_size is not None:
+            _refuse_larger_grids(grids, image_inputs, self.patch_size)
         if pooled_grid_size is not None:
-            grids = _grids_per_image(pooled_grid_size, num_images)
             image_inputs["pooled_grid_sizes"] = torch.tensor(grids)  # (num_images, 2)
         return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(num_images)]
 
@@ -198,6 +214,20 @@ def _grids_per_image(pooled_grid_size, num_images: int) -> list[tuple[int, int]]
             f"one [rows, cols] per image."
         )
     return [parse_grid(grid.tolist() if isinstance(grid, torch.Tensor) else grid) for grid in pooled_grid_size]
+
+
+def _refuse_larger_grids(grids, image_inputs, patch_size):
+    """`image_inputs` are the image processor's: pixels, or SigLIP 2's patches with the shapes of their grids."""
+    patch_grids = image_inputs.get("spatial_shapes")
+    if patch_grids is None:
+        sizes = [image.shape[-2:] for image in image_inputs["pixel_values"]]
+        patch_grids = [(height // patch_size, width // patch_size) for height, width in sizes]
+    for index, ((rows, cols), (patch_rows, patch_cols)) in enumerate(zip(grids, patch_grids, strict=True)):
+        if rows > patch_rows or cols > patch_cols:
+            raise ValueError(
+                f"A pooled grid of {rows} x {cols} is larger than the {patch_rows} x {patch_cols} patches of image "
+                f"{index + 1}; choose a pooled_grid_size of at most that."
+            )
 
 
 def _read_images(images, fetch):
