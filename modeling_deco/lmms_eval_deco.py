@@ -180,18 +180,18 @@ class Deco(lmms):
             arguments["stopping_criteria"] = StoppingCriteriaList([criterion])
 
         generated = self.model.generate(**inputs, do_sample=sample, **arguments)
-        if self.max_length and generated.shape[1] > self.max_length:
-            logger.warning_once(
-                f"Some prompts with their answers are longer than the {self.max_length} tokens that the language "
-                f"model was made for: choose a smaller pooled_grid_size."
-            )
         answers = generated[:, prompt_length:]
         texts = self.processor.batch_decode(answers, skip_special_tokens=True)
         texts = [min((text.partition(stop)[0] for stop in stop_strings), key=len, default=text) for text in texts]
         input_tokens = inputs["attention_mask"].sum(1).tolist()
         output_tokens = (answers != self.processor.tokenizer.pad_token_id).sum(1).tolist()
-        counts = [TokenCounts(*count) for count in zip(input_tokens, output_tokens, strict=True)]
-        return [GenerationResult(*result) for result in zip(texts, counts, strict=True)]
+        counts = list(zip(input_tokens, output_tokens, strict=True))
+        if self.max_length and max(map(sum, counts)) > self.max_length:
+            logger.warning_once(
+                f"Some prompts with their answers are longer than the {self.max_length} tokens that the language "
+                f"model was made for: choose a smaller pooled_grid_size."
+            )
+        return [GenerationResult(text, TokenCounts(*count)) for text, count in zip(texts, counts, strict=True)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Not for chat models: lmms-eval itself refuses their tasks that compare likelihoods."""

@@ -134,15 +134,16 @@ def task_folder(tmp_path_factory, asked):
 
 @pytest.fixture(scope="session")
 def run(harness, tmp_path_factory):
-    """Run Python offline where lmms-eval is installed; returns stdout and stderr."""
+    """Run Python offline, on the CPU, where lmms-eval is installed; returns its stdout."""
     home = tmp_path_factory.mktemp("hf_home")
 
     def run_python(*arguments):
         environment = {**os.environ, "PYTHONPATH": str(harness), "HF_HOME": str(home), "NO_COLOR": "1"}
-        environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         process = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
         assert process.returncode == 0, process.stdout + process.stderr
-        return process.stdout + process.stderr
+        return process.stdout
 
     return run_python
 
@@ -191,7 +192,8 @@ def test_lmms_eval_finds_what_our_own_evaluation_finds(evaluate, shipped, asked,
 
 @pytest.mark.slow
 def test_two_processes_answer_as_one(evaluate, shipped, asked):
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    # what accelerate launch starts on GPUs; on CPUs it starts one process whatever it is told
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     options = ("--batch_size", "4", "--limit", "37")  # 19 and 18 requests
     results, samples, log = evaluate("pooled_grid_size=2", *options, launcher=launcher)
     assert [sample["doc_id"] for sample in samples] == list(range(37))
@@ -230,7 +232,7 @@ def test_lmms_eval_parses_the_commands_of_the_readme_and_knows_their_tasks(run):
 
 
 TRAPS = """
-from lmms_eval.tasks.mme.utils import mme_doc_to_text, mme_process_results
+from lmms_eval.tasks.mme.utils import mme_aggregate_results, mme_doc_to_text, mme_process_results
 from lmms_eval.tasks.pope.utils import pope_aggregate_yes_ratio, pope_process_results
 from lmms_eval.tasks.refcoco.utils_rec import parse_float_sequence_within
 from lmms_eval.tasks.textvqa.utils import textvqa_doc_to_text
@@ -245,6 +247,12 @@ assert pope_aggregate_yes_ratio([pope_process_results(pope, ["no"])["pope_yes_ra
 
 mme = {"answer": "Yes", "question_id": 0, "category": "count", "question": "Is it? Please answer yes or no."}
 assert mme_process_results(mme, ["Yes."])["mme_perception_score"]["score"] == 1.0
+try:
+    mme_aggregate_results([mme_process_results(mme, ["Yes."])["mme_perception_score"]])
+except AssertionError as error:
+    assert "pairwise" in str(error)
+else:
+    raise AssertionError
 post_prompt = load_yaml_config(f"{folder}/mme/mme.yaml")["lmms_eval_specific_kwargs"]["default"]
 assert mme_doc_to_text(mme, post_prompt) == "Is it?\\nAnswer the question using a single word or phrase."
 
@@ -255,6 +263,8 @@ assert asked == "Is it ibm?\\nAnswer the question using a single word or phrase.
 refcoco = load_yaml_config(f"{folder}/refcoco/refcoco_bbox_rec_val.yaml")
 for task in (textvqa, refcoco):
     assert task["generation_kwargs"] == {"until": ["ASSISTANT:"]}
+for name in ("pope/pope", "mme/mme", "gqa/gqa"):
+    assert load_yaml_config(f"{folder}/{name}.yaml")["dataset_kwargs"]["token"] is True
 
 assert parse_float_sequence_within("It is [0.1, 0.20, 1, 0.4].") == [0.1, 0.2, 1.0, 0.4]
 assert parse_float_sequence_within("0.1, 0.2, 0.3, 0.4") == [0, 0, 0, 0]
@@ -339,7 +349,7 @@ def test_requests_are_answered_in_their_order_as_each_alone(deco, checkpoint, ba
     requests, expected = [], []
     for index, (messages, parts, seeds) in enumerate(CONVERSATIONS):
         messages = [{"role": role, "content": content} for role, content in messages]
-        # two tasks in turn, whose documents have the same numbers, and longer contexts last
+        # two tasks in turn, whose documents have the same numbers; lm takes longer contexts first
         requests.append(request(lm, messages, index // 2, ["cats", "dogs"][index % 2], "x" * index))
         inputs = tiny.batch(tiny.prompt(*parts, "assistant :"))
         if seeds:
@@ -356,11 +366,25 @@ def test_requests_are_answered_in_their_order_as_each_alone(deco, checkpoint, ba
 
 
 @pytest.mark.slow
+def test_requests_with_other_generation_arguments_are_answered_apart(lm):
+    messages = [{"role": "user", "content": [text("what is red ?")]}]
+    lengths = [3, 5, 3, 1]
+    requests = [request(lm, messages, max_new_tokens=length) for length in lengths]
+    assert [len(result.text.split()) for result in lm.generate_until(requests)] == lengths
+
+
+@pytest.mark.slow
+def test_a_rank_without_requests_answers_none(lm):
+    assert lm.generate_until([]) == []
+
+
+@pytest.mark.slow
 def test_an_answer_ends_before_the_first_stop_string(lm):
     words = ask(lm).text.split()
     assert words == ["cat", "this", "cat", "this", "user", "this"]
     for until, num_words in (("user", 4), (["dog", "user"], 4), (["user", "this user"], 3), (["this"], 1)):
         assert ask(lm, until=until).text.split() == words[:num_words]
+    assert ask(lm, until="this user").token_counts.output_tokens == 5
     for until in (None, [], [""], ["\n\n"]):
         assert ask(lm, until=until).text.split() == words
 
@@ -434,9 +458,9 @@ def test_generation_arguments_without_effect_are_named(lm, warned):
 
 @pytest.mark.slow
 def test_what_exceeds_the_language_models_length_is_warned_of(lm, warned):
-    ask(lm, words="cat " * 200)
+    ask(lm, words="cat " * 236)  # 256 tokens with the other 3, the picture's 9, "assistant :" and the answer's 6
     assert warned == []
-    ask(lm, words="cat " * 245)
+    ask(lm, words="cat " * 237)
     assert len(warned) == 1
     assert "longer than the 256 tokens" in warned[0]
 
@@ -461,6 +485,34 @@ def test_bad_arguments_are_refused_in_one_line(deco, checkpoint, arguments, mess
     with pytest.raises(ValueError, match=message) as error:
         deco.Deco(**{"pretrained": str(checkpoint), **arguments})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        (
+            {},
+            {"device_map": {"": torch.device("cpu")}, "dtype": "auto", "revision": "main", "trust_remote_code": False},
+        ),
+        ({"device": "cuda:1"}, {"device_map": {"": "cuda:1"}}),
+        ({"device_map": "auto"}, {"device_map": "auto"}),
+        ({"dtype": "float16", "attn_implementation": "eager"}, {"dtype": "float16", "attn_implementation": "eager"}),
+        ({"revision": "v1", "trust_remote_code": True}, {"revision": "v1", "trust_remote_code": True}),
+    ],
+)
+def test_arguments_of_loading(deco, checkpoint, monkeypatch, given, used):
+    load, arguments = AutoModelForImageTextToText.from_pretrained, {}
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(deco.AutoProcessor, "from_pretrained", lambda *args, **kwargs: tiny.build_processor())
+    monkeypatch.setattr(
+        deco.AutoModelForImageTextToText,
+        "from_pretrained",
+        lambda pretrained, **kwargs: arguments.update(kwargs) or load(pretrained),
+    )
+    deco.Deco(str(checkpoint), **given)
+    assert {name: arguments[name] for name in used} == used
+    assert "quantization_config" not in arguments
 
 
 @pytest.mark.slow
