@@ -1,0 +1,702 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The server, asked by OpenAI's own client over real sockets, and by what does worse than that."""
+
+import base64
+import http.client
+import importlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from types import SimpleNamespace
+
+import openai
+import pytest
+import pytest_socket
+import torch
+import uvicorn
+from PIL import Image
+
+from modeling_deco import images
+from modeling_deco.cli import SHIPPED_CHECKPOINT
+from modeling_deco.images import ImageLimits
+from modeling_deco.inference import load, stream
+from modeling_deco.recipes.digits.world import render
+from modeling_deco.serving import ServerOptions, build_app, serve
+
+NAME = "deco-digits"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load(str(SHIPPED_CHECKPOINT))
+
+
+@pytest.fixture(autouse=True)
+def loopback():
+    pytest_socket.enable_socket()
+    pytest_socket.socket_allow_hosts(["127.0.0.1", "127.0.0.2"], allow_unix_socket=True)
+    yield
+    pytest_socket._remove_restrictions()
+
+
+@contextmanager
+def running(application):
+    """The application's port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(application, ws="none", log_config=None, timeout_graceful_shutdown=1))
+        thread = Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def start(shipped):
+    """`start(option=...)` is the port of a server with that option."""
+    with ExitStack() as stack:
+        yield lambda hosts=None, **options: stack.enter_context(
+            running(build_app(*shipped, NAME, ServerOptions(**options), hosts))
+        )
+
+
+@pytest.fixture
+def port(start):
+    return start()
+
+
+@pytest.fixture
+def steps(shipped, monkeypatch):
+    """The model never ends an answer by itself and takes its time; the list grows by one for each step, by the length
+    of the text that goes into the model there."""
+    lengths = []
+
+    def note(module, args, kwargs):
+        lengths.append(kwargs["input_ids"].shape[1])
+        time.sleep(0.02)
+
+    model = shipped[0]
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", [model.generation_config.eos_token_id])
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    yield lengths
+    hook.remove()
+
+
+def client(port: int, **options) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", **{"api_key": "-", "max_retries": 0, **options})
+
+
+def ask(port: int, messages: list[dict] | str, timeout: float = 60, **fields):
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    with client(port) as asking:
+        return asking.chat.completions.create(**{"model": NAME, "messages": messages, "timeout": timeout, **fields})
+
+
+def answer(port: int, messages, **fields) -> str:
+    return ask(port, messages, **fields).choices[0].message.content
+
+
+def data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def about(*urls: str, question: str = "How many digits are there?") -> list[dict]:
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def post(port: int, body, method="POST", path="/v1/chat/completions", **headers):
+    """Status, headers and JSON of an answer, without OpenAI's client."""
+    headers = {
+        "Content-Type": "application/json",
+        **{name.replace("_", "-"): value for name, value in headers.items()},
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return response.status, response.headers, json.loads(content)
+
+
+def wait_until(condition, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_until_it_stands_still(steps: list[int]) -> None:
+    number = None
+    while number != len(steps):
+        number = len(steps)
+        time.sleep(0.2)  # ten steps
+
+
+SCENE = render("test", index=10, seed=2026, min_digits=4)
+PICTURE = data_url(SCENE.image)
+DIGIT = SCENE.digits[0]
+COLOUR_QUESTION = f"What colour is the {DIGIT.value}?"
+COLOUR_ANSWER = f"{DIGIT.value} {DIGIT.colour}."
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_in_a_data_url_is_answered_about(port):
+    result = ask(port, about(PICTURE, question=COLOUR_QUESTION))
+    assert result.choices[0].message.content == COLOUR_ANSWER
+    assert (result.model, result.choices[0].finish_reason) == (NAME, "stop")
+
+
+def test_text_alone_is_answered_as_by_the_model_itself(port, shipped):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Is there a 7?"}]}]
+    assert answer(port, "Is there a 7?", max_tokens=8) == "".join(stream(*shipped, messages, max_new_tokens=8))
+
+
+@pytest.mark.parametrize(
+    "extra_body", [{"pooled_grid_size": [3, 4]}, {"mm_processor_kwargs": {"pooled_grid_size": [3, 4]}}]
+)
+def test_a_request_chooses_its_grid(port, extra_body):
+    messages = about(PICTURE, question=COLOUR_QUESTION)
+    default, chosen = ask(port, messages), ask(port, messages, extra_body=extra_body)
+    assert chosen.choices[0].message.content == COLOUR_ANSWER
+    assert default.usage.prompt_tokens - chosen.usage.prompt_tokens == 36 - 12
+
+
+def test_usage_counts_what_went_into_the_model_and_came_out(port, steps):
+    usage = ask(port, about(PICTURE), max_tokens=5).usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (steps[0], len(steps))
+    assert usage.total_tokens == steps[0] + 5
+
+
+def test_a_stream_is_the_answer_in_pieces(port):
+    messages = about(PICTURE, question=COLOUR_QUESTION)
+    first, *pieces, last = ask(port, messages, stream=True)
+    assert first.choices[0].delta.role == "assistant"
+    assert "".join(piece.choices[0].delta.content for piece in pieces) == COLOUR_ANSWER
+    assert len(pieces) > 1
+    assert last.choices[0].finish_reason == "stop"
+
+
+def test_a_stream_ends_with_usage_where_that_is_asked_for(port):
+    messages = about(PICTURE)
+    *chunks, last = ask(port, messages, stream=True, stream_options={"include_usage": True})
+    assert (last.choices, last.usage) == ([], ask(port, messages).usage)
+    assert {chunk.usage for chunk in chunks} == {None}
+
+
+def test_a_stream_ends_with_done(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    body = json.dumps({"messages": about(PICTURE), "stream": True})
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    assert response.read().endswith(b"data: [DONE]\n\n")
+    connection.close()
+
+
+def test_eight_at_once_are_all_answered_right(port):
+    scenes = [render("test", index=index, seed=2026, min_digits=4) for index in range(8)]
+
+    def ask_about(scene):
+        digit = scene.digits[-1]
+        return answer(port, about(data_url(scene.image), question=f"What colour is the {digit.value}?"))
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask_about, scenes))
+    assert answers == [f"{scene.digits[-1].value} {scene.digits[-1].colour}." for scene in scenes]
+
+
+def test_a_conversation_goes_on(port):
+    messages = about(PICTURE, question=COLOUR_QUESTION)
+    first = ask(port, messages)
+    digit = SCENE.digits[1]
+    messages += [
+        first.choices[0].message,  # as the client gives it
+        {"role": "user", "content": f"What colour is the {digit.value}?"},
+    ]
+    second = ask(port, messages)
+    assert second.choices[0].message.content == f"{digit.value} {digit.colour}."
+    assert second.usage.prompt_tokens > first.usage.total_tokens
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_prompt_comes_before_the_question(port, shipped, role):
+    prompt = "Read the digits."
+    conversation = [{"role": "system", "content": prompt}, {"role": "user", "content": "Is there a 7?"}]
+    expected = shipped[1].tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    result = ask(port, [{"role": role, "content": prompt}, {"role": "user", "content": "Is there a 7?"}])
+    assert result.usage.prompt_tokens == len(expected)
+
+
+def test_several_images_have_each_their_grid(port):
+    one = ask(port, about(PICTURE)).usage.prompt_tokens
+    assert ask(port, about(PICTURE, PICTURE)).usage.prompt_tokens == one + 36
+    grids = {"pooled_grid_size": [[3, 3], [4, 5]]}
+    assert ask(port, about(PICTURE, PICTURE), extra_body=grids).usage.prompt_tokens == one - 36 + 9 + 20
+
+
+def test_max_tokens_ends_an_answer_for_its_length(port):
+    result = ask(port, about(PICTURE), max_tokens=2)
+    assert (result.choices[0].finish_reason, result.usage.completion_tokens) == ("length", 2)
+
+
+def test_an_answer_that_ends_at_max_tokens_is_whole(port):
+    whole = ask(port, about(PICTURE))
+    bounded = ask(port, about(PICTURE), max_completion_tokens=whole.usage.completion_tokens)
+    assert bounded.choices == whole.choices
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"), [(".", COLOUR_ANSWER[:-1]), (["zz", "hit"], "7 w"), ("te. ", COLOUR_ANSWER), ("7", "")]
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(port, stop, expected, streamed):
+    assert COLOUR_ANSWER == "7 white."
+    messages = about(PICTURE, question=COLOUR_QUESTION)
+    if streamed:
+        chunks = ask(port, messages, stop=stop, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    else:
+        assert answer(port, messages, stop=stop) == expected
+
+
+def test_temperature_samples_and_a_seed_repeats(port):
+    def draw(**fields):
+        return answer(port, about(PICTURE), temperature=2, max_tokens=20, extra_body=fields)
+
+    assert draw(seed=1) == draw(seed=1)
+    assert len({draw(seed=seed) for seed in range(5)}) > 1
+    unseeded = set()
+    for _ in range(4):
+        draw(seed=1)
+        unseeded.add(draw())
+    assert len(unseeded) > 1
+
+
+def test_top_p_alone_samples(port, steps):
+    answers = {answer(port, about(PICTURE), top_p=0.999, max_tokens=60, seed=seed) for seed in range(4)}
+    assert len(answers) > 1
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-30])
+def test_next_to_no_temperature_is_greedy(port, temperature):
+    assert answer(port, about(PICTURE, question=COLOUR_QUESTION), temperature=temperature) == COLOUR_ANSWER
+
+
+def test_fields_that_change_nothing_are_accepted(port):
+    fields = {"n": 1, "user": "me", "logprobs": False, "presence_penalty": 0, "response_format": {"type": "text"}}
+    assert answer(port, about(PICTURE, question=COLOUR_QUESTION), **fields) == COLOUR_ANSWER
+
+
+def test_models_lists_the_one(port):
+    with client(port) as asking:
+        assert [model.id for model in asking.models.list()] == [NAME]
+        assert asking.models.retrieve(NAME).id == NAME
+        with pytest.raises(openai.NotFoundError, match="'gpt' is not served here; 'deco-digits' is"):
+            asking.models.retrieve("gpt")
+
+
+def test_health(port):
+    assert post(port, None, "GET", "/health")[::2] == (200, {"status": "ok"})
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+BROKEN = "data:image/png;base64," + base64.b64encode(base64.b64decode(PICTURE.partition(",")[2])[:500]).decode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": about(BROKEN)}, r"^Image 1: The image cannot be read: it is broken"),
+        (
+            {"messages": about(PICTURE, "data:image/png;base64,aGk=")},
+            r"^Image 2: The image cannot be read: its content",
+        ),
+        ({"messages": about(*[PICTURE] * 9)}, r"^9 images are more than the 8 allowed"),
+        ({"messages": []}, r"^messages: List should have at least 1 item"),
+        ({"messages": "hello"}, r"^messages: Input should be a valid list"),
+        ({"messages": [{"role": "tool", "content": "1"}]}, r"^messages\.0\.role: Input should be 'system', "),
+        ({"messages": [{"role": "user"}]}, r"^messages\.0\.content: Field required"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, r"'input_audio' found .*'image_url'"),
+        ({"messages": [{"role": "user", "content": "<image> ?"}]}, r"found 1 tokens and 0 images"),
+        (
+            {"messages": [{"role": "user", "content": "why " * 1100}]},
+            r"\d{4} tokens .* 1 of the answer .* of 1024 tok",
+        ),
+        ({"messages": [{"role": "user", "content": "why " * 20_000}]}, r"80000 characters .* context of 1024 tokens"),
+        ({"pooled_grid_size": 13}, r"13 x 13 is larger than the image's 12 x 12 patches"),
+        ({"pooled_grid_size": 13, "stream": True}, r"13 x 13 is larger than the image's 12 x 12 patches"),
+        ({"pooled_grid_size": 0}, r"pooled_grid_size must be a positive int .* got 0"),
+        ({"pooled_grid_size": "6"}, r"pooled_grid_size must be a positive int .* got '6'"),
+        ({"pooled_grid_size": [10**6, 10**6]}, r"1000000000000 tokens of images .* context of 1024 tokens"),
+        ({"pooled_grid_size": [[3, 3]] * 2}, r"has 2 grids for 1 images"),
+        ({"mm_processor_kwargs": {"size": 9}}, r"^mm_processor_kwargs\.size: Extra inputs are not permitted"),
+        ({"max_tokens": 1025}, r"^max_tokens 1025 is more than the 1024 allowed"),
+        ({"max_tokens": 1024}, r"^\d+ tokens of the prompt and 1024 of the answer do not fit"),
+        ({"max_tokens": 0}, r"^max_tokens: Input should be greater than or equal to 1"),
+        ({"temperature": -1}, r"^temperature: Input should be greater than or equal to 0"),
+        ({"top_p": 0}, r"^top_p: Input should be greater than 0"),
+        ({"seed": 2**64}, r"^seed: Input should be less than"),
+        ({"stop": ""}, r"^stop\.0: String should have at least 1 character"),
+        ({"n": 2}, r"^n: Input should be 1"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, r"^tools: List should have at most 0 items"),
+        ({"response_format": {"type": "json_object"}}, r"^response_format\.type: Input should be 'text'"),
+        ({"generation_config": "{}"}, r"^generation_config: Extra inputs are not permitted"),
+        ({"chat_template_kwargs": {}}, r"^chat_template_kwargs: Extra inputs are not permitted"),
+    ],
+)
+def test_a_bad_request_is_400_and_one_line(port, fields, message):
+    status, _, content = post(port, json.dumps({"messages": about(PICTURE), **fields}))
+    error = content["error"]
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert re.search(message, error["message"])
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"messages": [{"role": "user", "content": "\\ud800"}]}']
+)
+def test_a_body_that_is_no_request_is_400_and_one_line(port, body):
+    status, _, content = post(port, body)
+    assert status == 400
+    assert "\n" not in content["error"]["message"]
+
+
+def test_the_clients_exception_holds_the_reason_and_the_server_goes_on(port):
+    with pytest.raises(openai.BadRequestError, match="Image 1: The image cannot be read: it is broken"):
+        ask(port, about(BROKEN))
+    assert answer(port, about(PICTURE, question=COLOUR_QUESTION)) == COLOUR_ANSWER
+
+
+def test_another_model_is_not_found(port):
+    with pytest.raises(openai.NotFoundError, match="'gpt-4o' is not served here; 'deco-digits' is"):
+        ask(port, "Is there a 7?", model="gpt-4o")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("POST", "/v1/completions", 404), ("POST", "/load_model", 404), ("GET", "/docs", 404), ("PUT", "/health", 405)],
+)
+def test_nothing_else_is_served(port, method, path, status):
+    found, _, content = post(port, b"{}", method, path)
+    assert found == status
+    assert content["error"]["message"]
+
+
+def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(port):
+    bomb = data_url(Image.new("1", (8000, 8000)))
+    with pytest.raises(openai.BadRequestError, match="8000 x 8000 pixels are more than the 50,000,000 allowed"):
+        ask(port, about(bomb))
+
+
+def test_image_limits_are_the_operators(start):
+    with pytest.raises(openai.BadRequestError, match="96 x 96 pixels are more than the 1,000 allowed"):
+        ask(start(image_limits=ImageLimits(max_pixels=1000)), about(PICTURE))
+
+
+def test_a_body_over_the_limit_is_413_by_its_announcement(start):
+    port = start(max_body_bytes=1000)
+    with pytest.raises(openai.APIStatusError, match="more than 1,000 bytes") as refused:
+        ask(port, "a" * 10_000_000)
+    assert refused.value.status_code == 413
+    assert ask(port, "Is there a 7?")
+
+
+def test_a_body_over_the_limit_is_413_without_announcement(start):
+    pieces = []
+
+    def chunks():
+        for _ in range(50):
+            pieces.append(1)
+            yield b" " * 1000
+
+    port = start(max_body_bytes=10_000)
+    status, _, content = post(port, chunks(), Transfer_Encoding="chunked")
+    assert (status, content["error"]["message"]) == (413, "The request has more than 10,000 bytes.")
+    assert ask(port, "Is there a 7?")
+
+
+def test_a_body_that_does_not_arrive_is_408(start):
+    port = start(body_timeout=0.2, max_queue=0)
+    with socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{")
+        assert slow.makefile().readline() == "HTTP/1.1 408 Request Timeout\n"
+    assert ask(port, "Is there a 7?")
+
+
+def test_only_json_is_read_so_that_a_browser_asks_first(port):
+    status, headers, content = post(port, json.dumps({"messages": about(PICTURE)}), Content_Type="text/plain")
+    assert (status, content["error"]["message"]) == (415, "Content-Type must be application/json.")
+    status, headers, _ = post(port, None, "OPTIONS", Origin="http://evil.example")
+    assert (status, [name for name in headers if "access-control" in name.lower()]) == (405, [])
+
+
+def test_an_api_key_is_asked_for(start):
+    port = start(api_key="sesame")
+    for key in ("-", "sesame2", "ses\u00e4me".encode().decode("latin-1")):
+        with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"), client(port) as asking:
+            asking.models.list(extra_headers={"Authorization": f"Bearer {key}"})
+    with client(port, api_key="sesame") as asking:
+        assert asking.models.list().data
+    assert post(port, None, "GET", "/health")[0] == 200
+
+
+def test_errors_of_the_model_are_500_and_the_server_goes_on(port, shipped, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(openai.InternalServerError, match="its log says why"):
+        patch.setattr(shipped[0], "generate", lambda **kwargs: torch.zeros(1, device="meta").item())
+        ask(port, about(PICTURE))
+    assert answer(port, about(PICTURE, question=COLOUR_QUESTION)) == COLOUR_ANSWER
+
+
+def test_an_error_within_a_stream_is_told(port, shipped, steps):
+    class Break(Exception):
+        pass
+
+    def fail(module, args):
+        if len(steps) == 4:
+            raise Break
+
+    hook = shipped[0].register_forward_pre_hook(fail)
+    pieces = []
+    with pytest.raises(openai.APIError, match="cut short by an error"):
+        pieces.extend(ask(port, about(PICTURE), stream=True))
+    hook.remove()
+    assert len(pieces) == 4  # the role, and a piece for each step
+    assert ask(port, about(PICTURE), max_tokens=1)
+
+
+# --- image URLs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures():
+    """A server of the picture, at `/picture.png` and, by a redirect to another address, at `/elsewhere`; what it was
+    asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            picture = base64.b64decode(PICTURE.partition(",")[2])
+            if self.path == "/elsewhere":
+                self.send_response(302)
+                self.send_header("Location", f"http://127.0.0.2:{server.server_port}/picture.png")
+                self.end_headers()
+            else:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(picture)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("0.0.0.0", 0), Handler) as server:
+        Thread(target=server.serve_forever).start()
+        yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}", asked=asked)
+        server.shutdown()
+
+
+def test_a_private_address_is_not_asked(port, pictures):
+    with pytest.raises(openai.BadRequestError, match=r"Image 1: .* '127\.0\.0\.1' is not a public address"):
+        ask(port, about(pictures.url + "/picture.png"))
+    assert pictures.asked == []
+
+
+def test_a_redirect_to_a_private_address_is_not_followed(port, pictures, monkeypatch):
+    monkeypatch.setattr(images, "_is_public", lambda ip: ip == "127.0.0.1")
+    with pytest.raises(openai.BadRequestError, match=r"Image 1: .* '127\.0\.0\.2' is not a public address"):
+        ask(port, about(pictures.url + "/elsewhere"))
+    assert pictures.asked == ["/elsewhere"]
+
+
+def test_private_addresses_can_be_allowed(start, pictures):
+    port = start(allow_private=True)
+    assert answer(port, about(pictures.url + "/elsewhere", question=COLOUR_QUESTION)) == COLOUR_ANSWER
+
+
+@pytest.mark.parametrize("form", ["{}", "file://{}"])
+def test_files_are_refused_unless_allowed(port, start, tmp_path, form):
+    SCENE.image.save(tmp_path / "picture.png")
+    messages = about(form.format(tmp_path / "picture.png"), question=COLOUR_QUESTION)
+    with pytest.raises(openai.BadRequestError, match="only http, https and data URLs are read"):
+        ask(port, messages)
+    assert answer(start(allow_files=True), messages) == COLOUR_ANSWER
+
+
+# --- clients that leave, and too many of them ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_generation_stops_when_its_client_hangs_up(port, steps, streamed):
+    with client(port) as asking, suppress(openai.APITimeoutError):
+        chunks = asking.chat.completions.create(model=NAME, messages=about(PICTURE), stream=streamed, timeout=0.5)
+        next(chunks)
+        wait_until(lambda: len(steps) > 3)
+        chunks.close()
+    wait_until_it_stands_still(steps)
+    assert 3 < len(steps) < 500
+    assert ask(port, about(PICTURE), max_tokens=1)
+
+
+def test_a_request_that_hangs_up_in_the_queue_is_never_generated(start, steps):
+    port = start(max_queue=1)
+    with client(port) as asking:
+        running = asking.chat.completions.create(model=NAME, messages=about(PICTURE), stream=True)
+        with pytest.raises(openai.APITimeoutError):
+            ask(port, about(PICTURE, PICTURE), timeout=0.3)
+        running.close()
+    assert ask(port, about(PICTURE), max_tokens=1)
+    prompts = [length for length in steps if length > 1]
+    assert len(prompts) == 2
+    assert prompts[0] == prompts[1]
+
+
+def test_too_many_requests_are_429_until_there_is_room(start, steps):
+    port = start(max_queue=1)
+    with client(port) as asking:
+        running = asking.chat.completions.create(model=NAME, messages=about(PICTURE), stream=True)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(ask, port, about(PICTURE), max_tokens=1)
+            time.sleep(0.2)
+            with pytest.raises(openai.RateLimitError, match="Too many requests are waiting") as refused:
+                ask(port, about(PICTURE))
+            assert refused.value.response.headers["Retry-After"] == "1"
+            assert post(port, None, "GET", "/health")[0] == 200
+            running.close()
+            assert waiting.result().choices
+    assert ask(port, about(PICTURE), max_tokens=1)
+
+
+def test_a_client_that_does_not_read_does_not_hold_the_model(port, steps, shipped, monkeypatch):
+    body = json.dumps({"messages": about(PICTURE), "stream": True, "max_tokens": 30}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", port)) as deaf:
+        deaf.sendall(head.encode() + b"\r\n\r\n" + body)
+        wait_until(lambda: steps)
+        assert ask(port, about(PICTURE), max_tokens=1, timeout=10)
+
+
+def test_pictures_are_decoded_beside_the_event_loop(port, monkeypatch):
+    def decode(*args, **kwargs):
+        time.sleep(1)
+        raise images.ImageError("The image cannot be read: it is only a test.")
+
+    monkeypatch.setattr("modeling_deco.serving.read_image", decode)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(ask, port, about(PICTURE))
+        time.sleep(0.2)
+        start = time.monotonic()
+        assert post(port, None, "GET", "/health")[0] == 200
+        assert time.monotonic() - start < 0.5
+        assert isinstance(slow.exception(), openai.BadRequestError)
+
+
+# --- the whole of it -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(**options):
+    """`serve` in a process of its own: the process, its port, and a list that holds its stderr at the end."""
+    code = f"from modeling_deco.serving import serve; serve({str(SHIPPED_CHECKPOINT)!r}, port=0, **{options!r})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    log = []
+    try:
+        for line in process.stderr:
+            log.append(line)
+            if announced := re.search(r"deco-digits is served at http://127\.0\.0\.1:(\d+)/v1$", line):
+                break
+        yield process, int(announced[1]), log
+        stdout, stderr = process.communicate(timeout=20)
+        assert stdout == ""
+        log.append(stderr)
+    finally:
+        process.kill()
+
+
+def test_serve_answers_logs_no_content_and_ends_with_ctrl_c():
+    with serving() as (process, port, log):
+        assert answer(port, about(PICTURE, question=COLOUR_QUESTION)) == COLOUR_ANSWER
+        status, _, _ = post(port, None, "GET", "/v1/models", Host="evil.example")
+        assert status == 400
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
+    log = "".join(log)
+    assert '"POST /v1/chat/completions HTTP/1.1" 200' in log
+    assert "Traceback" not in log
+    assert not any(secret in log for secret in (COLOUR_QUESTION, COLOUR_ANSWER, PICTURE[-40:]))
+
+
+@pytest.mark.slow
+def test_serve_ends_on_sigterm():
+    with serving() as (process, port, log):
+        assert post(port, None, "GET", "/health")[0] == 200
+        process.terminate()
+    assert process.returncode == -signal.SIGTERM
+    assert "Traceback" not in "".join(log)
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"Cannot listen on 127\.0\.0\.1 port {port}: Address already in use"):
+            serve("no/such/model", port=port)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [(("192.0.2.1", 0), "Cannot assign requested address"), (("127.0.0.1", 99999), r"port 99999: .*0-65535")],
+)
+def test_an_address_that_is_not_ours_is_refused(address, message):
+    host, port = address
+    with pytest.raises(ValueError, match=message):
+        serve("no/such/model", host=host, port=port)
+
+
+def test_a_model_that_is_not_there_is_an_error_before_the_port_opens():
+    with pytest.raises(OSError, match="no/such/model"):
+        serve("no/such/model", port=0)
+
+
+def test_an_empty_api_key_is_no_key():
+    with pytest.raises(ValueError, match="The API key is empty"):
+        serve("no/such/model", port=0, options=ServerOptions(api_key=""))
+
+
+def test_a_model_that_is_not_deco_is_refused(shipped):
+    llava = SimpleNamespace(config=SimpleNamespace(model_type="llava"))
+    with pytest.raises(ValueError, match="'mine' is a 'llava' model, not DeCo"):
+        build_app(llava, shipped[1], "mine")
+
+
+def test_a_model_without_a_chat_template_is_refused(shipped):
+    with pytest.raises(ValueError, match="'mine' has no chat template"):
+        build_app(shipped[0], SimpleNamespace(chat_template=None), "mine")
+
+
+def test_without_the_extra_the_reason_is_one_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "modeling_deco.serving")
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    with pytest.raises(ImportError, match=r"^deco serve needs the serve extra: pip install 'modeling-deco\[serve\]'$"):
+        importlib.import_module("modeling_deco.serving")
