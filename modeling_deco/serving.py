@@ -478,8 +478,8 @@ class _Door:
         key = self.options.api_key
         if key is None or request.url.path == "/health":
             return
-        expected, given = f"Bearer {key}", request.headers.get("authorization", "")
-        if not hmac.compare_digest(expected.encode(), given.encode()):
+        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that were sent
+        if not hmac.compare_digest(f"Bearer {key}".encode(), given):
             raise HTTPException(401, "The API key is missing or wrong.", {"WWW-Authenticate": "Bearer"})
 
     async def _read(self, request: Request) -> bytes:
@@ -625,6 +625,8 @@ class _Server(uvicorn.Server):
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 65536:  # of which the look-up would take the last 16 bits
+        raise ValueError(f"Cannot listen on {host} port {port}: there is no such port.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -632,7 +634,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(
             f"Cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}."
         ) from error
