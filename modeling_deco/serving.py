@@ -471,7 +471,7 @@ class _Door:
                 self.num_inside -= 1
         except HTTPException as error:
             await (await _refuse(request, error))(scope, receive, send)
-        except ClientDisconnect:
+        except (ClientDisconnect, asyncio.CancelledError):  # the client has left, or the server is going down
             return
 
     def _check_key(self, request: Request) -> None:
