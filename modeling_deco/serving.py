@@ -30,7 +30,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_serve_available
 
 from .images import ImageError, ImageLimits, read_image
-from .inference import load
+from .inference import encode, load
 
 if not is_serve_available():
     raise ImportError("deco serve needs the serve extra: pip install 'modeling-deco[serve]'")
@@ -99,7 +99,7 @@ class _Image(BaseModel):
 
 class _Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[_Text | _Image, Field(discriminator="type")]]
+    content: list[Annotated[_Text | _Image, Field(discriminator="type")]] = Field(max_length=1024)
     tool_calls: None = None
     function_call: None = None
 
@@ -123,7 +123,7 @@ class _ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    messages: list[_Message] = Field(min_length=1)
+    messages: list[_Message] = Field(min_length=1, max_length=1024)
     model: str | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -218,7 +218,7 @@ class _Answer(DirectStreamer):
             torch.manual_seed(torch.seed() if seed is None else seed)
             (sequence,) = model.generate(**inputs, generation_config=config, streamer=self)
             eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-            if sequence[-1].item() in eos:
+            if len(sequence) - inputs["input_ids"].shape[-1] < config.max_new_tokens or sequence[-1].item() in eos:
                 self.finish_reason = "stop"
             self._push(self.held, None)
         except _GenerationCancelled:
@@ -315,14 +315,7 @@ class _Chat(ChatCompletionHandler):
                 f"{num_tokens} tokens of images and {num_characters} characters of text do not fit the model's "
                 f"context of {self.context} tokens."
             )
-        return self.processor.apply_chat_template(
-            self._read(chat.messages),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=kwargs,
-        ).to(self.model.device)
+        return encode(self.processor, self._read(chat.messages), chat.grid).to(self.model.device)
 
     def _read(self, messages: list[_Message]) -> list[dict]:
         conversation, position = [], 0
@@ -426,7 +419,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _error_body(status: int, message: str) -> dict:
-    """OpenAI's form."""
+    """OpenAI's form, which does not repeat what a client sent at length."""
+    message = message if len(message) <= 400 else message[:397] + "..."
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
@@ -476,7 +470,7 @@ class _Door:
 
     def _check_key(self, request: Request) -> None:
         key = self.options.api_key
-        if key is None or request.url.path == "/health":
+        if key is None or request.scope["path"] == "/health":
             return
         given = request.headers.get("authorization", "").encode("latin-1")  # the bytes that were sent
         if not hmac.compare_digest(f"Bearer {key}".encode(), given):
@@ -606,9 +600,9 @@ def serve(
         app = build_app(
             *load(model, revision=revision, in_4bit=in_4bit, trust_remote_code=trust_remote_code), name, options, hosts
         )
-        if not is_local and options.api_key is None:
-            logger.warning("Whoever reaches this machine can use the server: there is no API key.")
         config = uvicorn.Config(app, ws="none", log_config=_log_config(), timeout_graceful_shutdown=5)
+        if not is_local and options.api_key is None:
+            logger.warning("There is no API key: whoever reaches this machine can use the server.")
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
         with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has shut down
             _Server(config, f"{name} is served at http://{host}:{address[1]}/v1").run([listener])
@@ -635,9 +629,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise ValueError(
-            f"Cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}."
-        ) from error
+        raise ValueError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from error
     return listener
 
 
