@@ -7,7 +7,6 @@ import http.client
 import importlib
 import io
 import json
-import os
 import re
 import signal
 import socket
@@ -26,8 +25,10 @@ import pytest_socket
 import torch
 import uvicorn
 from PIL import Image
+from typer.testing import CliRunner
 
 from modeling_deco import SHIPPED_CHECKPOINT, images
+from modeling_deco.cli import app
 from modeling_deco.images import ImageLimits
 from modeling_deco.inference import load, stream
 from modeling_deco.recipes.digits.world import render
@@ -626,13 +627,10 @@ def test_pictures_are_decoded_beside_the_event_loop(port, monkeypatch):
 
 
 @contextmanager
-def serving(**options):
-    """`serve` in a process of its own: the process, its port, and a list that holds its stderr at the end."""
-    code = f"from modeling_deco.serving import serve; serve({str(SHIPPED_CHECKPOINT)!r}, port=0, **{options!r})"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+def serving(*arguments):
+    """`deco serve` in a process of its own: the process, its port, and a list of what is in its stderr at the end."""
+    command = [sys.executable, "-m", "modeling_deco.cli", "serve", "--port", "0", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = []
     try:
         for line in process.stderr:
@@ -640,7 +638,7 @@ def serving(**options):
             if announced := re.search(r"deco-digits is served at http://127\.0\.0\.1:(\d+)/v1$", line):
                 break
         yield process, int(announced[1]), log
-        stdout, stderr = process.communicate(timeout=20)
+        stdout, stderr = process.communicate(timeout=60)
         assert stdout == ""
         log.append(stderr)
     finally:
@@ -668,6 +666,12 @@ def test_serve_ends_on_sigterm():
         process.terminate()
     assert process.returncode == -signal.SIGTERM
     assert "Traceback" not in "".join(log)
+
+
+def test_the_command_refuses_in_one_line():
+    result = CliRunner().invoke(app, ["serve", "no/such/model", "--port", "65536"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "deco serve: Cannot listen on 127.0.0.1 port 65536: there is no such port.\n"
 
 
 def test_a_port_in_use_is_refused_before_the_model_is_loaded():
