@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model for answering, and stream its answers: what the command line and the page share."""
+"""Load a model for answering, and stream its answers: what the command line, the page and the server share."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BatchFeature,
     BitsAndBytesConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -57,6 +58,18 @@ def load(
     return AutoModelForImageTextToText.from_pretrained(model, **arguments), processor
 
 
+def encode(processor: ProcessorMixin, messages: list[dict], pooled_grid_size=None) -> BatchFeature:
+    """A conversation as the model's inputs, up to where it answers. Arguments and errors are those of `stream`."""
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={} if pooled_grid_size is None else {"pooled_grid_size": pooled_grid_size},
+    )
+
+
 def stream(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -79,15 +92,7 @@ def stream(
     Raises:
         ValueError: messages, images or grid do not fit the model.
     """
-    processor_kwargs = {} if pooled_grid_size is None else {"pooled_grid_size": pooled_grid_size}
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=processor_kwargs,
-    ).to(model.device)
+    inputs = encode(processor, messages, pooled_grid_size).to(model.device)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed, errors = Event(), []
 
