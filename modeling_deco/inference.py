@@ -57,6 +57,19 @@ def load(
     return AutoModelForImageTextToText.from_pretrained(model, **arguments), processor
 
 
+def prepare_inputs(model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict], pooled_grid_size=None):
+    """What the model takes for a conversation, on its device: see `stream`."""
+    processor_kwargs = {} if pooled_grid_size is None else {"pooled_grid_size": pooled_grid_size}
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=processor_kwargs,
+    ).to(model.device)
+
+
 def stream(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -79,15 +92,7 @@ def stream(
     Raises:
         ValueError: messages, images or grid do not fit the model.
     """
-    processor_kwargs = {} if pooled_grid_size is None else {"pooled_grid_size": pooled_grid_size}
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=processor_kwargs,
-    ).to(model.device)
+    inputs = prepare_inputs(model, processor, messages, pooled_grid_size)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed, errors = Event(), []
 

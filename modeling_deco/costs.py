@@ -1,0 +1,49 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What an image's token budget costs: time before the first word of the answer, and memory while it is written."""
+
+import statistics
+import time
+
+import torch
+from transformers import PreTrainedConfig
+
+
+def kv_cache_bytes(text_config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that `num_tokens` take in the language model's cache: a key and a value for each layer and key-value head.
+
+    Layers with a sliding window are counted like the others, so that for such models this is an upper bound.
+
+    Args:
+        text_config: of the language model.
+        dtype: of keys and values: that of the activations, also where weights are quantized.
+    """
+    num_heads = text_config.num_attention_heads
+    num_kv_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
+    return 2 * text_config.num_hidden_layers * num_kv_heads * head_dim * dtype.itemsize * num_tokens
+
+
+@torch.inference_mode()
+def prefill_seconds(model, inputs, repeats: int = 5, patience: float = 1.0) -> float:
+    """Median time from pixels and token ids to the first token's logits: vision tower, projector, language model.
+
+    Args:
+        model: a `DecoForConditionalGeneration` that has been run before, so that it is warm.
+        inputs: what its processor returns, on the model's device.
+        repeats: measurements.
+        patience: seconds after which no further one begins; a slow prefill is measured once.
+    """
+    seconds = []
+    while not seconds or (len(seconds) < repeats and sum(seconds) < patience):
+        _synchronize(model.device)
+        start = time.perf_counter()
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        _synchronize(model.device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
