@@ -36,14 +36,18 @@ def prefill_seconds(model, inputs, repeats: int = 5, patience: float = 1.0) -> f
     """
     seconds = []
     while not seconds or (len(seconds) < repeats and sum(seconds) < patience):
-        _synchronize(model.device)
         start = time.perf_counter()
-        model(**inputs, use_cache=True, logits_to_keep=1)
-        _synchronize(model.device)
+        model(**inputs, use_cache=True, logits_to_keep=1).logits.cpu()  # a copy waits for the device
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def reset_peak_gpu_memory() -> None:
+    """Let `peak_gpu_memory` count from now on."""
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gpu_memory() -> int:
+    """Bytes that tensors took at their most, weights included, summed over GPUs."""
+    return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))

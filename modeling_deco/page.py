@@ -22,8 +22,8 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .cli import SHIPPED_CHECKPOINT
-from .configuration_deco import num_image_tokens
-from .costs import kv_cache_bytes, prefill_seconds
+from .configuration_deco import num_image_tokens, parse_grid
+from .costs import kv_cache_bytes, peak_gpu_memory, prefill_seconds, reset_peak_gpu_memory
 from .images import ImageError, ImageLimits, read_image
 from .inference import load, prepare_inputs, stream
 from .relevance import Relevance, describe_peak, draw_heat_map, explain
@@ -36,15 +36,17 @@ except ImportError as error:
 
 # Drawn by recipes/digits/world.py from held-out scans, with questions in the shipped checkpoint's vocabulary.
 SHIPPED_EXAMPLES = [
-    ("1.png", "What colour is the 7?"),
+    ("1.png", "What colour is the 2?"),
     ("2.png", "Read the digits."),
     ("3.png", "Where is the 6?"),
-    ("4.png", "Is the 0 left of the 8?"),
+    ("4.png", "Is the 6 left of the 1?"),
 ]
 SHIPPED_ABOUT = "It knows handwritten digits and nothing else: how many, which, what colour, where."
 
 CSS = """
-#picture img, #map img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100%; }
+#picture img, #map img, #examples img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+#examples .gallery { display: grid; grid-template-columns: repeat(4, minmax(0, 5rem)); }
+#examples .container { width: auto; height: auto; aspect-ratio: 1; }
 """
 
 _ANSWER_CSS = """
@@ -56,8 +58,9 @@ button[aria-pressed=true] { border-color: transparent; background: var(--color-a
 """
 
 _COSTS_CSS = """
-table { width: 100%; margin: 1.5em 0 0; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3em 0.5em 0.3em 0; border: none; text-align: left; vertical-align: top; }
+table, p { width: 100%; margin: 1.5em 0 0; border-spacing: 0; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.4em 0.8em 0.4em 0; text-align: left; vertical-align: top; }
+td { border-top: 1px solid var(--border-color-primary); }
 td:last-child { overflow-wrap: anywhere; }
 """
 
@@ -71,29 +74,37 @@ element.addEventListener('click', (event) => {
 });
 """
 
-_CAPTION = "Click a word of the answer: here is shown what it rests on."
+_CAPTION = "Click a word of the answer to see what it rests on."
 
 # The slider's line of text, as the slider moves; `_budget` writes the same where the page begins.
 _BUDGET_JS = "(n) => ({__type__: 'update', info: `${n} x ${n} = ${n * n} tokens for the picture`})"
 
 
 @dataclass
-class _Conversation:
-    """What a browser tab has asked last: a picture and a question, and what each budget cost.
+class _Answer:
+    """An answer on the page, and where it came from.
 
     Attributes:
         path: of the picture, in the folder for uploads.
-        costs: rows of the table, by grid side.
-        side: of the grid that `answer` was given at; None for the processor's own.
-        relevance: of the answer's words, once one has been clicked.
+        side: of its grid; None for the processor's own.
+        relevance: of the words, once one has been clicked.
     """
 
     path: str
     question: str
-    costs: dict[int | None, dict] = field(default_factory=dict)
-    answer: str = ""
-    side: int | None = None
+    side: int | None
+    text: str
     relevance: Relevance | None = None
+
+
+@dataclass
+class _Tab:
+    """What a browser's tab has asked last, the rows of its table by grid side, and the answer that it shows."""
+
+    path: str
+    question: str
+    answer: _Answer | None = None
+    costs: dict[int | None, dict] = field(default_factory=dict)
 
 
 def build_page(
@@ -118,7 +129,6 @@ def build_page(
         max_new_tokens: longest answer, in tokens.
     """
     default_side, largest_side = _sides(model.config, processor)
-    on_gpu = model.device.type == "cuda"
     dtype = model.get_input_embeddings().weight.dtype
 
     def check(upload):
@@ -126,44 +136,44 @@ def build_page(
         try:
             _read(upload["path"])
         except ImageError as error:
-            gr.Warning(html.escape(str(error)), title="Not a picture")
+            gr.Warning(html.escape(str(error)))
             return None
         return gr.skip()
 
-    def ask(upload, question, side, conversation):
+    def ask(upload, question, side, tab):
         side = side if largest_side else None
-        conversation, messages = _begin(upload, question, conversation)
-        yield _answer_html("", _budget(side)), None, _CAPTION, gr.skip(), conversation
+        budget = _budget(side or processor.pooled_grid_size)
+        tab, messages = _begin(upload, question, tab)
+        yield _answer_html("", budget), None, _CAPTION, gr.skip(), tab
         text = ""
         for text in write(messages, side):
-            yield _answer_html(text, _budget(side)), *[gr.skip()] * 4
+            yield _answer_html(text, budget), *[gr.skip()] * 4
         text = text.strip()
-        conversation.answer, conversation.side, conversation.relevance = text, side, None
-        note = f"{_budget(side)}. Click a word of it."
-        yield _answer_html(text or "(no answer)", note, clickable=True), *[gr.skip()] * 3, conversation
-        conversation.costs[side] = measure(messages, side, text)
-        yield *[gr.skip()] * 3, _costs_html(conversation.costs.values()), conversation
+        tab.answer = _Answer(tab.path, tab.question, side, text)
+        yield _answer_html(text or "(no answer)", budget, clickable=bool(text)), *[gr.skip()] * 3, tab
+        tab.costs[side] = measure(messages, side, text)
+        yield *[gr.skip()] * 3, _costs_html(tab.costs.values()), tab
 
-    def compare(upload, question, conversation):
-        conversation, messages = _begin(upload, question, conversation)
+    def compare(upload, question, tab):
+        tab, messages = _begin(upload, question, tab)
         for side in sorted({default_side, *(largest_side >> power for power in range(4))} - {0}):
             *_, text = "", *write(messages, side)
-            conversation.costs[side] = measure(messages, side, text.strip())
-            yield _costs_html(conversation.costs.values()), conversation
+            tab.costs[side] = measure(messages, side, text.strip())
+            yield _costs_html(tab.costs.values()), tab
 
-    def show_word(conversation, event: gr.EventData):
-        if conversation.relevance is None:
+    def show_word(tab, event: gr.EventData):
+        answer = tab.answer
+        if answer.relevance is None:
             with _shown_errors():
-                conversation.relevance = _explain(model, processor, conversation)
-        words = conversation.relevance
-        index = words.word_ids.index(event.word)
-        caption = f"“{words.tokens[index]}” rests on what is yellow ({describe_peak(words, index)})."
-        return gr.update(value=_draw(words, index), alt_text=caption), html.escape(caption), conversation
+                answer.relevance = _explain(model, processor, answer)
+        index = answer.relevance.word_ids.index(event.word)
+        word, peak = answer.relevance.tokens[index], describe_peak(answer.relevance, index)
+        caption = f"“{word}” rests on the bright patches ({peak})."
+        return gr.update(value=_draw(answer.relevance, index), alt_text=caption), html.escape(caption), tab
 
     def write(messages, side):
         """The answer so far, each time that it grows."""
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak_gpu_memory()
         text = ""
         with _shown_errors():
             for piece in stream(model, processor, messages, pooled_grid_size=side, max_new_tokens=max_new_tokens):
@@ -177,12 +187,12 @@ def build_page(
             seconds = prefill_seconds(model, prepare_inputs(model, processor, messages, side))
         row = {"Tokens": tokens, "Prefill": f"{1000 * seconds:.3g} ms"}
         row["KV cache"] = _binary(kv_cache_bytes(model.config.get_text_config(), tokens, dtype))
-        if on_gpu:
-            row["Peak GPU memory"] = _binary(torch.cuda.max_memory_allocated())
+        if model.device.type == "cuda":
+            row["Peak GPU memory"] = _binary(peak_gpu_memory())
         return row | {"Answer": text}
 
     with gr.Blocks(title=f"DeCo: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        conversation = gr.State(None, time_to_live=3600)
+        tab = gr.State(None, time_to_live=3600)
         gr.Markdown(f"# {name}\n{about}")
         with gr.Row():
             with gr.Column():
@@ -191,7 +201,9 @@ def build_page(
                 question = gr.Textbox(label="Question", placeholder=placeholder, max_length=2000)
                 if examples:
                     rows = [list(example) for example in examples]
-                    gr.Examples(rows, [picture, question], cache_examples=False, visible_columns=[0])
+                    gr.Examples(
+                        rows, [picture, question], cache_examples=False, visible_columns=[0], elem_id="examples"
+                    )
                 side = gr.Slider(
                     1,
                     largest_side or 1,
@@ -230,6 +242,7 @@ def build_page(
                     show_label=True,
                     container=True,
                     css_template=_COSTS_CSS,
+                    apply_default_css=False,
                     js_on_load=None,
                     elem_id="costs",
                 )
@@ -240,11 +253,18 @@ def build_page(
         raw = {"preprocess": False, "api_visibility": "private"}
         picture.upload(check, picture, picture, **raw, show_progress="hidden")
         one_at_a_time = raw | {"concurrency_id": "model", "concurrency_limit": 1}
-        shown = [answer, word_map, caption, costs, conversation]
-        asked = [picture, question, side, conversation]
-        gr.on([button.click, question.submit], ask, asked, shown, **one_at_a_time)
-        comparison.click(compare, [picture, question, conversation], [costs, conversation], **one_at_a_time)
-        answer.click(show_word, conversation, [word_map, caption, conversation], **one_at_a_time)
+        gr.on(
+            [button.click, question.submit],
+            ask,
+            [picture, question, side, tab],
+            [answer, word_map, caption, costs, tab],
+            show_progress_on=answer,
+            **one_at_a_time,
+        )
+        comparison.click(
+            compare, [picture, question, tab], [costs, tab], show_progress_on=[costs, comparison], **one_at_a_time
+        )
+        answer.click(show_word, tab, [word_map, caption, tab], show_progress_on=word_map, **one_at_a_time)
     return page
 
 
@@ -317,8 +337,9 @@ def _sides(config, processor) -> tuple[int, int | None]:
     return default_side, min(config.patch_grid) if config.takes_any_grid else None
 
 
-def _budget(side: int | None) -> str:
-    return "" if side is None else f"{side} x {side} = {num_image_tokens(side)} tokens for the picture"
+def _budget(pooled_grid_size) -> str:
+    rows, cols = parse_grid(pooled_grid_size)
+    return f"{rows} x {cols} = {rows * cols} tokens for the picture"
 
 
 def _binary(num_bytes: int) -> str:
@@ -342,8 +363,8 @@ def _shown_errors():
         raise gr.Error(html.escape(line[:300]), print_exception=not is_users) from error
 
 
-def _begin(upload: dict | None, question: str, conversation: _Conversation | None) -> tuple[_Conversation, list[dict]]:
-    """The conversation that goes on, or a new one for another picture or question, and the model's messages."""
+def _begin(upload: dict | None, question: str, tab: _Tab | None) -> tuple[_Tab, list[dict]]:
+    """The tab as it goes on, with an empty table for another picture or question, and the model's messages."""
     question = question.strip()
     if upload is None or not question:
         missing = "Choose a picture" if upload is None else "Write a question"
@@ -351,23 +372,17 @@ def _begin(upload: dict | None, question: str, conversation: _Conversation | Non
     path = upload["path"]
     with _shown_errors():
         content = [{"type": "image", "image": _read(path)}, {"type": "text", "text": question}]
-    if conversation is None or (conversation.path, conversation.question) != (path, question):
-        conversation = _Conversation(path, question)
-    return conversation, [{"role": "user", "content": content}]
+    if tab is None or (tab.path, tab.question) != (path, question):
+        tab = _Tab(path, question, tab and tab.answer)
+    return tab, [{"role": "user", "content": content}]
 
 
-def _explain(model, processor, conversation: _Conversation) -> Relevance:
+def _explain(model, processor, answer: _Answer) -> Relevance:
+    image = _read(answer.path)
     words = explain(
-        model,
-        processor,
-        _read(conversation.path),
-        conversation.question,
-        answer=conversation.answer,
-        pooled_grid_size=conversation.side,
+        model, processor, image, answer.question, answer=answer.text, pooled_grid_size=answer.side
     ).by_word()
-    return replace(
-        words, query_to_patch=torch.empty(0)
-    )  # the largest part, which is not drawn, not kept for a session
+    return replace(words, query_to_patch=torch.empty(0))  # by far the largest part, which is not drawn
 
 
 def _answer_html(text: str, note: str, clickable: bool = False) -> str:
@@ -386,10 +401,10 @@ def _costs_html(rows: Iterable[dict]) -> str:
     """A table, with a row for each budget."""
     rows = sorted(rows, key=lambda row: row["Tokens"])
     if not rows:
-        return "<small>A row for each budget that you ask at.</small>"
+        return "<p>A row for each budget that you ask at.</p>"
     lines = ["".join(f"<th scope='col'>{name}</th>" for name in rows[0])]
     lines += ["".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) for row in rows]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    return f"<table aria-label='What each budget costs'>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _draw(words: Relevance, index: int) -> Image.Image:
