@@ -1,27 +1,11 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an image's token budget costs: time before the first word of the answer, and memory while it is written."""
+"""What an answer costs, measured: time before its first word, and memory of GPUs."""
 
 import statistics
 import time
 
 import torch
-from transformers import PreTrainedConfig
-
-
-def kv_cache_bytes(text_config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that `num_tokens` take in the language model's cache: a key and a value for each layer and key-value head.
-
-    Layers with a sliding window are counted like the others, so that for such models this is an upper bound.
-
-    Args:
-        text_config: of the language model.
-        dtype: of keys and values: that of the activations, also where weights are quantized.
-    """
-    num_heads = text_config.num_attention_heads
-    num_kv_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
-    return 2 * text_config.num_hidden_layers * num_kv_heads * head_dim * dtype.itemsize * num_tokens
 
 
 @torch.inference_mode()

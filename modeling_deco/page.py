@@ -21,15 +21,18 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .cli import SHIPPED_CHECKPOINT
+from . import SHIPPED_CHECKPOINT
+from .cli.info import format_size
 from .configuration_deco import num_image_tokens, parse_grid
-from .costs import kv_cache_bytes, peak_gpu_memory, prefill_seconds, reset_peak_gpu_memory
+from .costs import peak_gpu_memory, prefill_seconds, reset_peak_gpu_memory
 from .images import ImageError, ImageLimits, read_image
 from .inference import load, prepare_inputs, stream
+from .info import kv_cache_bytes
 from .relevance import Relevance, describe_peak, draw_heat_map, explain
 
 try:
     import gradio as gr
+    from gradio.utils import get_upload_folder
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError(f"The page needs {error.name}: pip install 'modeling-deco[page]'") from None
@@ -142,7 +145,8 @@ def build_page(
 
     def ask(upload, question, side, tab):
         side = side if largest_side else None
-        budget = _budget(side or processor.pooled_grid_size)
+        with _shown_errors():
+            budget = _budget(grid(side))
         tab, messages = _begin(upload, question, tab)
         yield _answer_html("", budget), None, _CAPTION, gr.skip(), tab
         text = ""
@@ -162,6 +166,8 @@ def build_page(
             yield _costs_html(tab.costs.values()), tab
 
     def show_word(tab, event: gr.EventData):
+        if tab is None or tab.answer is None:
+            raise gr.Error("This page was left for too long; ask again.", print_exception=False)
         answer = tab.answer
         if answer.relevance is None:
             with _shown_errors():
@@ -170,6 +176,9 @@ def build_page(
         word, peak = answer.relevance.tokens[index], describe_peak(answer.relevance, index)
         caption = f"“{word}” rests on the bright patches ({peak})."
         return gr.update(value=_draw(answer.relevance, index), alt_text=caption), html.escape(caption), tab
+
+    def grid(side):
+        return processor.pooled_grid_size if side is None else side
 
     def write(messages, side):
         """The answer so far, each time that it grows."""
@@ -182,13 +191,13 @@ def build_page(
 
     def measure(messages, side, text):
         """A row of the table, for the budget that has just been answered at."""
-        tokens = num_image_tokens(side or processor.pooled_grid_size)
+        tokens = num_image_tokens(grid(side))
         with _shown_errors():
             seconds = prefill_seconds(model, prepare_inputs(model, processor, messages, side))
         row = {"Tokens": tokens, "Prefill": f"{1000 * seconds:.3g} ms"}
-        row["KV cache"] = _binary(kv_cache_bytes(model.config.get_text_config(), tokens, dtype))
+        row["KV cache"] = format_size(kv_cache_bytes(model.config.get_text_config(), tokens, dtype))
         if model.device.type == "cuda":
-            row["Peak GPU memory"] = _binary(peak_gpu_memory())
+            row["Peak GPU memory"] = format_size(peak_gpu_memory())
         return row | {"Answer": text}
 
     with gr.Blocks(title=f"DeCo: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -206,7 +215,7 @@ def build_page(
                     )
                 side = gr.Slider(
                     1,
-                    largest_side or 1,
+                    largest_side or default_side + 1,  # gradio wants it above the minimum
                     default_side,
                     step=1,
                     precision=0,
@@ -300,7 +309,7 @@ def launch(
         page = build_page(
             loaded,
             processor,
-            name=Path(model).name,
+            name=Path(model).resolve().name,
             about=about + (SHIPPED_ABOUT if is_shipped else ""),
             examples=[(str(SHIPPED_CHECKPOINT / "examples" / file), text) for file, text in SHIPPED_EXAMPLES]
             if is_shipped
@@ -332,9 +341,9 @@ def _theme() -> gr.themes.Base:
 
 
 def _sides(config, processor) -> tuple[int, int | None]:
-    """Sides of the processor's grid and of the largest square one; None where the model has one grid alone."""
-    default_side = math.isqrt(num_image_tokens(processor.pooled_grid_size))
-    return default_side, min(config.patch_grid) if config.takes_any_grid else None
+    """Sides of the square grid nearest below the processor's and of the largest; None where there is no choice."""
+    side, largest = math.isqrt(num_image_tokens(processor.pooled_grid_size)), min(config.patch_grid)
+    return min(side, largest), largest if config.takes_any_grid and largest > 1 else None
 
 
 def _budget(pooled_grid_size) -> str:
@@ -342,14 +351,12 @@ def _budget(pooled_grid_size) -> str:
     return f"{rows} x {cols} = {rows * cols} tokens for the picture"
 
 
-def _binary(num_bytes: int) -> str:
-    """A number of bytes in the largest unit of which there is one."""
-    power = min(max(num_bytes.bit_length() - 1, 0) // 10, 3)
-    return f"{num_bytes / 2 ** (10 * power):.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
-
-
 def _read(path: str) -> Image.Image:
-    return read_image(Path(path).read_bytes())  # as bytes, whose errors do not name the server's folders
+    # gradio checks where a path leads only if the request says that it is one
+    path = Path(path).resolve()
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise ImageError("The image cannot be read: it was not uploaded.")
+    return read_image(path.read_bytes())  # not the path, which an error would name
 
 
 @contextmanager

@@ -50,14 +50,17 @@ def _to_text(about: dict) -> str:
         lines.append(f"stored as   {stored}")
     rows = [(name.replace("_", " "), f"{parameters[name]:,}") for name in parameters]
     lines += ["", *_table(("parameters", ""), rows)]
-    rows = [(name, _size(size)) for name, size in about["weights"].items()]
+    rows = [(name, format_size(size)) for name, size in about["weights"].items()]
     lines += ["", *_table(("weights as", "memory"), rows)]
     rows = [
         (
             "{} x {}".format(*grid["pooled_grid_size"]),
             str(grid["num_image_tokens"]),
-            *(_size(grid["kv_cache"][dtype]) for dtype in ("float32", "16bit")),
-            *(_size(about["weights"][weights] + grid["kv_cache"][cache]) for weights, cache in _CACHE_OF.items()),
+            *(format_size(grid["kv_cache"][dtype]) for dtype in ("float32", "16bit")),
+            *(
+                format_size(about["weights"][weights] + grid["kv_cache"][cache])
+                for weights, cache in _CACHE_OF.items()
+            ),
         )
         for grid in about["grids"]
     ]
@@ -85,7 +88,7 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _size(num_bytes: float) -> str:
+def format_size(num_bytes: float) -> str:
     units = ["bytes", "kB", "MB", "GB"]
     while num_bytes >= 1000 and len(units) > 1:
         num_bytes, units = num_bytes / 1000, units[1:]

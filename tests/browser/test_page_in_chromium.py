@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
+from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.recipes.digits.world import render
 
 pytestmark = pytest.mark.browser
@@ -101,9 +102,9 @@ def test_the_budget_is_told_used_and_recorded(open_page):
     expect(page.locator("#costs td").first).to_have_text("9")
     expect(page.locator("#answer")).to_contain_text("3 x 3 = 9 tokens")
     (first, second) = rows(page)
-    # 2 (key and value) * 4 layers * 4 heads * 32 * 4 bytes = 4 KiB a token
-    assert (first[0], first[2], first[3]) == ("9", "36 KiB", "2 purple.")
-    assert (second[0], second[2], second[3]) == ("36", "144 KiB", "2 purple.")
+    # 2 (key and value) * 4 layers * 4 heads * 32 * 4 bytes = 4096 bytes a token
+    assert (first[0], first[2], first[3]) == ("9", "36.9 kB", "2 purple.")
+    assert (second[0], second[2], second[3]) == ("36", "147 kB", "2 purple.")
     assert all(0 < float(row[1].removesuffix(" ms")) < 10_000 for row in (first, second))
 
 
@@ -281,6 +282,25 @@ def test_files_that_were_not_uploaded_are_not_served(open_page, server):
     folder = address.rsplit("/", 2)[0]
     for path in ("/gradio_api/file=/etc/passwd", folder.removeprefix(server.url), "/gradio_api/file=pyproject.toml"):
         assert page.request.get(server.url + path).status in (403, 404)
+
+
+def test_a_request_cannot_name_a_file_of_the_server(open_page, server):
+    page = open_page()
+    path = str(SHIPPED_CHECKPOINT / "examples" / "1.png")
+    for upload in ({"path": path}, {"path": path, "meta": {"_type": "gradio.FileData"}}):
+        request = {"data": [upload, "Read the digits.", 6, None], "fn_index": event(page, "ask"), "session_hash": "me"}
+        assert page.request.post(f"{server.url}/gradio_api/queue/join", data=request).ok
+        said = page.request.get(f"{server.url}/gradio_api/queue/data?session_hash=me").text()
+        assert '"success":false' in said.replace(" ", "")
+        assert "tokens for the picture" not in said
+
+
+def event(page, name):
+    """The number of an event of the page."""
+    (number,) = (
+        entry["id"] for entry in page.evaluate("window.gradio_config.dependencies") if entry["api_name"] == name
+    )
+    return number
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
