@@ -47,9 +47,8 @@ SHIPPED_EXAMPLES = [
 SHIPPED_ABOUT = "It knows handwritten digits and nothing else: how many, which, what colour, where."
 
 CSS = """
-#picture img, #map img, #examples img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
-#examples .gallery { display: grid; grid-template-columns: repeat(4, minmax(0, 5rem)); }
-#examples .container { width: auto; height: auto; aspect-ratio: 1; }
+#picture img, #map img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+#examples .container { width: 4.5rem; height: 4.5rem; }
 """
 
 _ANSWER_CSS = """
