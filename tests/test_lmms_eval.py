@@ -23,7 +23,7 @@ import tiny
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_deco.cli import SHIPPED_CHECKPOINT
+from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind, answer
 from modeling_deco.recipes.digits.world import KINDS, questions, render
 
