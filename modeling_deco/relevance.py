@@ -581,7 +581,8 @@ def plot_relevance(relevance: Relevance, level: str = "patch"):
             queries have no place in it), `"both"` for one above the other.
 
     Returns:
-        A matplotlib `Figure`: the last expression of a notebook's cell, or `figure.savefig(path)`.
+        A matplotlib `Figure`: `figure.savefig(path)`, or the last expression of a notebook's cell after `%matplotlib
+        inline`.
 
     Raises:
         ValueError: an unknown level.
