@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
 from .. import __version__
+from ..configuration_deco import load_card
 from .errors import ConversionError
 from .files import one_line
 from .sources import Source
@@ -124,10 +125,15 @@ def check_login(repo_id: str) -> None:
 
 
 def upload(folder: Path, repo_id: str) -> None:
-    """Upload a finished folder to the Hub."""
+    """Upload a finished folder to the Hub, where a model card that the repository has stays."""
     try:
         HfApi().create_repo(repo_id, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Convert from LLaVA")
+        HfApi().upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Convert from LLaVA",
+            ignore_patterns=None if load_card(repo_id) is None else "README.md",
+        )
     except Exception as error:  # of many kinds, by the network
         raise ConversionError(
             f"{folder} is complete, but its upload to {repo_id!r} failed: {one_line(error)} "

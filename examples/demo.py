@@ -11,8 +11,7 @@ import typer
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.utils import logging
 
-import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
-from modeling_deco.cli import SHIPPED_CHECKPOINT
+from modeling_deco import SHIPPED_CHECKPOINT  # the import registers DeCo with the Auto classes
 from modeling_deco.recipes.digits.world import render
 
 PICTURE = Path(__file__).parents[1] / "demo" / "digits.png"

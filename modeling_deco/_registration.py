@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Registration with transformers' Auto classes that does not import torch.
+"""Registration with transformers' Auto classes that does not import torch, and with lmms-eval.
 
 `AutoModel.register` wants the class, and the class wants torch: seconds, for a program that only prints its help. So a
 registration waits for the module of its Auto class to be imported, or happens at once where it already is.
@@ -69,3 +69,10 @@ def register_with_auto_classes() -> None:
     sys.meta_path.insert(0, _RegisteringFinder())
     for registration in _REGISTRATIONS:
         _register(*registration)
+
+
+def lmms_eval_manifest():
+    """For lmms-eval, by the entry point `lmms_eval.models`; the class is imported when `--model deco` is chosen."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="deco", chat_class_path=f"{__package__}.lmms_eval_deco.Deco")

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model for answering, and stream its answers: what the command line and the page share."""
+"""Load a model for answering, and stream its answers: what the command line, the page and the server share."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BatchFeature,
     BitsAndBytesConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -30,9 +31,7 @@ def nf4_config() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
-def load(
-    model: str, *, revision: str | None = None, in_4bit: bool = False, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(model: str, *, revision: str | None = None, in_4bit: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a checkpoint and its processor, in its own dtype: on GPUs, over all that are there, where accelerate is
     installed; else on the CPU.
 
@@ -40,21 +39,30 @@ def load(
         model: folder or Hub id.
         revision: branch, tag or commit on the Hub.
         in_4bit: quantize the language model's layers to NF4.
-        trust_remote_code: run the code that comes with the checkpoint. DeCo's own is here, so that is rarely needed.
 
     Raises:
         OSError, ValueError: there is no such checkpoint, or it is not one that answers questions about images.
         ImportError: it needs a library that is not installed.
     """
-    arguments = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        arguments["revision"] = revision
+    arguments = {} if revision is None else {"revision": revision}
     processor = AutoProcessor.from_pretrained(model, **arguments)
     if in_4bit:  # not quantization_config=None, with which an Auto class forgets that a checkpoint is quantized
         arguments["quantization_config"] = nf4_config()
     if torch.cuda.is_available() and find_spec("accelerate") is not None:
         arguments["device_map"] = "auto"
     return AutoModelForImageTextToText.from_pretrained(model, **arguments), processor
+
+
+def encode(processor: ProcessorMixin, messages: list[dict], pooled_grid_size=None) -> BatchFeature:
+    """A conversation as the model's inputs, up to where it answers. Arguments and errors are those of `stream`."""
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={} if pooled_grid_size is None else {"pooled_grid_size": pooled_grid_size},
+    )
 
 
 def stream(
@@ -79,15 +87,7 @@ def stream(
     Raises:
         ValueError: messages, images or grid do not fit the model.
     """
-    processor_kwargs = {} if pooled_grid_size is None else {"pooled_grid_size": pooled_grid_size}
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=processor_kwargs,
-    ).to(model.device)
+    inputs = encode(processor, messages, pooled_grid_size).to(model.device)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed, errors = Event(), []
 

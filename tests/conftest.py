@@ -11,11 +11,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import tiny
-from pytest_socket import disable_socket
+from pytest_socket import disable_socket, enable_socket, socket_allow_hosts
 
 
 def pytest_runtest_setup():
     disable_socket(allow_unix_socket=True)
+
+
+@pytest.fixture
+def loopback():
+    """Servers of this machine may be connected to; nothing else. The next test's setup blocks them again."""
+    enable_socket()
+    socket_allow_hosts(["127.0.0.1", "::1", "localhost"], allow_unix_socket=True)
 
 
 @pytest.fixture(scope="session")

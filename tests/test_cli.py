@@ -2,17 +2,21 @@
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from modeling_deco.cli import SHIPPED_CHECKPOINT, app
+import modeling_deco
+from modeling_deco import SHIPPED_CHECKPOINT
+from modeling_deco.cli import app
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.world import render
 
@@ -50,7 +54,7 @@ def test_json_reports_the_budget_that_was_used(scene, picture):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.png", "Is there a 7?"], r"Image 1 \('missing\.png'\) cannot be read"),
+        (["missing.png", "Is there a 7?"], r"The image 'missing\.png' cannot be read: there is no such file"),
         (["{picture}", "Is there a 7?", "--pooled-grid-size", "13"], r"13 x 13 is larger than .* 12 x 12 patches"),
         (["{picture}", "Is there a 7?", "--pooled-grid-size", "0"], r"pooled_grid_size must be .* got \[0, 0\]"),
         (
@@ -58,6 +62,7 @@ def test_json_reports_the_budget_that_was_used(scene, picture):
             r"'4,4' is neither a number .* nor ROWSxCOLS",
         ),
         (["{picture}", "Is there a 7?", "--model", "no/such/model"], r"no/such/model"),
+        (["-", "-", "Is there a 7?"], r"stdin \(-\) holds one image, and - is given more than once"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr_and_exit_code_2(arguments, message, picture):
@@ -99,13 +104,14 @@ def test_json_names_the_drawing(picture, tmp_path):
         (["--relevance", "missing/map.png"], r"--relevance: there is no folder 'missing' that can be written to"),
         (["--relevance", "{folder}"], r"--relevance: '.*folder\.png' is a folder"),
         (["--relevance", "map.png", "--relevance-level", "word"], r"must be one of patch, query, both, got 'word'"),
+        (["other.png", "--relevance", "map.png"], r"--relevance explains an answer about one image, got 2"),
         (["--relevance-level", "query"], r"--relevance-level has no effect without --relevance"),
     ],
 )
 def test_relevance_is_refused_before_the_model_is_loaded(arguments, message, tmp_path):
     (tmp_path / "folder.png").mkdir()
     arguments = [argument.format(folder=tmp_path / "folder.png") for argument in arguments]
-    result = ask("missing.png", "Is there a 7?", "--model", "no/such/model", *arguments)
+    result = ask("missing.png", *arguments, "Is there a 7?", "--model", "no/such/model")
     assert (result.exit_code, result.stdout) == (2, "")
     assert re.search(message, result.stderr)
     assert result.stderr.startswith("deco ask: ")
@@ -113,7 +119,7 @@ def test_relevance_is_refused_before_the_model_is_loaded(arguments, message, tmp
 
 
 def test_relevance_without_matplotlib_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_deco.cli.find_spec", lambda name: None if name == "matplotlib" else True)
+    monkeypatch.setattr("modeling_deco.cli.ask.find_spec", lambda name: None if name == "matplotlib" else True)
     result = ask("missing.png", "Is there a 7?", "--model", "no/such/model", "--relevance", str(tmp_path / "map.png"))
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "deco ask: --relevance needs matplotlib: pip install matplotlib\n"
@@ -138,18 +144,85 @@ def test_a_drawing_that_fails_leaves_the_old_one_and_the_answer(picture, tmp_pat
 
 @pytest.mark.parametrize("missing", ["accelerate", "bitsandbytes"])
 def test_4_bits_without_their_libraries_are_one_line_on_stderr_and_exit_code_2(missing, picture, monkeypatch):
-    monkeypatch.setattr("modeling_deco.cli.find_spec", lambda name: None if name == missing else True)
+    monkeypatch.setattr("modeling_deco.inference.find_spec", lambda name: None if name == missing else True)
     result = ask(picture, "Is there a 7?", "--4bit")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == f"deco ask: --4bit needs {missing}: pip install {missing}\n"
 
 
-def test_help_imports_no_torch():
+@pytest.mark.parametrize("command", [[], *([command.callback.__name__] for command in app.registered_commands)])
+def test_help_has_examples_and_imports_nothing_heavy(command):
     code = (
-        "import sys; from modeling_deco.cli import app; app(['ask', '--help'], standalone_mode=False); "
-        "sys.exit('torch' in sys.modules)"
+        f"import sys; from modeling_deco.cli import app; app({[*command, '--help']}, standalone_mode=False); "
+        "sys.exit(bool({'torch', 'transformers', 'PIL', 'huggingface_hub', 'numpy'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0
+    assert not command or f"  deco {command[0]} " in process.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_complete(shell):
+    environment = {**os.environ, "_DECO_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": "deco co"}
+    environment |= {"COMP_WORDS": "deco co", "COMP_CWORD": "1", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    process = subprocess.run(
+        [sys.executable, "-m", "modeling_deco.cli"], env=environment, capture_output=True, text=True
+    )
+    assert "convert" in process.stdout
+
+
+def test_version_is_the_packages():
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"modeling-deco {modeling_deco.__version__}\n"
+
+
+def test_a_picture_is_read_from_stdin(scene, picture):
+    answer = " ".join(str(digit.value) for digit in scene.digits) + ".\n"
+    result = CliRunner().invoke(app, ["ask", "-", "Read the digits."], input=Path(picture).read_bytes())
+    assert (result.exit_code, result.stdout) == (0, answer)
+    result = CliRunner().invoke(app, ["ask", "-", "Read the digits."], input=b"no picture")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "deco ask: The image cannot be read: its content is no picture that Pillow knows.\n",
+    )
+
+
+def test_several_pictures_are_shown_in_their_order(picture, monkeypatch):
+    import modeling_deco.inference
+
+    asked = []
+    monkeypatch.setattr(
+        modeling_deco.inference, "stream", lambda *args, **kwargs: asked.append(args[2]) or iter(["a ", "b"])
+    )
+    other = str(Path(picture).with_name("other.png"))
+    Image.new("RGB", (8, 8)).save(other)
+    report = json.loads(ask(picture, other, picture, "Which?", "--json").stdout)
+    assert report["images"] == [picture, other, picture]
+    assert (report["answer"], report["num_image_tokens"]) == ("a b", 3 * 36)
+    ((message,),) = asked
+    assert [part["image"].size for part in message["content"][:-1]] == [(96, 96), (8, 8), (96, 96)]
+    assert message["content"][-1] == {"type": "text", "text": "Which?"}
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9")]
+)
+def test_a_lack_of_memory_is_one_line_and_exit_code_1(error, picture, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("modeling_deco.inference.load", fail)
+    result = ask(picture, "Is there a 7?")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "deco ask: out of memory; a smaller --pooled-grid-size or --4bit needs less.\n"
+
+
+def test_a_defect_is_not_passed_off_as_bad_input(picture, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("modeling_deco.inference.load", fail)
+    result = ask(picture, "Is there a 7?")
+    assert (result.exit_code, str(result.exception)) == (1, "a defect")
 
 
 def test_shipped_checkpoint_is_small_and_whole():

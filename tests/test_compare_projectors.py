@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 from tiny_training import CONFIGS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_deco.cli import SHIPPED_CHECKPOINT
+from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.recipes import compare_projectors, compare_report
 from modeling_deco.recipes.compare_projectors import CompareArguments, Run, planned_runs
 from modeling_deco.recipes.digits import train

@@ -322,3 +322,26 @@ def test_generation_prompt_is_the_start_of_the_trained_text(tokenizer):
     prompt = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(conversation, tokenize=False)
     assert whole == prompt + "7 yes.<eos>"
+
+
+def test_conversations_have_one_to_so_many_turns_in_any_order(tmp_path):
+    path = world.write_llava_data(tmp_path, "train", 60, 5, 1, one_record_per_picture=True, max_turns=3)
+    conversations = [record["conversations"] for record in json.loads(path.read_text())]
+    assert len(conversations) == 60
+    assert {len(turns) for turns in conversations} == {2, 4, 6}
+    assert all(
+        [turn["value"].startswith("<image>") for turn in turns] == [True] + [False] * (len(turns) - 1)
+        for turns in conversations
+    )
+    starts = {turns[0]["value"].split()[1] for turns in conversations}
+    assert starts >= {"Is", "What", "Where", "Read"}
+
+
+@pytest.mark.parametrize("max_turns", ["0", "12"])
+def test_turns_that_cannot_be_drawn_are_refused(max_turns, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        world.main(
+            ["--split", "train", "--num-pictures", "1", "--out", str(tmp_path / "out"), "--max-turns", max_turns]
+        )
+    assert f"--max-turns must be 1 to 11, got {max_turns}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -13,8 +13,7 @@ import typer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
-from modeling_deco import DecoConfig, DecoForConditionalGeneration
-from modeling_deco.cli import SHIPPED_CHECKPOINT
+from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration
 from modeling_deco.recipes.digits import pointing_game as game
 
 

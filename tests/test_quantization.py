@@ -29,8 +29,8 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel
-from modeling_deco.cli import SHIPPED_CHECKPOINT, app
+from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration, DecoModel
+from modeling_deco.cli import app
 from modeling_deco.modeling_deco import _with_modules_to_skip
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.world import render

@@ -26,7 +26,7 @@ from fresh_process import FreshProcesses
 from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
-from modeling_deco.cli import SHIPPED_CHECKPOINT
+from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.recipes import data
 from modeling_deco.recipes.data import DataError, build_data, load_data, read_records, to_parts
 

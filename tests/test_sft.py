@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 pytest.importorskip("trl")
 
 import tiny_training
+from fake_hub import FakeHub
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from tiny_training import CONFIGS, arguments, build_dataset, conversation, conversations, launch, parse, run
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -665,6 +667,28 @@ def test_a_part_both_frozen_and_trained_is_refused(checkpoint, data, template, t
             checkpoint, data, tmp_path / "out", "stage2_lora.yaml", chat_template=template,
             freeze=["vision_tower", "multi_modal_projector"],
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [None, "stage2_lora.yaml"])
+def test_a_pushed_run_has_decos_card(config, checkpoint, data, template, tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "cache").install(monkeypatch)
+    hub.commit("someone/base", checkpoint)
+    run(
+        "someone/base",
+        data,
+        tmp_path / "tuned",
+        config,
+        chat_template=template,
+        push_to_hub=True,
+        hub_model_id="me/it",
+    )
+    card = ModelCard((hub.snapshot("me/it") / "README.md").read_text())
+    assert (card.data.pipeline_tag, card.data.base_model) == ("image-text-to-text", ["someone/base"])
+    assert card.data.library_name == ("transformers" if config is None else "peft")
+    assert {"deco", "token-compression", "trl", "sft"} <= set(card.data.tags)
+    assert 'pipeline("image-text-to-text", model="me/it")' in card.text
+    weights = "model.safetensors" if config is None else "adapter_model.safetensors"
+    assert {weights, "processor_config.json"} <= {path.name for path in hub.snapshot("me/it").iterdir()}
 
 
 def test_a_llava_checkpoint_is_refused_with_what_to_do(data, tmp_path):

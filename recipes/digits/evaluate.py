@@ -1,6 +1,6 @@
 """Accuracy of a checkpoint on the digits world, by kind of question, from what the model itself writes.
 
-    python -m modeling_deco.recipes.digits.evaluate --model DIR --pooled-grid-size 6 [--json]
+    python -m modeling_deco.recipes.digits.evaluate --model DIR --pooled-grid-size 6 [--conversation] [--json]
 
 Pictures are made of held-out scans and hold at least two digits, so that no question can be answered without looking
 the digit up. The standard error is over pictures, since the questions of one are not independent.
@@ -20,19 +20,17 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
-from modeling_deco.cli import nf4_config
+from modeling_deco.inference import nf4_config
 from modeling_deco.recipes.digits.world import KINDS, SPLITS, questions, render, score
 
 BATCH_SIZE = 256  # questions
 
 
 @torch.inference_mode()
-def answer(model, processor, images, texts, pooled_grid_size=None) -> list[str]:
-    """Greedy answers to one question per image."""
-    messages = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
-        for image, text in zip(images, texts, strict=True)
-    ]
+def answer(model, processor, images, texts, pooled_grid_size=None, earlier=None) -> list[str]:
+    """Greedy answers to one question per image, after `earlier` pairs of question and answer where there are some."""
+    earlier = earlier or [[]] * len(images)
+    messages = [_conversation(*asked) for asked in zip(images, earlier, texts, strict=True)]
     inputs = processor.apply_chat_template(
         messages,
         add_generation_prompt=True,
@@ -43,6 +41,36 @@ def answer(model, processor, images, texts, pooled_grid_size=None) -> list[str]:
     ).to(model.device)
     generated = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     return processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _conversation(image, earlier, text) -> list[dict]:
+    turns = [("user", text)]
+    for question, answer in reversed(earlier):
+        turns = [("user", question), ("assistant", answer), *turns]
+    messages = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in turns]
+    messages[0]["content"].insert(0, {"type": "image", "image": image})
+    return messages
+
+
+def accuracy_by_turn(model, processor, split, num_pictures, pooled_grid_size=None, seed=0) -> dict[str, dict]:
+    """As `accuracy_by_kind`, for conversations: each picture's questions, one of every kind in random order, are asked
+    one after the other, and the model's own answers stand before the next. One row for each place in the order."""
+    model.eval()
+    scenes = [render(split, index, seed=seed, min_digits=2) for index in range(num_pictures)]
+    images, asked = [scene.image for scene in scenes], []
+    for index, scene in enumerate(scenes):
+        rng = np.random.default_rng(index)
+        of_scene = questions(scene, rng)
+        asked.append([of_scene[place] for place in rng.permutation(len(KINDS))])
+    earlier, hits = [[] for _ in scenes], {}
+    for turn, row in enumerate(zip(*asked, strict=True), start=1):
+        texts, answers = [question.text for question in row], []
+        for start in range(0, num_pictures, BATCH_SIZE):
+            batch = slice(start, start + BATCH_SIZE)
+            answers += answer(model, processor, images[batch], texts[batch], pooled_grid_size, earlier[batch])
+        hits[f"question {turn}"] = [[score(*pair)] for pair in zip(row, answers, strict=True)]
+        earlier = [[*turns, pair] for turns, *pair in zip(earlier, texts, answers, strict=True)]
+    return {turn: _summary(by_picture) for turn, by_picture in hits.items()}
 
 
 def accuracy_by_kind(
@@ -103,6 +131,9 @@ def main(
     num_pictures: Annotated[int, typer.Option(min=2, help="Pictures, each with one question of every kind.")] = 1000,
     seed: Annotated[int, typer.Option(help="Another seed gives other pictures.")] = 0,
     in_4bit: Annotated[bool, typer.Option("--4bit", help="Language model in 4 bits (NF4, bitsandbytes).")] = False,
+    in_conversation: Annotated[
+        bool, typer.Option("--conversation", help="Ask a picture's questions one after the other; rows by place.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Print the accuracy of MODEL on held-out handwriting."""
@@ -113,12 +144,14 @@ def main(
     processor = AutoProcessor.from_pretrained(model)
     if torch.cuda.is_available():
         loaded = loaded.to("cuda")
-    accuracies = accuracy_by_kind(loaded, processor, split, num_pictures, pooled_grid_size, seed=seed)
+    evaluate = accuracy_by_turn if in_conversation else accuracy_by_kind
+    accuracies = evaluate(loaded, processor, split, num_pictures, pooled_grid_size, seed=seed)
     if as_json:
         report = {
             "model": model,
             "pooled_grid_size": pooled_grid_size or processor.pooled_grid_size,
             "in_4bit": in_4bit,
+            "in_conversation": in_conversation,
             "split": split,
             "num_pictures": num_pictures,
             "seed": seed,

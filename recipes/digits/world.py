@@ -363,12 +363,20 @@ TRAINING_KINDS = ("existence",) * 2 + ("count", "read") + ("colour",) * 2 + ("re
 
 
 def write_llava_data(
-    out: Path, split: str, num_pictures: int, seed: int, min_digits: int, one_record_per_picture: bool = False
+    out: Path,
+    split: str,
+    num_pictures: int,
+    seed: int,
+    min_digits: int,
+    one_record_per_picture: bool = False,
+    max_turns: int = len(TRAINING_KINDS),
 ) -> Path:
     """Write `images/*.png` and `{split}.json` under `out`; returns the path of the JSON file.
 
     Each question is a record of its own: as turns of one conversation, earlier answers give later ones away.
-    `one_record_per_picture` writes them as turns, `TRAINING_KINDS` of them, for training with independent turns.
+    `one_record_per_picture` writes them as turns, `TRAINING_KINDS` of them, for training with independent turns. With
+    fewer `max_turns` a picture has one turn to so many, drawn at random: conversations, whose first question can only
+    be answered from the picture.
     """
     (out / "images").mkdir(parents=True, exist_ok=True)
     records = []
@@ -378,7 +386,10 @@ def write_llava_data(
         scene.image.save(out / "images" / f"{name}.png")
         rng = np.random.default_rng([SPLITS.index(split), seed, index])
         if one_record_per_picture:
-            turns = _turns(questions(scene, rng, TRAINING_KINDS))
+            asked = questions(scene, rng, TRAINING_KINDS)
+            if max_turns < len(TRAINING_KINDS):
+                asked = [asked[order] for order in rng.permutation(len(asked))[: rng.integers(1, max_turns + 1)]]
+            turns = _turns(asked)
             records.append({"id": name, "image": f"{name}.png", "conversations": turns})
             continue
         for question in questions(scene, rng):
@@ -410,9 +421,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="write the questions about a picture as turns of one record",
     )
+    parser.add_argument(
+        "--max-turns",
+        type=int,
+        default=len(TRAINING_KINDS),
+        help="with it, draw one turn to so many for each record: conversations (default: all questions, in order)",
+    )
     args = parser.parse_args(argv)
+    if not 1 <= args.max_turns <= len(TRAINING_KINDS):
+        parser.error(f"--max-turns must be 1 to {len(TRAINING_KINDS)}, got {args.max_turns}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    write_llava_data(args.out, args.split, args.num_pictures, args.seed, args.min_digits, args.one_record_per_picture)
+    write_llava_data(
+        args.out,
+        args.split,
+        args.num_pictures,
+        args.seed,
+        args.min_digits,
+        args.one_record_per_picture,
+        args.max_turns,
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@ layer above the one that is read. Names of parameters are LLaVA's.
 """
 
 import copy
+import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -29,7 +33,7 @@ from transformers.utils import (  # private in part, seen in 5.17 to 5.23
     torch_compilable_check,
 )
 
-from .configuration_deco import DecoConfig, parse_grid
+from .configuration_deco import DecoConfig, base_models, model_card, parse_grid, upload
 from .projectors import (
     AvgPoolProjector,
     CAbstractorProjector,
@@ -41,6 +45,9 @@ from .projectors import (
     ResamplerProjector,
 )
 
+if TYPE_CHECKING:  # and, since transformers fetches what it finds imported, beside the model when that is remote code
+    from .processing_deco import DecoProcessor
+
 # What quantization leaves alone: all but the language model's layers. A name counts from the start of a module's full
 # name, so "vision_tower" alone would miss "model.vision_tower.encoder". The names are DecoForConditionalGeneration's
 # and DecoModel's together, since either class may read a folder that the other has saved.
@@ -51,6 +58,19 @@ _NOT_QUANTIZED = [
     "multi_modal_projector",
     "lm_head",
 ]
+
+_PUSH_ARGUMENTS = (
+    "repo_id",
+    "processor",
+    "metadata",
+    "tags",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "commit_message",
+    "commit_description",
+)
 
 
 @dataclass
@@ -109,6 +129,61 @@ class DecoPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(
             pretrained_model_name_or_path, *model_args, quantization_config=quantization_config, **kwargs
         )
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """`PreTrainedModel.save_pretrained`; with `push_to_hub=True` what it writes is uploaded as `push_to_hub` does,
+        whose arguments it takes too, and a `README.md` in the folder is the repository's card."""
+        if not push_to_hub or kwargs.get("distributed_checkpoint"):  # of which super uploads a consolidated copy
+            return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        arguments = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
+        is_there = os.path.isdir(save_directory)
+        unchanged = self._get_files_timestamps(save_directory) if is_there else {}  # private, seen in 5.17 to 5.23
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if self.should_save_on_this_rank(is_main_process):
+            arguments.setdefault("repo_id", Path(save_directory).name)
+            self._upload(save_directory, unchanged=unchanged, **arguments)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        processor: "DecoProcessor | None" = None,
+        metadata: dict | None = None,
+        max_shard_size: int | str = "50GB",
+        **kwargs,
+    ):
+        """Upload weights, configs, the code for `trust_remote_code=True`, and a model card.
+
+        The card is written where the repository has none, and names the model's base models as far as they are known
+        Hub ids. A licence and a language are not guessed.
+
+        Args:
+            repo_id: of the repository, which is created where it does not exist.
+            processor: to upload in the same commit; `processor.push_to_hub(repo_id)` before or after does as well.
+            metadata: fields of the card: `license`, `language`, `datasets`, `widget`, ...
+            max_shard_size: see `save_pretrained`.
+            kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr` and `tags` of
+                `PreTrainedModel.push_to_hub`.
+
+        Returns:
+            The `CommitInfo`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return self._upload(folder, repo_id, processor=processor, metadata=metadata, **kwargs)
+
+    def _upload(self, folder, repo_id, processor=None, tags=None, **kwargs):
+        if processor is not None:
+            processor.save_pretrained(folder)
+        tags = [tags] if isinstance(tags, str) else tags or []
+        return upload(self, folder, repo_id, self._card, tags=[*(self.model_tags or []), *tags], **kwargs)
+
+    def _card(self, repo_id, **metadata):
+        fields = {
+            "base_model": base_models(self.config, repo_id) or None,
+            "pipeline_tag": "image-text-to-text" if self.can_generate() else None,
+        }
+        return model_card(self.config, repo_id.rpartition("/")[-1], repo_id, **{**fields, **metadata})
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -370,6 +445,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             image_token_id=image_token_id,
             **config_kwargs,
         )
+        config.vision_config._name_or_path = str(vision_model_name_or_path)  # of a whole CLIP it is not in its part
         with torch.device("meta"):
             model = cls(config)
         # the config's tower, without the layers above the one that is read: their weights are reported as unexpected

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeCo's processor: images and text in, placeholders expanded to each image's token budget."""
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 
-from .configuration_deco import AUTO_MAP, copy_remote_code, num_image_tokens, parse_grid
+from .configuration_deco import AUTO_MAP, copy_remote_code, num_image_tokens, parse_grid, upload
 
 
 class DecoProcessorKwargs(ProcessingKwargs, total=False):
@@ -191,6 +192,12 @@ class DecoProcessor(ProcessorMixin):
         if push_to_hub:  # super would upload the files that it wrote itself, and leave the code behind
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return files
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size=None, **kwargs):
+        """`ProcessorMixin.push_to_hub`, with the code and without a card: that is the model's."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(self, folder, repo_id, **kwargs)
 
 
 def _grids_per_image(pooled_grid_size, num_images: int) -> list[tuple[int, int]]:

@@ -1,0 +1,40 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The `deco` command. Answers go to stdout, everything else to stderr.
+
+Exit codes: 0, 1 for what failed on the way, 2 for bad input, which is one line. A module of each command is imported
+with the command line; torch and transformers only where the command runs.
+"""
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from . import ask, chat, convert, info, page, serve
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"modeling-deco {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def deco(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+):
+    """DeCo vision-language models: ask questions about images at any token budget."""
+
+
+app.command()(ask.ask)
+app.command()(chat.chat)
+app.command()(info.info)
+app.command()(serve.serve)
+app.command()(page.page)
+app.command(no_args_is_help=True)(convert.convert)
+app.command(no_args_is_help=True)(convert.export)

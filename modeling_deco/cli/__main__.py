@@ -1,0 +1,5 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+from . import app
+
+app(prog_name="deco")

@@ -1,0 +1,129 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`deco ask`: one question, one answer."""
+
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import SHIPPED_CHECKPOINT
+from .common import (
+    MODEL_HELP,
+    In4Bit,
+    MaxNewTokens,
+    PooledGridSize,
+    Revision,
+    one_line_errors,
+    parse_grid_option,
+    quiet_transformers,
+)
+
+
+def ask(
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE", help="Paths or URLs of pictures; - reads one from stdin.")
+    ],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")] = str(
+        SHIPPED_CHECKPOINT
+    ),
+    revision: Revision = None,
+    pooled_grid_size: PooledGridSize = None,
+    max_new_tokens: MaxNewTokens = 128,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with the answer and its cost.")
+    ] = False,
+    in_4bit: In4Bit = False,
+    relevance: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw what each word of the answer rests on.")
+    ] = None,
+    relevance_level: Annotated[
+        str | None,
+        typer.Option(metavar="patch|query|both", help="Over the patches (default), the image tokens, or both."),
+    ] = None,
+):
+    """Answer QUESTION about one or several images.
+
+    \b
+    deco ask digits.png "What colour is the 7?"
+    deco ask digits.png "Read the digits." --pooled-grid-size 3 --json
+    deco ask https://example.org/photo.jpg "What is this?" --model DIR_OR_HUB_ID
+    deco ask before.jpg after.jpg "What has changed?" --model DIR_OR_HUB_ID --4bit
+    cat digits.png | deco ask - "Read the digits." --relevance relevance.png
+    """
+    with one_line_errors("ask", model):
+        if relevance is not None:
+            relevance_level = _check_relevance(relevance, relevance_level, images)
+        elif relevance_level is not None:
+            raise ValueError("--relevance-level has no effect without --relevance.")
+        grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
+
+        from ..images import read_image
+
+        if images.count("-") > 1:
+            raise ValueError("stdin (-) holds one image, and - is given more than once.")
+        pictures = [read_image(sys.stdin.buffer if image == "-" else image) for image in images]
+
+        from ..configuration_deco import num_image_tokens
+        from ..inference import load, stream
+
+        quiet_transformers()
+        loaded, processor = load(model, revision=revision, in_4bit=in_4bit)
+        figure = None
+        if relevance is not None:
+            from ..relevance import explain, plot_relevance
+
+            explained = explain(
+                loaded, processor, pictures[0], question, pooled_grid_size=grid, max_new_tokens=max_new_tokens
+            )
+            answer, figure = explained.answer, plot_relevance(explained, relevance_level)
+        else:
+            content = [{"type": "image", "image": picture} for picture in pictures]
+            messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+            pieces = stream(loaded, processor, messages, pooled_grid_size=grid, max_new_tokens=max_new_tokens)
+            answer = "".join(pieces).strip()
+    if as_json:
+        grid = grid or processor.pooled_grid_size
+        result = {"answer": answer, "question": question, "images": images, "model": model}
+        result |= {"pooled_grid_size": grid, "num_image_tokens": len(images) * num_image_tokens(grid)}
+        result |= {} if relevance is None else {"relevance": str(relevance)}
+        answer = json.dumps(result)
+    typer.echo(answer)
+    if figure is not None:
+        with one_line_errors("ask"):
+            _save_figure(figure, relevance)
+
+
+def _check_relevance(path: Path, level: str | None, images: list[str]) -> str:
+    """The level to draw. Raises a ValueError where the picture could not be drawn, or not be written."""
+    levels = ("patch", "query", "both")  # relevance.LEVELS, without torch
+    if len(images) > 1:
+        raise ValueError(f"--relevance explains an answer about one image, got {len(images)}.")
+    if level not in (None, *levels):
+        raise ValueError(f"--relevance-level must be one of {', '.join(levels)}, got {level!r}.")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--relevance writes a PNG file; {str(path)!r} does not end in .png.")
+    if path.is_dir():
+        raise ValueError(f"--relevance: {str(path)!r} is a folder.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--relevance: there is no folder {str(path.parent)!r} that can be written to.")
+    if find_spec("matplotlib") is None:
+        raise ValueError("--relevance needs matplotlib: pip install matplotlib")
+    return level or levels[0]
+
+
+def _save_figure(figure, path: Path) -> None:
+    """Write beside, then rename: a file under its name is whole."""
+    partial = path.with_name(f".{os.getpid()}.tmp")
+    try:
+        figure.savefig(partial, format="png")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"--relevance {str(path)!r} cannot be written: {error.strerror}.") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,160 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`deco chat`: a conversation about pictures in the terminal."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import SHIPPED_CHECKPOINT
+from .common import (
+    In4Bit,
+    MaxNewTokens,
+    Model,
+    PooledGridSize,
+    Revision,
+    one_line_errors,
+    parse_grid_option,
+    quiet_transformers,
+    report,
+)
+
+COMMANDS = """\
+/image PATH_OR_URL               show another picture with the next question
+/pooled-grid-size N|ROWSxCOLS    token budget of the pictures, from the next question on
+/clear                           begin anew, without pictures
+/help                            this list
+/exit                            end (or Ctrl-D); Ctrl-C stops an answer"""
+
+
+def chat(
+    model: Model = str(SHIPPED_CHECKPOINT),
+    image: Annotated[
+        list[str] | None, typer.Option(metavar="IMAGE", help="Path or URL of a picture; may be given again.")
+    ] = None,
+    revision: Revision = None,
+    pooled_grid_size: PooledGridSize = None,
+    max_new_tokens: MaxNewTokens = 512,
+    in_4bit: In4Bit = False,
+):
+    """Talk about pictures; answers are written as they come.
+
+    \b
+    deco chat --image digits.png
+    deco chat DIR_OR_HUB_ID --pooled-grid-size 8 --4bit
+    printf "/image digits.png\\nRead the digits.\\n" | deco chat
+
+    In the conversation, /image PATH shows a picture, /pooled-grid-size N changes the token budget, and /help lists
+    more.
+    """
+    with one_line_errors("chat", model):
+        grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
+
+        from ..images import read_image
+
+        pictures = [read_image(name) for name in image or []]
+
+        from ..inference import load
+
+        quiet_transformers()
+        conversation = Conversation(*load(model, revision=revision, in_4bit=in_4bit), grid, max_new_tokens)
+        conversation.pictures += pictures
+    is_interactive = sys.stdin.isatty()
+    if is_interactive:
+        typer.echo(f"{model}. Ask, or /help.", err=True)
+    while (line := _read_line(is_interactive)) is not None:
+        try:
+            if not conversation.take(line.strip()):
+                break
+        except (OSError, ValueError) as error:
+            report("chat", error)
+            if not is_interactive:  # a script wants to know
+                raise typer.Exit(2) from None
+
+
+def _read_line(is_interactive: bool) -> str | None:
+    """A line, or None at the end. The prompt is on stderr unless both ends are a terminal, where readline needs it."""
+    on_terminal = is_interactive and sys.stdout.isatty()
+    if on_terminal:
+        try:
+            import readline  # noqa: F401  history and editing for input()
+        except ImportError:
+            pass
+    elif is_interactive:
+        typer.echo("> ", nl=False, err=True)
+    try:
+        return input("> " if on_terminal else "")
+    except (EOFError, KeyboardInterrupt):
+        typer.echo(err=True)
+        return None
+
+
+class Conversation:
+    """Messages so far, pictures for the next question, and the token budget."""
+
+    def __init__(self, model, processor, pooled_grid_size: list[int] | None, max_new_tokens: int):
+        self.model, self.processor = model, processor
+        self.pooled_grid_size, self.max_new_tokens = pooled_grid_size, max_new_tokens
+        self.messages, self.pictures = [], []
+
+    def take(self, line: str) -> bool:
+        """Obey a command or answer a question; whether the conversation goes on."""
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if command == "/image":
+            from ..images import read_image
+
+            if not argument:
+                raise ValueError("/image needs a path or URL: /image digits.png")
+            picture = read_image(argument)
+            self.pictures.append(picture)
+            typer.echo(f"{picture.width} x {picture.height} pixels; ask about it.", err=True)
+        elif command == "/pooled-grid-size":
+            self.pooled_grid_size = self._check_grid(parse_grid_option(argument))
+            rows, cols = self.pooled_grid_size
+            typer.echo(f"{rows} x {cols} = {rows * cols} tokens per picture.", err=True)
+        elif command == "/clear":
+            self.messages, self.pictures = [], []
+        elif command == "/help":
+            typer.echo(COMMANDS, err=True)
+        elif command == "/exit":
+            return False
+        elif command.startswith("/"):
+            raise ValueError(f"{command!r} is not a command; /help lists them.")
+        elif line:
+            self.answer(line)
+        return True
+
+    def answer(self, question: str) -> None:
+        """Write the answer as it comes. A question that fails or is stopped before its answer begins is forgotten."""
+        from ..inference import stream
+
+        content = [{"type": "image", "image": picture} for picture in self.pictures]
+        messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        budget = {"pooled_grid_size": self.pooled_grid_size, "max_new_tokens": self.max_new_tokens}
+        pieces = stream(self.model, self.processor, messages, **budget)
+        answer = ""
+        try:
+            for piece in pieces:
+                typer.echo(piece if answer else piece.lstrip(), nl=False)
+                answer += piece
+        except KeyboardInterrupt:
+            pieces.close()
+        if not answer:
+            typer.echo("(no answer)", err=True)
+            return
+        typer.echo()
+        answered = {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
+        self.messages, self.pictures = [*messages, answered], []
+
+    def _check_grid(self, grid: list[int]) -> list[int]:
+        from ..configuration_deco import parse_grid
+
+        rows, cols = parse_grid(grid)
+        patch_rows, patch_cols = self.model.config.patch_grid
+        if rows > patch_rows or cols > patch_cols:
+            raise ValueError(
+                f"/pooled-grid-size {rows} x {cols} is larger than the grid of {patch_rows} x {patch_cols} patches."
+            )
+        return grid

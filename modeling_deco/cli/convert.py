@@ -1,0 +1,110 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`deco convert` and `deco export`: LLaVA checkpoints to DeCo checkpoints, and back."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Revision, parse_grid_option, quiet_transformers
+
+
+@contextmanager
+def _conversion(command: str) -> Iterator[None]:
+    """What a conversion logs goes to stderr, and what it refuses is one line and exit code 2."""
+    from .. import conversion
+
+    quiet_transformers()
+    logger, handler = logging.getLogger(conversion.__name__), logging.StreamHandler(sys.stderr)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    except (conversion.ConversionError, OSError) as error:
+        typer.echo(f"deco {command}: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+    finally:
+        logger.removeHandler(handler)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub id of a LLaVA checkpoint.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    pooled_grid_size: Annotated[
+        str | None,
+        typer.Option(metavar="N|ROWSxCOLS", help="Grid of image tokens; 12, or the one it was trained with."),
+    ] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ID", help="Vision tower, in place of the one that SRC names.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ID", help="Language model under a projector or LoRA adapters.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="float32|float16|bfloat16", help="Cast to it; by default nothing is cast.")
+    ] = None,
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that DST holds.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the result to this repository.")
+    ] = None,
+    check_logits: Annotated[
+        bool, typer.Option("--check-logits", help="Also run both models, in float32, and compare (llava-hf).")
+    ] = False,
+):
+    """Make the DeCo checkpoint DST of the LLaVA checkpoint SRC. The format is told by what SRC holds.
+
+    transformers' LLaVA (llava-hf):
+
+    \b
+    deco convert llava-hf/llava-1.5-7b-hf deco-7b --pooled-grid-size 12
+
+    The original code's, whole; the vision tower is the one that its config names:
+
+    \b
+    deco convert liuhaotian/llava-v1.5-7b deco-7b
+    deco convert llava-v1.5-7b/ deco-7b --vision-tower clip-vit-large-patch14-336/
+
+    Its stage 1, a projector over a language model; its LoRA adapters, merged into the language model:
+
+    \b
+    deco convert llava-pretrain/ deco-7b --base-model lmsys/vicuna-7b-v1.5
+    deco convert llava-lora/ deco-7b --base-model lmsys/vicuna-7b-v1.5
+
+    LLaVA's code with the DeCo authors' AvgPoolProjector, whole or stage 1:
+
+    \b
+    deco convert deco-finetune/ deco-7b --pooled-grid-size 12
+    """
+    with _conversion("convert"):
+        from ..conversion import ConversionError
+        from ..conversion import convert as run
+
+        try:
+            grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
+        except ValueError as error:
+            raise ConversionError(str(error)) from None
+        run(source, destination, grid, vision_tower, base_model, dtype, revision, overwrite, push_to_hub, check_logits)
+    typer.echo(destination)
+
+
+def export(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub id of a DeCo checkpoint.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that DST holds.")] = False,
+):
+    """Make the llava-hf checkpoint DST of the DeCo checkpoint SRC. LLaVA does not pool: it sees every patch.
+
+    \b
+    deco export deco-7b llava-7b
+    """
+    with _conversion("export"):
+        from ..conversion import export as run
+
+        run(source, destination, overwrite)
+    typer.echo(destination)

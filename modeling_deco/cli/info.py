@@ -1,0 +1,90 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`deco info`: what a checkpoint is and needs."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from .. import SHIPPED_CHECKPOINT
+from .common import Model, Revision, one_line_errors, quiet_transformers
+
+
+def info(
+    model: Model = str(SHIPPED_CHECKPOINT),
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; memory in bytes.")] = False,
+):
+    """Token flow, parameters, memory and licence, without loading the weights.
+
+    \b
+    deco info DIR_OR_HUB_ID
+    deco info DIR_OR_HUB_ID --revision main --json
+    """
+    with one_line_errors("info", model):
+        from ..info import describe
+
+        quiet_transformers()
+        description = describe(model, revision)
+    typer.echo(json.dumps(description) if as_json else _to_text(description))
+
+
+def _to_text(about: dict) -> str:
+    from ..info import format_size
+
+    tower, text, parameters = about["vision_tower"], about["language_model"], about["parameters"]
+    patches, pooled = ("{} x {}".format(*_pair(grid)) for grid in (about["patch_grid"], about["pooled_grid_size"]))
+    stored = ", ".join(name for name in (about["dtype"], about["quantization"]) if name)
+    lines = [
+        about["model"],
+        "",
+        f"image -> {tower['type']}, {tower['layers']} layers: {patches} patches of {about['patch_size']} pixels "
+        f"-> {about['projector_type']} -> {pooled} = {about['num_image_tokens']} tokens "
+        f"-> {text['type']}, {text['layers']} layers",
+        "",
+        f"licence     {about['licence'] or 'not stated'}",
+    ]
+    if about["base_model"]:
+        bases = about["base_model"]
+        lines.append(f"base model  {bases if isinstance(bases, str) else ', '.join(bases)}")
+    if stored:
+        lines.append(f"stored as   {stored}")
+    rows = [(name.replace("_", " "), f"{parameters[name]:,}") for name in parameters]
+    lines += ["", *_table(("parameters", ""), rows)]
+    rows = [(name, format_size(size)) for name, size in about["weights"].items()]
+    lines += ["", *_table(("weights as", "memory"), rows)]
+    rows = [
+        (
+            "{} x {}".format(*grid["pooled_grid_size"]),
+            str(grid["num_image_tokens"]),
+            *(format_size(grid["kv_cache"][dtype]) for dtype in ("float32", "16bit")),
+            *(
+                format_size(about["weights"][weights] + grid["kv_cache"][cache])
+                for weights, cache in _CACHE_OF.items()
+            ),
+        )
+        for grid in about["grids"]
+    ]
+    header = ("grid", "tokens", "cache float32", "cache 16bit", *(f"in all {name}" for name in _CACHE_OF))
+    lines += ["", *_table(header, rows)]
+    lines += ["", "Cache: keys and values of one image's tokens. In all: weights and cache; activations come on top."]
+    if not about["takes_any_grid"]:
+        lines.append(f"This projector has the one grid of {pooled}.")
+    return "\n".join(lines)
+
+
+# The key-value cache has the type of activations: 16 bit beside weights in 4.
+_CACHE_OF = {"float32": "float32", "16bit": "16bit", "4bit": "16bit"}
+
+
+def _pair(grid: int | list[int]) -> list[int]:
+    return [grid, grid] if isinstance(grid, int) else grid
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in line).rstrip()
+        for line in (enumerate(zip(row, widths, strict=True)) for row in (header, *rows))
+    ]

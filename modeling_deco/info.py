@@ -1,0 +1,140 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint is and needs, from its config alone: no weights are read."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+
+from .configuration_deco import DecoConfig, num_image_tokens
+
+# NF4 as `deco ask --4bit` makes it: 4 bits, and a float32 scale for each block of 64 weights.
+_NF4_BYTES = 0.5 + 4 / 64
+_SIDES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+def kv_cache_bytes(text_config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the key-value cache for so many tokens, where every layer attends to all of them: keys and
+    values, `num_key_value_heads` of `head_dim`, in every layer."""
+    heads = text_config.num_attention_heads
+    num_key_value_heads = getattr(text_config, "num_key_value_heads", None) or heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return 2 * text_config.num_hidden_layers * num_key_value_heads * head_dim * num_tokens * dtype.itemsize
+
+
+def format_size(num_bytes: float) -> str:
+    """In the largest unit of which there is one, to three digits: `"73.7 kB"`."""
+    units = ["bytes", "kB", "MB", "GB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes, units = num_bytes / 1000, units[1:]
+    return f"{num_bytes:.3g} {units[0]}" if num_bytes < 1000 else f"{num_bytes:.0f} {units[0]}"
+
+
+def describe(model: str, revision: str | None = None) -> dict:
+    """Token flow, parameters by part, memory by grid and dtype, and licence of a DeCo checkpoint.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        A dict for JSON. Memory is in bytes: `weights` by dtype, where `"4bit"` has the language model's layers in NF4
+        and the rest in 16 bits, and per grid `kv_cache`, what one image adds to it. Activations come on top of both.
+
+    Raises:
+        ValueError: it is not a DeCo checkpoint.
+        OSError: there is no such checkpoint.
+    """
+    revisions = {} if revision is None else {"revision": revision}
+    config = AutoConfig.from_pretrained(model, **revisions)
+    if not isinstance(config, DecoConfig):
+        raise ValueError(f"{model} is a {config.model_type!r} model, not a DeCo; deco convert makes one of a LLaVA.")
+    with torch.device("meta"):
+        empty = AutoModelForImageTextToText.from_config(config)
+    in_language_layers = {id(layer.weight) for layer in _linears(empty.model.language_model)}
+    num_quantized = sum(weight.numel() for weight in empty.parameters() if id(weight) in in_language_layers)
+    parameters = {
+        "vision_tower": _count(empty.model.vision_tower),
+        "projector": _count(empty.model.multi_modal_projector),
+        "language_model": _count(empty) - _count(empty.model.vision_tower, empty.model.multi_modal_projector),
+    }
+    total = sum(parameters.values())
+    tower, text = config.vision_config, config.text_config
+    rows, cols = config.patch_grid
+    card = _read_card(model, revision)
+    return {
+        "model": model,
+        "licence": card.get("license"),
+        "base_model": card.get("base_model"),
+        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
+        "quantization": (getattr(config, "quantization_config", None) or {}).get("quant_method"),
+        "vision_tower": {
+            "type": tower.model_type,
+            "layers": tower.num_hidden_layers,
+            "hidden_size": tower.hidden_size,
+        },
+        "patch_size": tower.patch_size,
+        "patch_grid": [rows, cols],
+        "projector_type": config.projector_type,
+        "pooled_grid_size": config.pooled_grid_size,
+        "num_image_tokens": config.num_image_tokens,
+        "takes_any_grid": config.takes_any_grid,
+        "language_model": {
+            "type": text.model_type,
+            "layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size,
+            "vocab_size": text.vocab_size,
+        },
+        "parameters": {**parameters, "total": total},
+        "weights": {
+            "float32": 4 * total,
+            "16bit": 2 * total,
+            "4bit": round(2 * (total - num_quantized) + _NF4_BYTES * num_quantized),
+        },
+        "grids": [
+            {
+                "pooled_grid_size": grid,
+                "num_image_tokens": num_image_tokens(grid),
+                "kv_cache": {
+                    "float32": kv_cache_bytes(text, num_image_tokens(grid), torch.float32),
+                    "16bit": kv_cache_bytes(text, num_image_tokens(grid), torch.float16),
+                },
+            }
+            for grid in _grids(config)
+        ],
+    }
+
+
+def _grids(config: DecoConfig) -> list[list[int]]:
+    """The config's grid, and where it is free, squares up to the patch grid and the patch grid itself."""
+    default = config.pooled_grid_size
+    grids = {(default, default) if isinstance(default, int) else tuple(default)}
+    if config.takes_any_grid:
+        grids |= {(side, side) for side in _SIDES if side <= min(config.patch_grid)} | {config.patch_grid}
+    return [list(grid) for grid in sorted(grids, key=num_image_tokens)]
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
+def _count(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _read_card(model: str, revision: str | None) -> dict:
+    """The metadata of the model card, or nothing where there is none."""
+    path = Path(model, "README.md")
+    if not Path(model).is_dir():
+        try:
+            path = Path(hf_hub_download(model, "README.md", revision=revision))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return {}
+    try:
+        return metadata_load(path) or {}
+    except Exception:  # no card, or what YAML makes of a malformed one
+        return {}

@@ -1,0 +1,125 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`deco chat`: answers on stdout, all else on stderr; commands; what goes wrong leaves the conversation as it was."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from modeling_deco.cli import app
+from modeling_deco.recipes.digits.world import render
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Two scenes of held-out handwriting, and the files that they are in."""
+    folder, scenes = tmp_path_factory.mktemp("pictures"), []
+    for index in (10, 11):
+        scene = render("test", index=index, seed=2026, min_digits=4)
+        scene.image.save(folder / f"{index}.png")
+        scenes.append((scene, str(folder / f"{index}.png")))
+    return scenes
+
+
+def chat(*arguments, say: str):
+    return CliRunner().invoke(app, ["chat", *arguments], input=say)
+
+
+def read(scene) -> str:
+    return " ".join(str(digit.value) for digit in scene.digits) + "."
+
+
+def test_answers_alone_go_to_stdout_and_a_later_question_is_about_the_same_picture(scenes):
+    (scene, path), _ = scenes
+    digit = scene.digits[0]
+    result = chat("--image", path, say=f"Read the digits.\n\nWhat colour is the {digit.value}?\n")
+    assert (result.exit_code, result.stdout) == (0, f"{read(scene)}\n{digit.value} {digit.colour}.\n")
+
+
+def test_a_picture_is_shown_in_the_conversation_and_cleared(scenes):
+    (scene, path), (other, other_path) = scenes
+    result = chat(say=f"/image {path}\nRead the digits.\n/clear\n/image {other_path}\nRead the digits.\n")
+    assert result.stdout == f"{read(scene)}\n{read(other)}\n"
+    assert result.stderr.count("96 x 96 pixels") == 2
+
+
+def test_the_budget_changes_within_the_conversation(scenes, monkeypatch):
+    import modeling_deco.inference
+
+    (_, path), _ = scenes
+    grids, stream = [], modeling_deco.inference.stream
+
+    def recording_stream(*arguments, pooled_grid_size, **kwargs):
+        grids.append(pooled_grid_size)
+        return stream(*arguments, pooled_grid_size=pooled_grid_size, **kwargs)
+
+    monkeypatch.setattr(modeling_deco.inference, "stream", recording_stream)
+    say = "Is there a 7?\n/pooled-grid-size 3\nIs there a 7?\n/pooled-grid-size 2x4\nIs there a 7?\n"
+    result = chat("--image", path, say=say)
+    assert grids == [None, [3, 3], [2, 4]]
+    assert "3 x 3 = 9 tokens per picture." in result.stderr
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/image", r"/image needs a path or URL"),
+        ("/image missing.png", r"The image 'missing\.png' cannot be read: there is no such file"),
+        ("/pooled-grid-size", r"--pooled-grid-size '' is neither a number"),
+        ("/pooled-grid-size 0", r"pooled_grid_size must be a positive int"),
+        ("/pooled-grid-size 13", r"13 x 13 is larger than the grid of 12 x 12 patches"),
+        ("/help me", None),
+        ("/unknown", r"'/unknown' is not a command; /help lists them"),
+    ],
+)
+def test_a_script_ends_at_its_first_mistake(line, message, scenes):
+    (scene, path), _ = scenes
+    result = chat("--image", path, say=f"{line}\nRead the digits.\n")
+    if message is None:
+        assert (result.exit_code, result.stdout) == (0, f"{read(scene)}\n")
+        return
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(rf"deco chat: .*{message}.*\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "missing.png"], r"The image 'missing\.png' cannot be read"),
+        (["--pooled-grid-size", "a"], r"'a' is neither a number"),
+        (["no/such/model"], r"no/such/model"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message):
+    result = chat(*arguments, say="Read the digits.\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(rf"deco chat: .*{message}.*\n", result.stderr)
+
+
+def test_exit_ends_before_the_rest(scenes):
+    (_, path), _ = scenes
+    result = chat("--image", path, say="/exit\nRead the digits.\n")
+    assert (result.exit_code, result.stdout) == (0, "")
+
+
+def test_on_a_terminal_a_mistake_does_not_end_it_and_answers_stay_alone_on_stdout(scenes):
+    """A real terminal for stdin and stderr, a pipe for stdout."""
+    (scene, path), _ = scenes
+    terminal, other_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modeling_deco.cli", "chat"], stdin=other_end, stdout=subprocess.PIPE, stderr=other_end
+    )
+    os.close(other_end)
+    os.write(terminal, f"/image missing.png\n/image {path}\nRead the digits.\n/exit\n".encode())
+    stdout, _ = process.communicate(timeout=120)
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    assert (process.returncode, stdout.decode()) == (0, f"{read(scene)}\n")
+    assert "'missing.png' cannot be read" in shown
+    assert "> " in shown

@@ -1,0 +1,722 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The server, asked by OpenAI's own client over real sockets, and by what does worse than that."""
+
+import base64
+import http.client
+import importlib
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from types import SimpleNamespace
+
+import openai
+import pytest
+import pytest_socket
+import torch
+import uvicorn
+from PIL import Image
+from typer.testing import CliRunner
+
+from modeling_deco import SHIPPED_CHECKPOINT, images
+from modeling_deco.cli import app
+from modeling_deco.images import ImageLimits
+from modeling_deco.inference import load, stream
+from modeling_deco.recipes.digits.world import render
+from modeling_deco.serving import ServerOptions, build_app, serve
+
+NAME = "deco-digits"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load(str(SHIPPED_CHECKPOINT))
+
+
+def allow_loopback():
+    pytest_socket.enable_socket()
+    pytest_socket.socket_allow_hosts(["127.0.0.1", "127.0.0.2"], allow_unix_socket=True)
+
+
+@pytest.fixture(autouse=True)
+def loopback():
+    allow_loopback()
+    yield
+    pytest_socket._remove_restrictions()
+
+
+@contextmanager
+def running(application):
+    """The application's port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(application, ws="none", log_config=None, timeout_graceful_shutdown=1))
+        thread = Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture
+def start(shipped):
+    """`start(option=...)` is the port of a server with that option."""
+    with ExitStack() as stack:
+        yield lambda hosts=None, **options: stack.enter_context(
+            running(build_app(*shipped, NAME, ServerOptions(**options), hosts))
+        )
+
+
+@pytest.fixture(scope="module")
+def port(shipped):
+    """Of a server as it is by default."""
+    allow_loopback()
+    with running(build_app(*shipped, NAME)) as number:
+        yield number
+
+
+@pytest.fixture
+def steps(shipped, monkeypatch):
+    """The model never ends an answer by itself and takes its time; the list grows by one for each step, by the length
+    of the text that goes into the model there."""
+    lengths = []
+
+    def note(module, args, kwargs):
+        lengths.append(kwargs["input_ids"].shape[1])
+        time.sleep(0.02)
+
+    model = shipped[0]
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", [model.generation_config.eos_token_id])
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    yield lengths
+    hook.remove()
+
+
+def client(port: int, **options) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", **{"api_key": "-", "max_retries": 0, **options})
+
+
+def ask(port: int, messages: list[dict] | str, timeout: float = 60, **fields):
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    with client(port) as asking:
+        result = asking.chat.completions.create(model=NAME, messages=messages, timeout=timeout, **fields)
+        return list(result) if fields.get("stream") else result
+
+
+def answer(port: int, messages, **fields) -> str:
+    return ask(port, messages, **fields).choices[0].message.content
+
+
+def data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def about(*urls: str, question: str = "How many digits are there?") -> list[dict]:
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def post(port: int, body, method="POST", path="/v1/chat/completions", **headers):
+    """Status, headers and JSON of an answer, without OpenAI's client."""
+    headers = {
+        "Content-Type": "application/json",
+        **{name.replace("_", "-"): value for name, value in headers.items()},
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return response.status, response.headers, json.loads(content)
+
+
+def sent(port: int, messages: list[dict], **fields) -> socket.socket:
+    """The connection over which a request was sent, and nothing is read."""
+    body = json.dumps({"messages": messages, **fields})
+    head = f"Host: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}{body}".encode())
+    return connection
+
+
+def wait_until(condition, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_until_it_stands_still(steps: list[int]) -> None:
+    number = None
+    while number != len(steps):
+        number = len(steps)
+        time.sleep(0.2)  # ten steps
+
+
+SCENE = render("test", index=10, seed=2026, min_digits=4)
+PICTURE = data_url(SCENE.image)
+DIGIT = SCENE.digits[0]
+COLOUR_QUESTION = f"What colour is the {DIGIT.value}?"
+COLOUR_ANSWER = f"{DIGIT.value} {DIGIT.colour}."
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_in_a_data_url_is_answered_about(port):
+    result = ask(port, about(PICTURE, question=COLOUR_QUESTION))
+    assert result.choices[0].message.content == COLOUR_ANSWER
+    assert (result.model, result.choices[0].finish_reason) == (NAME, "stop")
+
+
+def test_text_alone_is_answered_as_by_the_model_itself(port, shipped):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Is there a 7?"}]}]
+    assert answer(port, "Is there a 7?", max_tokens=8) == "".join(stream(*shipped, messages, max_new_tokens=8))
+
+
+@pytest.mark.parametrize(
+    "extra_body", [{"pooled_grid_size": [3, 4]}, {"mm_processor_kwargs": {"pooled_grid_size": [3, 4]}}]
+)
+def test_a_request_chooses_its_grid(port, extra_body):
+    messages = about(PICTURE, question=COLOUR_QUESTION)
+    default, chosen = ask(port, messages), ask(port, messages, extra_body=extra_body)
+    assert chosen.choices[0].message.content == COLOUR_ANSWER
+    assert default.usage.prompt_tokens - chosen.usage.prompt_tokens == 36 - 12
+
+
+def test_usage_counts_what_went_into_the_model_and_came_out(port, steps):
+    usage = ask(port, about(PICTURE), max_tokens=5).usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (steps[0], len(steps))
+    assert usage.total_tokens == steps[0] + 5
+
+
+def test_a_stream_is_the_answer_in_pieces(port):
+    messages = about(PICTURE, question=COLOUR_QUESTION)
+    first, *pieces, last = ask(port, messages, stream=True)
+    assert first.choices[0].delta.role == "assistant"
+    assert "".join(piece.choices[0].delta.content for piece in pieces) == COLOUR_ANSWER
+    assert len(pieces) > 1
+    assert last.choices[0].finish_reason == "stop"
+
+
+def test_a_stream_ends_with_usage_where_that_is_asked_for(port):
+    messages = about(PICTURE)
+    *chunks, last = ask(port, messages, stream=True, stream_options={"include_usage": True})
+    assert (last.choices, last.usage) == ([], ask(port, messages).usage)
+    assert {chunk.usage for chunk in chunks} == {None}
+
+
+def test_a_stream_ends_with_done(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    body = json.dumps({"messages": about(PICTURE), "stream": True})
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    assert response.read().endswith(b"data: [DONE]\n\n")
+    connection.close()
+
+
+def test_eight_at_once_are_all_answered_right(port):
+    scenes = [render("test", index=index, seed=2026, min_digits=4) for index in range(8)]
+
+    def ask_about(scene):
+        digit = scene.digits[-1]
+        return answer(port, about(data_url(scene.image), question=f"What colour is the {digit.value}?"))
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask_about, scenes))
+    assert answers == [f"{scene.digits[-1].value} {scene.digits[-1].colour}." for scene in scenes]
+
+
+def test_a_conversation_goes_on(port):
+    messages = about(PICTURE, question=COLOUR_QUESTION)
+    first = ask(port, messages)
+    digit = SCENE.digits[1]
+    messages += [
+        first.choices[0].message,  # as the client gives it
+        {"role": "user", "content": f"What colour is the {digit.value}?"},
+    ]
+    second = ask(port, messages)
+    assert second.choices[0].message.content == f"{digit.value} {digit.colour}."
+    assert second.usage.prompt_tokens > first.usage.total_tokens
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_prompt_comes_before_the_question(port, shipped, role):
+    prompt = "Read the digits."
+    conversation = [{"role": "system", "content": prompt}, {"role": "user", "content": "Is there a 7?"}]
+    expected = shipped[1].tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    result = ask(port, [{"role": role, "content": prompt}, {"role": "user", "content": "Is there a 7?"}])
+    assert result.usage.prompt_tokens == len(expected)
+
+
+def test_several_images_have_each_their_grid(port):
+    one = ask(port, about(PICTURE)).usage.prompt_tokens
+    assert ask(port, about(PICTURE, PICTURE)).usage.prompt_tokens == one + 36
+    grids = {"pooled_grid_size": [[3, 3], [4, 5]]}
+    assert ask(port, about(PICTURE, PICTURE), extra_body=grids).usage.prompt_tokens == one - 36 + 9 + 20
+
+
+def test_max_tokens_ends_an_answer_for_its_length(port):
+    result = ask(port, about(PICTURE), max_tokens=2)
+    assert (result.choices[0].finish_reason, result.usage.completion_tokens) == ("length", 2)
+
+
+def test_an_answer_that_ends_at_max_tokens_is_whole(port):
+    whole = ask(port, about(PICTURE))
+    bounded = ask(port, about(PICTURE), max_completion_tokens=whole.usage.completion_tokens)
+    assert bounded.choices == whole.choices
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"), [(".", "7 white"), (["zz", "hit"], "7 w"), ("e.", "7 whit"), ("te. ", "7 white."), ("7", "")]
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(port, stop, expected, streamed):
+    assert COLOUR_ANSWER == "7 white."
+    messages = about(PICTURE, question=COLOUR_QUESTION)
+    if streamed:
+        chunks = ask(port, messages, stop=stop, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    else:
+        assert answer(port, messages, stop=stop) == expected
+
+
+@pytest.mark.parametrize("how", [{"temperature": 1.5}, {"top_p": 0.999}])
+def test_sampling_draws_and_a_seed_repeats(port, how):
+    def draw(**seed):
+        return answer(port, "Where?", max_tokens=20, **how, **seed)
+
+    assert draw(seed=1) == draw(seed=1)
+    assert len({draw(seed=seed) for seed in range(4)}) > 1
+
+
+def test_what_a_seed_draws_is_not_what_comes_after_it(port):
+    drawn = set()
+    for _ in range(4):
+        answer(port, "Where?", temperature=1.5, max_tokens=20, seed=1)
+        drawn.add(answer(port, "Where?", temperature=1.5, max_tokens=20))
+    assert len(drawn) > 1
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-40])
+def test_next_to_no_temperature_is_greedy(port, temperature):
+    assert answer(port, about(PICTURE, question=COLOUR_QUESTION), temperature=temperature) == COLOUR_ANSWER
+
+
+def test_fields_that_change_nothing_are_accepted(port):
+    fields = {"n": 1, "user": "me", "logprobs": False, "presence_penalty": 0, "response_format": {"type": "text"}}
+    assert answer(port, about(PICTURE, question=COLOUR_QUESTION), **fields) == COLOUR_ANSWER
+
+
+def test_models_lists_the_one(port):
+    with client(port) as asking:
+        assert [model.id for model in asking.models.list()] == [NAME]
+        assert asking.models.retrieve(NAME).id == NAME
+        with pytest.raises(openai.NotFoundError, match="'gpt' is not served here; 'deco-digits' is"):
+            asking.models.retrieve("gpt")
+
+
+def test_health(port):
+    assert post(port, None, "GET", "/health")[::2] == (200, {"status": "ok"})
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+BROKEN = "data:image/png;base64," + base64.b64encode(base64.b64decode(PICTURE.partition(",")[2])[:500]).decode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": about(BROKEN)}, r"^Image 1: The image cannot be read: it is broken"),
+        (
+            {"messages": about(PICTURE, "data:image/png;base64,aGk=")},
+            r"^Image 2: The image cannot be read: its content",
+        ),
+        ({"messages": about(*[PICTURE] * 9)}, r"^9 images are more than the 8 allowed"),
+        ({"messages": []}, r"^messages: List should have at least 1 item"),
+        ({"messages": "hello"}, r"^messages: Input should be a valid array"),
+        ({"messages": [{"role": "tool", "content": "1"}]}, r"^messages\.0\.role: Input should be 'system', "),
+        ({"messages": [{"role": "user"}]}, r"^messages\.0\.content: Field required"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, r"'input_audio' found .*'image_url'"),
+        ({"messages": [{"role": "user", "content": "<image> ?"}]}, r"found 1 tokens and 0 images"),
+        (
+            {"messages": [{"role": "user", "content": "why " * 1100}]},
+            r"\d{4} tokens .* 1 of the answer .* of 1024 tok",
+        ),
+        ({"messages": [{"role": "user", "content": "why " * 20_000}]}, r"80000 characters .* context of 1024 tokens"),
+        ({"pooled_grid_size": 13}, r"13 x 13 is larger than the image's 12 x 12 patches"),
+        ({"pooled_grid_size": 13, "stream": True}, r"13 x 13 is larger than the image's 12 x 12 patches"),
+        ({"pooled_grid_size": 0}, r"pooled_grid_size must be a positive int .* got 0"),
+        ({"pooled_grid_size": "6"}, r"pooled_grid_size must be a positive int .* got '6'"),
+        ({"pooled_grid_size": [10**6, 10**6]}, r"1000000000000 tokens of images .* context of 1024 tokens"),
+        ({"pooled_grid_size": [[3] * 9999]}, r"must be a positive int .*\.\.\.$"),
+        ({"model": "m" * 9999}, r"^The model 'mmm.*\.\.\.$"),
+        ({"pooled_grid_size": [[3, 3]] * 2}, r"has 2 grids for 1 images"),
+        ({"mm_processor_kwargs": {"size": 9}}, r"^mm_processor_kwargs\.size: Extra inputs are not permitted"),
+        ({"max_tokens": 1025}, r"^max_tokens 1025 is more than the 1024 allowed"),
+        ({"max_tokens": 1024}, r"^\d+ tokens of the prompt and 1024 of the answer do not fit"),
+        ({"max_tokens": 0}, r"^max_tokens: Input should be greater than or equal to 1"),
+        ({"temperature": -1}, r"^temperature: Input should be greater than or equal to 0"),
+        ({"top_p": 0}, r"^top_p: Input should be greater than 0"),
+        ({"seed": 2**64}, r"^seed: Input should be less than"),
+        ({"stop": ""}, r"^stop\.0: String should have at least 1 character"),
+        ({"n": 2}, r"^n: Input should be 1"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, r"^tools: List should have at most 0 items"),
+        ({"response_format": {"type": "json_object"}}, r"^response_format\.type: Input should be 'text'"),
+        ({"generation_config": "{}"}, r"^generation_config: Extra inputs are not permitted"),
+        ({"chat_template_kwargs": {}}, r"^chat_template_kwargs: Extra inputs are not permitted"),
+    ],
+)
+def test_a_bad_request_is_400_and_one_line(port, fields, message):
+    status, _, content = post(port, json.dumps({"messages": about(PICTURE), **fields}))
+    error = content["error"]
+    assert (status, error["type"]) in {(400, "invalid_request_error"), (404, "not_found_error")}
+    assert re.search(message, error["message"])
+    assert "\n" not in error["message"]
+    assert len(error["message"]) <= 400
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"messages": [{"role": "user", "content": "\\ud800"}]}']
+)
+def test_a_body_that_is_no_request_is_400_and_one_line(port, body):
+    status, _, content = post(port, body)
+    assert status == 400
+    assert "\n" not in content["error"]["message"]
+
+
+def test_the_clients_exception_holds_the_reason_and_the_server_goes_on(port):
+    with pytest.raises(openai.BadRequestError, match="Image 1: The image cannot be read: it is broken"):
+        ask(port, about(BROKEN))
+    assert answer(port, about(PICTURE, question=COLOUR_QUESTION)) == COLOUR_ANSWER
+
+
+def test_another_model_is_not_found(port):
+    with pytest.raises(openai.NotFoundError, match="'gpt-4o' is not served here; 'deco-digits' is"):
+        ask(port, "Is there a 7?", extra_body={"model": "gpt-4o"})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("POST", "/v1/completions", 404), ("POST", "/load_model", 404), ("GET", "/docs", 404), ("PUT", "/health", 405)],
+)
+def test_nothing_else_is_served(port, method, path, status):
+    found, _, content = post(port, b"{}", method, path)
+    assert found == status
+    assert content["error"]["message"]
+
+
+def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(port):
+    bomb = data_url(Image.new("1", (8000, 8000)))
+    with pytest.raises(openai.BadRequestError, match="8000 x 8000 pixels are more than the 50,000,000 allowed"):
+        ask(port, about(bomb))
+
+
+def test_image_limits_are_the_operators(start):
+    with pytest.raises(openai.BadRequestError, match="96 x 96 pixels are more than the 1,000 allowed"):
+        ask(start(image_limits=ImageLimits(max_pixels=1000)), about(PICTURE))
+
+
+def test_a_body_over_the_limit_is_413_by_its_announcement(start):
+    port = start(max_body_bytes=1000)
+    with pytest.raises(openai.APIStatusError, match="more than 1,000 bytes") as refused:
+        ask(port, "a" * 10_000_000)
+    assert refused.value.status_code == 413
+    assert ask(port, "Is there a 7?")
+
+
+def test_a_body_over_the_limit_is_413_without_announcement(start):
+    port = start(max_body_bytes=10_000)
+    status, _, content = post(port, (b" " * 1000 for _ in range(50)))  # in chunks, since it has no length
+    assert (status, content["error"]["message"]) == (413, "The request has more than 10,000 bytes.")
+    assert ask(port, "Is there a 7?")
+
+
+def test_a_body_that_does_not_arrive_is_408(start):
+    port = start(body_timeout=0.2, max_queue=0)
+    with socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{")
+        assert slow.makefile().readline() == "HTTP/1.1 408 Request Timeout\n"
+    assert ask(port, "Is there a 7?")
+
+
+def test_only_json_is_read_so_that_a_browser_asks_first(port):
+    status, headers, content = post(port, json.dumps({"messages": about(PICTURE)}), Content_Type="text/plain")
+    assert (status, content["error"]["message"]) == (415, "Content-Type must be application/json.")
+    status, headers, _ = post(port, None, "OPTIONS", Origin="http://evil.example")
+    assert (status, [name for name in headers if "access-control" in name.lower()]) == (405, [])
+
+
+@pytest.mark.parametrize(("host", "status"), [("localhost:1", 200), ("127.0.0.1", 200), ("evil.example", 400)])
+def test_a_page_whose_name_was_bound_to_this_machine_is_refused(start, host, status):
+    port = start(hosts=["localhost", "127.0.0.1"])
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", "/v1/models", headers={"Host": host})
+    assert connection.getresponse().status == status
+    connection.close()
+
+
+def test_an_api_key_is_asked_for(start):
+    port = start(api_key="sesame")
+    with pytest.raises(openai.AuthenticationError, match="The API key is missing or wrong"):
+        ask(port, "Is there a 7?")
+    for wrong in ("Bearer sesame2", "Bearer s\xe9same", "sesame"):
+        assert post(port, None, "GET", "/v1/models", Authorization=wrong)[0] == 401
+    with client(port, api_key="sesame") as asking:
+        assert asking.models.list().data
+    assert post(port, None, "GET", "/health")[0] == 200
+
+
+def test_an_api_key_may_be_of_any_letters(start):
+    port = start(api_key="s\xe9same")
+    assert post(port, None, "GET", "/v1/models", Authorization="Bearer s\xe9same".encode())[0] == 200
+
+
+def test_errors_of_the_model_are_500_and_the_server_goes_on(port, shipped, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shipped[0], "generate", lambda **kwargs: torch.zeros(1, device="meta").item())
+        with pytest.raises(openai.InternalServerError, match="its log says why"):
+            ask(port, about(PICTURE))
+    assert answer(port, about(PICTURE, question=COLOUR_QUESTION)) == COLOUR_ANSWER
+
+
+def test_an_error_within_a_stream_is_told(port, shipped, steps):
+    class Break(Exception):
+        pass
+
+    def fail(module, args):
+        if len(steps) == 4:
+            raise Break
+
+    hook = shipped[0].register_forward_pre_hook(fail)
+    pieces = []
+    with client(port) as asking, pytest.raises(openai.APIError, match="cut short by an error"):
+        pieces.extend(asking.chat.completions.create(model=NAME, messages=about(PICTURE), stream=True))
+    hook.remove()
+    assert len(pieces) == 4  # the role, and a piece for each step
+    assert ask(port, about(PICTURE), max_tokens=1)
+
+
+# --- image URLs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures():
+    """A server of the picture, at `/picture.png` and, by a redirect to another address, at `/elsewhere`; what it was
+    asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            picture = base64.b64decode(PICTURE.partition(",")[2])
+            if self.path == "/elsewhere":
+                self.send_response(302)
+                self.send_header("Location", f"http://127.0.0.2:{server.server_port}/picture.png")
+                self.end_headers()
+            else:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(picture)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("0.0.0.0", 0), Handler) as server:
+        Thread(target=server.serve_forever).start()
+        yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}", asked=asked)
+        server.shutdown()
+
+
+def test_a_private_address_is_not_asked(port, pictures):
+    with pytest.raises(openai.BadRequestError, match=r"Image 1: .* '127\.0\.0\.1' is not a public address"):
+        ask(port, about(pictures.url + "/picture.png"))
+    assert pictures.asked == []
+
+
+def test_a_redirect_to_a_private_address_is_not_followed(port, pictures, monkeypatch):
+    monkeypatch.setattr(images, "_is_public", lambda ip: ip == "127.0.0.1")
+    with pytest.raises(openai.BadRequestError, match=r"Image 1: .* '127\.0\.0\.2' is not a public address"):
+        ask(port, about(pictures.url + "/elsewhere"))
+    assert pictures.asked == ["/elsewhere"]
+
+
+def test_private_addresses_can_be_allowed(start, pictures):
+    port = start(allow_private=True)
+    assert answer(port, about(pictures.url + "/elsewhere", question=COLOUR_QUESTION)) == COLOUR_ANSWER
+
+
+@pytest.mark.parametrize("form", ["{}", "file://{}"])
+def test_files_are_refused_unless_allowed(port, start, tmp_path, form):
+    SCENE.image.save(tmp_path / "picture.png")
+    messages = about(form.format(tmp_path / "picture.png"), question=COLOUR_QUESTION)
+    with pytest.raises(openai.BadRequestError, match="only http, https and data URLs are read"):
+        ask(port, messages)
+    assert answer(start(allow_files=True), messages) == COLOUR_ANSWER
+
+
+# --- clients that leave, and too many of them ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_generation_stops_when_its_client_hangs_up(port, steps, streamed):
+    with sent(port, about(PICTURE), stream=streamed):
+        wait_until(lambda: len(steps) > 3)
+    wait_until_it_stands_still(steps)
+    assert len(steps) < 500
+    assert ask(port, about(PICTURE), max_tokens=1)
+
+
+def test_a_request_that_hangs_up_in_the_queue_never_gets_to_the_model(start, steps, shipped):
+    port, looks = start(max_queue=1), []
+    hook = shipped[0].model.vision_tower.register_forward_pre_hook(lambda module, args: looks.append(1))
+    with sent(port, about(PICTURE)):
+        wait_until(lambda: steps)
+        with sent(port, about(PICTURE, PICTURE)):
+            time.sleep(0.5)
+    assert ask(port, about(PICTURE), max_tokens=1)
+    hook.remove()
+    assert len(looks) == len([length for length in steps if length > 1]) == 2
+
+
+def test_too_many_requests_are_429_until_there_is_room(start, steps):
+    port = start(max_queue=1)
+    with ThreadPoolExecutor(1) as pool:
+        with sent(port, about(PICTURE)):
+            wait_until(lambda: steps)
+            waiting = pool.submit(ask, port, about(PICTURE), max_tokens=1)
+            time.sleep(0.5)
+            with pytest.raises(openai.RateLimitError, match="Too many requests are waiting") as refused:
+                ask(port, about(PICTURE))
+            assert refused.value.response.headers["Retry-After"] == "1"
+            assert post(port, None, "GET", "/health")[0] == 200
+        assert waiting.result().choices
+    assert ask(port, about(PICTURE), max_tokens=1)
+
+
+def test_pictures_are_decoded_beside_the_event_loop(port, monkeypatch):
+    def decode(*args, **kwargs):
+        time.sleep(1)
+        raise images.ImageError("The image cannot be read: it is only a test.")
+
+    monkeypatch.setattr("modeling_deco.serving.read_image", decode)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(ask, port, about(PICTURE))
+        time.sleep(0.2)
+        start = time.monotonic()
+        assert post(port, None, "GET", "/health")[0] == 200
+        assert time.monotonic() - start < 0.5
+        assert isinstance(slow.exception(), openai.BadRequestError)
+
+
+# --- the whole of it -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(*arguments):
+    """`deco serve` in a process of its own: the process, its port, and a list of what is in its stderr at the end."""
+    command = [sys.executable, "-m", "modeling_deco.cli", "serve", "--port", "0", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = []
+    try:
+        for line in process.stderr:
+            log.append(line)
+            if announced := re.search(r"deco-digits is served at http://127\.0\.0\.1:(\d+)/v1$", line):
+                break
+        yield process, int(announced[1]), log
+        stdout, stderr = process.communicate(timeout=60)
+        assert stdout == ""
+        log.append(stderr)
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_serve_answers_logs_no_content_and_ends_with_ctrl_c():
+    with serving() as (process, port, log):
+        assert answer(port, about(PICTURE, question=COLOUR_QUESTION)) == COLOUR_ANSWER
+        with pytest.raises(openai.BadRequestError), client(port) as asking:
+            asking.models.list(extra_headers={"Host": "evil.example"})
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
+    log = "".join(log)
+    assert '"POST /v1/chat/completions HTTP/1.1" 200' in log
+    assert "Traceback" not in log
+    assert not any(secret in log for secret in (COLOUR_QUESTION, COLOUR_ANSWER, PICTURE[-40:]))
+
+
+@pytest.mark.slow
+def test_serve_ends_on_sigterm():
+    with serving() as (process, port, log):
+        assert post(port, None, "GET", "/health")[0] == 200
+        process.terminate()
+    assert process.returncode == -signal.SIGTERM
+    assert "Traceback" not in "".join(log)
+
+
+def test_the_command_refuses_in_one_line():
+    result = CliRunner().invoke(app, ["serve", "no/such/model", "--port", "65536"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "deco serve: Cannot listen on 127.0.0.1 port 65536: there is no such port.\n"
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"Cannot listen on 127\.0\.0\.1 port {port}: Address already in use"):
+            serve("no/such/model", port=port)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (("192.0.2.1", 0), "Cannot assign requested address"),
+        (("127.0.0.1", 65536), "port 65536: there is no such port"),
+    ],
+)
+def test_an_address_that_is_not_ours_is_refused(address, message):
+    host, port = address
+    with pytest.raises(ValueError, match=message):
+        serve("no/such/model", host=host, port=port)
+
+
+def test_a_model_that_is_not_there_is_an_error_before_the_port_opens():
+    with pytest.raises(OSError, match="no/such/model"):
+        serve("no/such/model", port=0)
+
+
+def test_an_empty_api_key_is_no_key():
+    with pytest.raises(ValueError, match="The API key is empty"):
+        serve("no/such/model", port=0, options=ServerOptions(api_key=""))
+
+
+def test_a_model_that_is_not_deco_is_refused(shipped):
+    llava = SimpleNamespace(config=SimpleNamespace(model_type="llava"))
+    with pytest.raises(ValueError, match="'mine' is a 'llava' model, not DeCo"):
+        build_app(llava, shipped[1], "mine")
+
+
+def test_a_model_without_a_chat_template_is_refused(shipped):
+    with pytest.raises(ValueError, match="'mine' has no chat template"):
+        build_app(shipped[0], SimpleNamespace(chat_template=None), "mine")
+
+
+def test_without_the_extra_the_reason_is_one_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "modeling_deco.serving")
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    with pytest.raises(ImportError, match=r"^deco serve needs the serve extra: pip install 'modeling-deco\[serve\]'$"):
+        importlib.import_module("modeling_deco.serving")
