@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from modeling_deco import SHIPPED_CHECKPOINT, images
 from modeling_deco.cli import app
 from modeling_deco.images import ImageLimits
-from modeling_deco.inference import load, stream
+from modeling_deco.inference import encode, load, stream
 from modeling_deco.recipes.digits.world import render
 from modeling_deco.serving import ServerOptions, build_app, serve
 
@@ -253,13 +253,22 @@ def test_a_conversation_goes_on(port):
     assert second.usage.prompt_tokens > first.usage.total_tokens
 
 
-@pytest.mark.parametrize("role", ["system", "developer"])
-def test_a_system_prompt_comes_before_the_question(port, shipped, role):
-    prompt = "Read the digits."
-    conversation = [{"role": "system", "content": prompt}, {"role": "user", "content": "Is there a 7?"}]
+def test_a_system_prompt_comes_before_the_question(port, shipped):
+    conversation = [{"role": "system", "content": "Read the digits."}, {"role": "user", "content": "Is there a 7?"}]
     expected = shipped[1].tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-    result = ask(port, [{"role": role, "content": prompt}, {"role": "user", "content": "Is there a 7?"}])
-    assert result.usage.prompt_tokens == len(expected)
+    assert ask(port, conversation).usage.prompt_tokens == len(expected)
+
+
+def test_a_developer_is_to_chat_templates_the_system(port, monkeypatch):
+    roles = []
+
+    def note(processor, messages, grid):
+        roles.extend(message["role"] for message in messages)
+        return encode(processor, messages, grid)
+
+    monkeypatch.setattr("modeling_deco.serving.encode", note)
+    ask(port, [{"role": "developer", "content": "Read the digits."}, {"role": "user", "content": "Is there a 7?"}])
+    assert roles == ["system", "user"]
 
 
 def test_several_images_have_each_their_grid(port):
