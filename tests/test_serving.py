@@ -367,8 +367,7 @@ BROKEN = "data:image/png;base64," + base64.b64encode(base64.b64decode(PICTURE.pa
             r"\d{4} tokens .* 1 of the answer .* of 1024 tok",
         ),
         ({"messages": [{"role": "user", "content": "why " * 20_000}]}, r"80000 characters .* context of 1024 tokens"),
-        ({"pooled_grid_size": 13}, r"13 x 13 is larger than the image's 12 x 12 patches"),
-        ({"pooled_grid_size": 13, "stream": True}, r"13 x 13 is larger than the image's 12 x 12 patches"),
+        ({"pooled_grid_size": 13}, r"13 x 13 is larger than the 12 x 12 patches of image 1"),
         ({"pooled_grid_size": 0}, r"pooled_grid_size must be a positive int .* got 0"),
         ({"pooled_grid_size": "6"}, r"pooled_grid_size must be a positive int .* got '6'"),
         ({"pooled_grid_size": [10**6, 10**6]}, r"1000000000000 tokens of images .* context of 1024 tokens"),
@@ -406,6 +405,13 @@ def test_a_body_that_is_no_request_is_400_and_one_line(port, body):
     status, _, content = post(port, body)
     assert status == 400
     assert "\n" not in content["error"]["message"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_grid_that_only_the_model_can_judge_is_400_too(port, shipped, monkeypatch, streamed):
+    monkeypatch.setattr(shipped[1], "patch_size", None)  # as in folders of before it was there
+    with pytest.raises(openai.BadRequestError, match="13 x 13 is larger than the image's 12 x 12 patches"):
+        ask(port, about(PICTURE), stream=streamed, extra_body={"pooled_grid_size": 13})
 
 
 def test_the_clients_exception_holds_the_reason_and_the_server_goes_on(port):
