@@ -283,6 +283,11 @@ def test_max_tokens_ends_an_answer_for_its_length(port):
     assert (result.choices[0].finish_reason, result.usage.completion_tokens) == ("length", 2)
 
 
+def test_an_answer_without_max_tokens_ends_with_the_context(port, steps):
+    result = ask(port, "why " * 1000)
+    assert (result.choices[0].finish_reason, result.usage.total_tokens) == ("length", 1024)
+
+
 def test_an_answer_that_ends_at_max_tokens_is_whole(port):
     whole = ask(port, about(PICTURE))
     bounded = ask(port, about(PICTURE), max_completion_tokens=whole.usage.completion_tokens)
@@ -357,6 +362,7 @@ BROKEN = "data:image/png;base64," + base64.b64encode(base64.b64decode(PICTURE.pa
         ),
         ({"messages": about(*[PICTURE] * 9)}, r"^9 images are more than the 8 allowed"),
         ({"messages": []}, r"^messages: List should have at least 1 item"),
+        ({"messages": [{"role": "user", "content": ""}] * 1025}, r"^messages: List should have at most 1024 items"),
         ({"messages": "hello"}, r"^messages: Input should be a valid array"),
         ({"messages": [{"role": "tool", "content": "1"}]}, r"^messages\.0\.role: Input should be 'system', "),
         ({"messages": [{"role": "user"}]}, r"^messages\.0\.content: Field required"),
@@ -463,7 +469,7 @@ def test_a_body_over_the_limit_is_413_without_announcement(start):
 
 def test_a_body_that_does_not_arrive_is_408(start):
     port = start(body_timeout=0.2, max_queue=0)
-    with socket.create_connection(("127.0.0.1", port)) as slow:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
         slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{")
         assert slow.makefile().readline() == "HTTP/1.1 408 Request Timeout\n"
     assert ask(port, "Is there a 7?")
