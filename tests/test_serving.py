@@ -295,7 +295,15 @@ def test_an_answer_that_ends_at_max_tokens_is_whole(port):
 
 
 @pytest.mark.parametrize(
-    ("stop", "expected"), [(".", "7 white"), (["zz", "hit"], "7 w"), ("e.", "7 whit"), ("te. ", "7 white."), ("7", "")]
+    ("stop", "expected"),
+    [
+        (".", "7 white"),
+        (["zz", "hit"], "7 w"),
+        ("e.", "7 whit"),
+        ("te. ", "7 white."),
+        ("7", ""),
+        (["hit", "w"], "7 "),
+    ],
 )
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(port, stop, expected, streamed):
