@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # The tests are many small models: two single-threaded workers beat one with two threads.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow test-common quality style build clean
+.PHONY: help demo test test-slow test-common test-page quality style build clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -35,6 +35,11 @@ test-slow: $(VENV)/dev.stamp ## the slow tests
 test-common: $(VENV)/dev.stamp ## transformers' own test suites, from its source distribution, applied to DeCo
 	$(BIN)/python tests/common/fetch.py
 	$(PYTEST) --numprocesses 2 tests/common
+
+test-page: $(VENV)/dev.stamp ## the page of `deco page` in Debian's Chromium, which root installs
+	@command -v chromium > /dev/null || (echo "Installing Chromium ..." && apt-get -qq update && apt-get -qq install --yes chromium > /dev/null)
+	@$(PIP) playwright
+	$(PYTEST) -m browser tests/browser
 
 quality: $(VENV)/dev.stamp ## lint and format, check only
 	$(BIN)/ruff check .

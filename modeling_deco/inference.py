@@ -31,9 +31,7 @@ def nf4_config() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
-def load(
-    model: str, *, revision: str | None = None, in_4bit: bool = False, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(model: str, *, revision: str | None = None, in_4bit: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a checkpoint and its processor, in its own dtype: on GPUs, over all that are there, where accelerate is
     installed; else on the CPU.
 
@@ -41,15 +39,12 @@ def load(
         model: folder or Hub id.
         revision: branch, tag or commit on the Hub.
         in_4bit: quantize the language model's layers to NF4.
-        trust_remote_code: run the code that comes with the checkpoint. DeCo's own is here, so that is rarely needed.
 
     Raises:
         OSError, ValueError: there is no such checkpoint, or it is not one that answers questions about images.
         ImportError: it needs a library that is not installed.
     """
-    arguments = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        arguments["revision"] = revision
+    arguments = {} if revision is None else {"revision": revision}
     processor = AutoProcessor.from_pretrained(model, **arguments)
     if in_4bit:  # not quantization_config=None, with which an Auto class forgets that a checkpoint is quantized
         arguments["quantization_config"] = nf4_config()

@@ -26,6 +26,14 @@ def kv_cache_bytes(text_config: PreTrainedConfig, num_tokens: int, dtype: torch.
     return 2 * text_config.num_hidden_layers * num_key_value_heads * head_dim * num_tokens * dtype.itemsize
 
 
+def format_size(num_bytes: float) -> str:
+    """In the largest unit of which there is one, to three digits: `"73.7 kB"`."""
+    units = ["bytes", "kB", "MB", "GB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes, units = num_bytes / 1000, units[1:]
+    return f"{num_bytes:.3g} {units[0]}" if num_bytes < 1000 else f"{num_bytes:.0f} {units[0]}"
+
+
 def describe(model: str, revision: str | None = None) -> dict:
     """Token flow, parameters by part, memory by grid and dtype, and licence of a DeCo checkpoint.
 

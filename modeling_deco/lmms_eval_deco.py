@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCri
 from transformers.utils import logging
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
+from modeling_deco.cli.common import parse_grid_option
 from modeling_deco.configuration_deco import parse_grid
 from modeling_deco.inference import nf4_config
 
@@ -82,7 +83,9 @@ class Deco(lmms):
                 raise ValueError(f"--model_args: {name} must be text, got {value!r}; write a folder 7 as ./7.")
         if not re.fullmatch(r"[1-9]\d*", str(batch_size)):
             raise ValueError(f"--batch_size must be a positive number, got {batch_size!r}; DeCo has no 'auto'.")
-        self.pooled_grid_size = _parse_grid_argument(pooled_grid_size)
+        if pooled_grid_size is not None:  # 8, which lmms-eval made a number, or "8x12"
+            pooled_grid_size = parse_grid(parse_grid_option(str(pooled_grid_size)))
+        self.pooled_grid_size = pooled_grid_size
         self.batch_size = int(batch_size)
 
         self.accelerator = Accelerator()
@@ -216,15 +219,6 @@ class _StopStrings(StoppingCriteria):
         texts = self.tokenizer.batch_decode(ends, skip_special_tokens=True)
         found = [any(stop in text for stop in self.stop_strings) for text in texts]
         return torch.tensor(found, device=input_ids.device)
-
-
-def _parse_grid_argument(value) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
-    if match is None:
-        raise ValueError(f"--model_args: pooled_grid_size must be a number (8) or ROWSxCOLS (8x12), got {value!r}.")
-    return parse_grid([int(match[1]), int(match[2] or match[1])])
 
 
 def _interleave(content: list[dict], image_token: str) -> list[dict]:

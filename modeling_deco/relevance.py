@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .inference import encode
 from .projectors import pool_patch_grid
 
 METHODS = ("gae", "attention")
@@ -208,7 +209,8 @@ def explain(
             raise ValueError(f"{name} cannot be given: explain takes the token ids of one answer.")
 
     with _evaluation(deco):
-        inputs = _prepare(processor, image, question, pooled_grid_size).to(deco.device)
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        inputs = encode(processor, [{"role": "user", "content": content}], pooled_grid_size).to(deco.device)
         prompt_ids, tokenizer = inputs["input_ids"][0].tolist(), processor.tokenizer
         if answer is None:
             generated = deco.generate(**inputs, **generate_kwargs)
@@ -249,18 +251,6 @@ def _find_deco(model: nn.Module) -> nn.Module:
         if type(module).__name__ == "DecoForConditionalGeneration":
             return module
     raise ValueError(f"explain needs a DecoForConditionalGeneration, got a {type(model).__name__}.")
-
-
-def _prepare(processor, image, question: str, pooled_grid_size):
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"pooled_grid_size": pooled_grid_size},
-    )
 
 
 def _picture(inputs, image_processor, patch_grid: tuple[int, int], config) -> np.ndarray:
@@ -625,28 +615,47 @@ def _draw_picture(axes, words: Relevance, level: str) -> None:
 
 
 def _draw_word(axes, words: Relevance, index: int, level: str):
-    """One word's heat map, over the picture where it has a place there; returns it for the colour bar."""
-    maps, grid = (
-        (words.text_to_patch, words.patch_grid) if level == "patch" else (words.text_to_query, words.pooled_grid)
-    )
-    heat = maps[index].unflatten(0, grid).numpy()
-    peak, highest = heat.max(), maps.max().item()
-    heat = heat / (peak or 1)
-    height, width = words.image.shape[:2]
-    opacity = 1
-    if level == "patch" or words.has_grid:
-        axes.imshow(words.image.mean(-1), cmap="gray", vmin=0, vmax=1.8 * 255)
-        opacity = 0.1 + 0.6 * heat  # the picture shows through
-    heat_map = axes.imshow(
-        heat, cmap="inferno", vmin=0, vmax=1, alpha=opacity, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
-    )
+    """One word's heat map with its title and its peak; returns it for the colour bar."""
+    heat_map = draw_heat_map(axes, words, index, level)
     word = words.tokens[index]
     if len(word) > _LONGEST_TITLE:
         word = word[: _LONGEST_TITLE - 3] + "..."
     axes.set_title(word, parse_math=False, weight="bold", size="medium")
-    share = f"peak: {peak / highest:.0%} of the highest" if highest > 0 else "no relevance"
-    axes.text(0.5, -0.02, share, transform=axes.transAxes, ha="center", va="top", size="x-small", color="0.4")
+    peak = describe_peak(words, index, level)
+    axes.text(0.5, -0.02, peak, transform=axes.transAxes, ha="center", va="top", size="x-small", color="0.4")
     return heat_map
+
+
+def draw_heat_map(axes, relevance: Relevance, index: int, level: str = "patch"):
+    """Draw one entry's heat map on matplotlib's `axes`, over the greyed picture where the entry has a place there.
+
+    Returns:
+        matplotlib's image of the map, scaled to its own peak, for a colour bar.
+    """
+    maps, grid = _maps(relevance, level)
+    heat = maps[index].unflatten(0, grid).numpy()
+    heat = heat / (heat.max() or 1)
+    height, width = relevance.image.shape[:2]
+    opacity = 1
+    if level == "patch" or relevance.has_grid:
+        axes.imshow(relevance.image.mean(-1), cmap="gray", vmin=0, vmax=1.8 * 255)
+        opacity = 0.1 + 0.6 * heat  # the picture shows through
+    return axes.imshow(
+        heat, cmap="inferno", vmin=0, vmax=1, alpha=opacity, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+    )
+
+
+def describe_peak(relevance: Relevance, index: int, level: str = "patch") -> str:
+    """How high an entry's map is beside the others': one that does not come from the picture has a low peak."""
+    maps, _ = _maps(relevance, level)
+    highest = maps.max().item()
+    return f"peak: {maps[index].max().item() / highest:.0%} of the highest" if highest > 0 else "no relevance"
+
+
+def _maps(relevance: Relevance, level: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    if level == "patch":
+        return relevance.text_to_patch, relevance.patch_grid
+    return relevance.text_to_query, relevance.pooled_grid
 
 
 __all__ = ["Relevance", "explain", "plot_relevance"]

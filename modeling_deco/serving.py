@@ -576,7 +576,6 @@ def serve(
     options: ServerOptions = ServerOptions(),  # noqa: B008  frozen
     revision: str | None = None,
     in_4bit: bool = False,
-    trust_remote_code: bool = False,
 ) -> None:
     """Load a checkpoint and serve it until SIGINT or SIGTERM. The port opens when the model is there. Logs go to
     stderr, without what clients ask.
@@ -597,9 +596,7 @@ def serve(
         address = listener.getsockname()
         is_local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
         hosts = [host, "localhost", "127.0.0.1", "::1", "[::1]"] if is_local else None
-        app = build_app(
-            *load(model, revision=revision, in_4bit=in_4bit, trust_remote_code=trust_remote_code), name, options, hosts
-        )
+        app = build_app(*load(model, revision=revision, in_4bit=in_4bit), name, options, hosts)
         config = uvicorn.Config(app, ws="none", log_config=_log_config(), timeout_graceful_shutdown=5)
         if not is_local and options.api_key is None:
             logger.warning("There is no API key: whoever reaches this machine can use the server.")

@@ -27,8 +27,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor
-from modeling_deco.cli import SHIPPED_CHECKPOINT
+from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor
 from modeling_deco.configuration_deco import AUTO_MAP, base_models
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ import tiny
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_deco.cli import SHIPPED_CHECKPOINT
+from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind, answer
 from modeling_deco.recipes.digits.world import KINDS, questions, render
 
@@ -475,8 +475,8 @@ def test_what_exceeds_the_language_models_length_is_warned_of(lm, warned):
         ({"revision": 1234}, r"revision must be text, got 1234"),
         ({"batch_size": "auto"}, r"--batch_size must be a positive number, got 'auto'"),
         ({"batch_size": 0}, r"--batch_size must be a positive number, got 0"),
-        ({"pooled_grid_size": "4,4"}, r"must be a number \(8\) or ROWSxCOLS \(8x12\), got '4,4'"),
-        ({"pooled_grid_size": "[4,4]"}, r"must be a number \(8\) or ROWSxCOLS \(8x12\), got '\[4,4\]'"),
+        ({"pooled_grid_size": "4,4"}, r"'4,4' is neither a number \(8\) nor ROWSxCOLS \(8x12\)"),
+        ({"pooled_grid_size": "[4,4]"}, r"'\[4,4\]' is neither a number \(8\) nor ROWSxCOLS \(8x12\)"),
         ({"pooled_grid_size": 0}, r"pooled_grid_size must be .* got \[0, 0\]"),
         ({"pooled_grid_size": "2x7"}, r"asks for 2 x 7 cells, but the vision tower gives 6 x 6 patches"),
     ],

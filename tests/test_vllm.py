@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
-from modeling_deco.cli import SHIPPED_CHECKPOINT
+from modeling_deco import SHIPPED_CHECKPOINT
 
 pytest.importorskip("sklearn")  # for its scans of digits
 

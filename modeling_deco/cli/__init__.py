@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import ask, chat, convert, info, serve
+from . import ask, chat, convert, info, page, serve
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -35,5 +35,6 @@ app.command()(ask.ask)
 app.command()(chat.chat)
 app.command()(info.info)
 app.command()(serve.serve)
+app.command()(page.page)
 app.command(no_args_is_help=True)(convert.convert)
 app.command(no_args_is_help=True)(convert.export)

@@ -31,6 +31,8 @@ def info(
 
 
 def _to_text(about: dict) -> str:
+    from ..info import format_size
+
     tower, text, parameters = about["vision_tower"], about["language_model"], about["parameters"]
     patches, pooled = ("{} x {}".format(*_pair(grid)) for grid in (about["patch_grid"], about["pooled_grid_size"]))
     stored = ", ".join(name for name in (about["dtype"], about["quantization"]) if name)
@@ -50,14 +52,17 @@ def _to_text(about: dict) -> str:
         lines.append(f"stored as   {stored}")
     rows = [(name.replace("_", " "), f"{parameters[name]:,}") for name in parameters]
     lines += ["", *_table(("parameters", ""), rows)]
-    rows = [(name, _size(size)) for name, size in about["weights"].items()]
+    rows = [(name, format_size(size)) for name, size in about["weights"].items()]
     lines += ["", *_table(("weights as", "memory"), rows)]
     rows = [
         (
             "{} x {}".format(*grid["pooled_grid_size"]),
             str(grid["num_image_tokens"]),
-            *(_size(grid["kv_cache"][dtype]) for dtype in ("float32", "16bit")),
-            *(_size(about["weights"][weights] + grid["kv_cache"][cache]) for weights, cache in _CACHE_OF.items()),
+            *(format_size(grid["kv_cache"][dtype]) for dtype in ("float32", "16bit")),
+            *(
+                format_size(about["weights"][weights] + grid["kv_cache"][cache])
+                for weights, cache in _CACHE_OF.items()
+            ),
         )
         for grid in about["grids"]
     ]
@@ -83,10 +88,3 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
         "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in line).rstrip()
         for line in (enumerate(zip(row, widths, strict=True)) for row in (header, *rows))
     ]
-
-
-def _size(num_bytes: float) -> str:
-    units = ["bytes", "kB", "MB", "GB"]
-    while num_bytes >= 1000 and len(units) > 1:
-        num_bytes, units = num_bytes / 1000, units[1:]
-    return f"{num_bytes:.3g} {units[0]}" if num_bytes < 1000 else f"{num_bytes:.0f} {units[0]}"

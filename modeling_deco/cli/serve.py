@@ -32,15 +32,13 @@ def serve(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 1024,
     max_images: Annotated[int, typer.Option(metavar="N", min=0, help="Images in a request.")] = 8,
+    max_image_pixels: Annotated[int, typer.Option(metavar="N", min=1, help="Pixels of an image.")] = 50_000_000,
     max_queue: Annotated[
         int, typer.Option(metavar="N", min=0, help="Requests that wait while one is answered; more get status 429.")
     ] = 32,
     max_body_mib: Annotated[int, typer.Option(metavar="N", min=1, help="Size of a request.")] = 32,
     revision: Revision = None,
     in_4bit: In4Bit = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
-    ] = False,
 ):
     """Serve a model to OpenAI clients, at http://127.0.0.1:8000/v1.
 
@@ -53,6 +51,7 @@ def serve(
     it.
     """
     with one_line_errors("serve", model):
+        from ..images import ImageLimits
         from ..serving import ServerOptions
         from ..serving import serve as run
 
@@ -65,6 +64,7 @@ def serve(
             max_images=max_images,
             max_queue=max_queue,
             max_body_bytes=max_body_mib * 2**20,
+            image_limits=ImageLimits(max_pixels=max_image_pixels),
         )
         run(
             model,
@@ -74,5 +74,4 @@ def serve(
             options=options,
             revision=revision,
             in_4bit=in_4bit,
-            trust_remote_code=trust_remote_code,
         )
