@@ -28,11 +28,11 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor
-from modeling_deco.configuration_deco import AUTO_MAP, base_models
+from modeling_deco.hub import AUTO_MAP, base_models
 
 ROOT = Path(__file__).parents[1]
 REPO = "someone/deco"
-CODE_FILES = {"configuration_deco.py", "modeling_deco.py", "processing_deco.py", "projectors.py"}
+CODE_FILES = {"configuration_deco.py", "hub.py", "modeling_deco.py", "processing_deco.py", "projectors.py"}
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
@@ -284,7 +284,7 @@ def test_a_card_that_cannot_be_read_is_not_replaced(hub, model, monkeypatch):
         raise LocalEntryNotFoundError("the line is cut")
 
     monkeypatch.setattr(ModelCard, "load", fail)
-    monkeypatch.setattr("modeling_deco.configuration_deco.is_offline_mode", lambda: False)
+    monkeypatch.setattr("modeling_deco.hub.is_offline_mode", lambda: False)
     with pytest.raises(LocalEntryNotFoundError, match="the line is cut"):
         model.push_to_hub(REPO)
     assert hub.head(REPO) is None
