@@ -36,8 +36,9 @@ test-common: $(VENV)/dev.stamp ## transformers' own test suites, from its source
 	$(BIN)/python tests/common/fetch.py
 	$(PYTEST) --numprocesses 2 tests/common
 
-test-page: $(VENV)/dev.stamp ## the page of `deco page` in Debian's Chromium, which root installs
-	@command -v chromium > /dev/null || (echo "Installing Chromium ..." && apt-get -qq update && apt-get -qq install --yes chromium > /dev/null)
+test-page: $(VENV)/dev.stamp ## the page of `deco page` in Debian's Chromium, which root installs; SCREENSHOTS=docs renews the pictures
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 || { echo "Install chromium, or run this as root."; exit 1; }; \
+		apt-get update -qq && apt-get install -qq --no-install-recommends chromium > /dev/null; }
 	@$(PIP) playwright
 	$(PYTEST) -m browser tests/browser
 

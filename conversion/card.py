@@ -4,7 +4,7 @@
 
 from huggingface_hub import ModelCard
 
-from ..configuration_deco import model_card
+from ..hub import model_card
 from .checkpoints import LlavaCheckpoint
 from .sources import Source
 

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
 from .. import __version__
-from ..configuration_deco import load_card
+from ..hub import load_card
 from .errors import ConversionError
 from .files import one_line
 from .sources import Source

@@ -33,7 +33,8 @@ from transformers.utils import (  # private in part, seen in 5.17 to 5.23
     torch_compilable_check,
 )
 
-from .configuration_deco import DecoConfig, base_models, model_card, parse_grid, upload
+from .configuration_deco import DecoConfig
+from .hub import base_models, model_card, upload
 from .projectors import (
     AvgPoolProjector,
     CAbstractorProjector,
@@ -258,7 +259,7 @@ class DecoModel(DecoPreTrainedModel):
         patch_features = image_outputs.hidden_states[-1][:, self.config.num_prefix_tokens :]
 
         if isinstance(patch_grids, tuple) and pooled_grid_sizes is None:  # one grid for all: no loop over images
-            pooled_grid = parse_grid(self.config.pooled_grid_size)
+            pooled_grid = self.config.pooled_grid
             image_features = list(self.multi_modal_projector(patch_features, patch_grids, pooled_grid))
         else:
             image_features = self._project_by_grid(patch_features, patch_grids, pooled_grid_sizes)
@@ -286,7 +287,7 @@ class DecoModel(DecoPreTrainedModel):
         if isinstance(patch_grids, tuple):
             patch_grids = [patch_grids] * num_images
         if pooled_grid_sizes is None:
-            pooled_grids = [parse_grid(self.config.pooled_grid_size)] * num_images
+            pooled_grids = [self.config.pooled_grid] * num_images
         else:
             pooled_grids = [tuple(grid) for grid in pooled_grid_sizes.tolist()]
         if len(pooled_grids) != num_images:

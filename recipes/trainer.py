@@ -25,7 +25,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from modeling_deco.configuration_deco import base_models, model_card, num_image_tokens, parse_grid
+from modeling_deco.configuration_deco import num_image_tokens, parse_grid
+from modeling_deco.hub import base_models, model_card
 from modeling_deco.recipes.collator import DecoCollator, expand_images
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor
-from modeling_deco.configuration_deco import AUTO_MAP
+from modeling_deco.hub import AUTO_MAP
 
-CODE_FILES = {"configuration_deco.py", "modeling_deco.py", "processing_deco.py", "projectors.py"}
+CODE_FILES = {"configuration_deco.py", "hub.py", "modeling_deco.py", "processing_deco.py", "projectors.py"}
 
 # --- registered by import --------------------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ def modules_for_the_projector():
 
 
 def test_the_projector_comes_without_the_models(fresh):
-    expected = ["_registration", "configuration_deco", "projectors"]
+    expected = ["_registration", "configuration_deco", "hub", "projectors"]
     assert fresh.run(modules_for_the_projector) == [f"modeling_deco.{name}" for name in expected]
 
 

@@ -23,7 +23,7 @@ class Sleeper:
 
 
 def test_the_median_does_not_follow_a_slow_beginning():
-    assert 0.02 <= prefill_seconds(Sleeper(0.5, 0.02, 0.02), {}, repeats=3) < 0.2
+    assert 0.02 <= prefill_seconds(Sleeper(0.6, 0.02, 0.02), {}, repeats=3) < 0.15
 
 
 def test_a_slow_prefill_is_measured_once():
@@ -33,7 +33,7 @@ def test_a_slow_prefill_is_measured_once():
 def test_the_prefill_builds_no_graph_and_one_row_of_logits(model, processor):
     seen = []
     hook = model.register_forward_hook(lambda module, arguments, output: seen.append(output.logits))
-    inputs = processor(text="what", return_tensors="pt")
+    inputs = processor(text="what is in the picture", return_tensors="pt")
     try:
         assert prefill_seconds(model, inputs, repeats=2) > 0
     finally:

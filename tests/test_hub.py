@@ -28,11 +28,11 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor
-from modeling_deco.configuration_deco import AUTO_MAP, base_models
+from modeling_deco.hub import AUTO_MAP, base_models
 
 ROOT = Path(__file__).parents[1]
 REPO = "someone/deco"
-CODE_FILES = {"configuration_deco.py", "modeling_deco.py", "processing_deco.py", "projectors.py"}
+CODE_FILES = {"configuration_deco.py", "hub.py", "modeling_deco.py", "processing_deco.py", "projectors.py"}
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
@@ -284,7 +284,7 @@ def test_a_card_that_cannot_be_read_is_not_replaced(hub, model, monkeypatch):
         raise LocalEntryNotFoundError("the line is cut")
 
     monkeypatch.setattr(ModelCard, "load", fail)
-    monkeypatch.setattr("modeling_deco.configuration_deco.is_offline_mode", lambda: False)
+    monkeypatch.setattr("modeling_deco.hub.is_offline_mode", lambda: False)
     with pytest.raises(LocalEntryNotFoundError, match="the line is cut"):
         model.push_to_hub(REPO)
     assert hub.head(REPO) is None
@@ -546,21 +546,25 @@ def shipped_card():
 
 @pytest.fixture(scope="module")
 def measured():
-    """Lines of `python -m modeling_deco.recipes.digits.evaluate --json`, by in_4bit and grid."""
-    lines = (ROOT / "benchmarks" / "results" / "digits_accuracy.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {(row["in_4bit"], row["pooled_grid_size"]): row["accuracy"] for row in rows}
+    """By what was asked for ("alone", "in 4 bits", "in conversation") and grid: accuracies with standard errors."""
+    found = {}
+    for name in ("digits_accuracy.jsonl", "digits_conversation.jsonl"):
+        for line in (ROOT / "benchmarks" / "results" / name).read_text().splitlines():
+            row = json.loads(line)
+            how = "in conversation" if row.get("in_conversation") else "in 4 bits" if row["in_4bit"] else "alone"
+            found[how, row["pooled_grid_size"]] = row["accuracy"]
+    return found
 
 
 def test_the_tables_of_the_shipped_card_are_what_was_measured(shipped_card, measured):
     tables = re.findall(r"^\| grid \|.*?(?=\n\n)", shipped_card.text, flags=re.DOTALL | re.MULTILINE)
     found = {}
-    for in_4bit, table in zip((False, True), tables, strict=True):
+    for how, table in zip(("alone", "in 4 bits", "in conversation"), tables, strict=True):
         header, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines())
         for grid, tokens, *cells in rows:
             side = int(grid.partition(" x ")[0])
             assert (grid, int(tokens)) == (f"{side} x {side}", side * side)
-            found[in_4bit, side] = dict(zip(header[2:], cells, strict=True))
+            found[how, side] = dict(zip(header[2:], cells, strict=True))
     printed = {
         key: {kind: f"{row['accuracy']:.1f} ({row['standard_error']:.1f})" for kind, row in accuracy.items()}
         for key, accuracy in measured.items()
@@ -571,7 +575,7 @@ def test_the_tables_of_the_shipped_card_are_what_was_measured(shipped_card, meas
 def test_the_results_in_the_shipped_cards_metadata_are_what_was_measured(shipped_card, measured):
     results = shipped_card.data.eval_results
     assert {result.metric_name: result.metric_value for result in results} == {
-        kind: row["accuracy"] for kind, row in measured[False, 6].items()
+        kind: row["accuracy"] for kind, row in measured["alone", 6].items()
     }
     assert {(result.task_type, result.metric_type) for result in results} == {("image-text-to-text", "accuracy")}
     assert AutoConfig.from_pretrained(SHIPPED_CHECKPOINT).pooled_grid_size == 6

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,12 +95,19 @@ def test_a_model_with_one_grid_answers_at_it(uploads, upload):
     assert {side: row["Tokens"] for side, row in tab.costs.items()} == {None: 9}
 
 
-def test_the_slider_ends_at_the_shorter_side_of_the_patch_grid(uploads):
-    model = tiny.build_model(pooled_grid_size=[2, 4])
-    processor = tiny.build_processor(chat_template=tiny.CHAT_TEMPLATE, pooled_grid_size=[2, 4])
-    slider = component(page_module.build_page(model, processor), "budget")
-    assert (slider.minimum, slider.maximum, slider.step) == (1, 6, 1)
-    assert slider.value == 2  # 2 x 4 = 8 tokens is no square; 2 x 2 is the next below
+@pytest.mark.parametrize(
+    ("patch_grid", "pooled_grid_size", "sides"),
+    [
+        ((6, 6), 3, (3, 6)),
+        ((6, 12), 3, (3, 6)),  # the largest square
+        ((6, 6), [2, 4], (2, 6)),  # 8 tokens are no square; 2 x 2 is the next below
+        ((6, 12), [6, 12], (6, 6)),
+        ((1, 1), 1, (1, None)),
+    ],
+)
+def test_the_slider_is_of_square_grids_that_the_model_takes(patch_grid, pooled_grid_size, sides):
+    config = SimpleNamespace(patch_grid=patch_grid, takes_any_grid=True)
+    assert page_module._sides(config, SimpleNamespace(pooled_grid_size=pooled_grid_size)) == sides
 
 
 def test_relevance_is_computed_once_for_all_words_of_an_answer(shipped, upload, monkeypatch):

@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from modeling_deco import SHIPPED_CHECKPOINT, images
 from modeling_deco.cli import app
 from modeling_deco.images import ImageLimits
-from modeling_deco.inference import load, stream
+from modeling_deco.inference import encode, load, stream
 from modeling_deco.recipes.digits.world import render
 from modeling_deco.serving import ServerOptions, build_app, serve
 
@@ -253,13 +253,22 @@ def test_a_conversation_goes_on(port):
     assert second.usage.prompt_tokens > first.usage.total_tokens
 
 
-@pytest.mark.parametrize("role", ["system", "developer"])
-def test_a_system_prompt_comes_before_the_question(port, shipped, role):
-    prompt = "Read the digits."
-    conversation = [{"role": "system", "content": prompt}, {"role": "user", "content": "Is there a 7?"}]
+def test_a_system_prompt_comes_before_the_question(port, shipped):
+    conversation = [{"role": "system", "content": "Read the digits."}, {"role": "user", "content": "Is there a 7?"}]
     expected = shipped[1].tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-    result = ask(port, [{"role": role, "content": prompt}, {"role": "user", "content": "Is there a 7?"}])
-    assert result.usage.prompt_tokens == len(expected)
+    assert ask(port, conversation).usage.prompt_tokens == len(expected)
+
+
+def test_a_developer_is_to_chat_templates_the_system(port, monkeypatch):
+    roles = []
+
+    def note(processor, messages, grid):
+        roles.extend(message["role"] for message in messages)
+        return encode(processor, messages, grid)
+
+    monkeypatch.setattr("modeling_deco.serving.encode", note)
+    ask(port, [{"role": "developer", "content": "Read the digits."}, {"role": "user", "content": "Is there a 7?"}])
+    assert roles == ["system", "user"]
 
 
 def test_several_images_have_each_their_grid(port):
@@ -274,6 +283,11 @@ def test_max_tokens_ends_an_answer_for_its_length(port):
     assert (result.choices[0].finish_reason, result.usage.completion_tokens) == ("length", 2)
 
 
+def test_an_answer_without_max_tokens_ends_with_the_context(port, steps):
+    result = ask(port, "why " * 1000)
+    assert (result.choices[0].finish_reason, result.usage.total_tokens) == ("length", 1024)
+
+
 def test_an_answer_that_ends_at_max_tokens_is_whole(port):
     whole = ask(port, about(PICTURE))
     bounded = ask(port, about(PICTURE), max_completion_tokens=whole.usage.completion_tokens)
@@ -281,7 +295,15 @@ def test_an_answer_that_ends_at_max_tokens_is_whole(port):
 
 
 @pytest.mark.parametrize(
-    ("stop", "expected"), [(".", "7 white"), (["zz", "hit"], "7 w"), ("e.", "7 whit"), ("te. ", "7 white."), ("7", "")]
+    ("stop", "expected"),
+    [
+        (".", "7 white"),
+        (["zz", "hit"], "7 w"),
+        ("e.", "7 whit"),
+        ("te. ", "7 white."),
+        ("7", ""),
+        (["hit", "w"], "7 "),
+    ],
 )
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(port, stop, expected, streamed):
@@ -348,6 +370,7 @@ BROKEN = "data:image/png;base64," + base64.b64encode(base64.b64decode(PICTURE.pa
         ),
         ({"messages": about(*[PICTURE] * 9)}, r"^9 images are more than the 8 allowed"),
         ({"messages": []}, r"^messages: List should have at least 1 item"),
+        ({"messages": [{"role": "user", "content": ""}] * 1025}, r"^messages: List should have at most 1024 items"),
         ({"messages": "hello"}, r"^messages: Input should be a valid array"),
         ({"messages": [{"role": "tool", "content": "1"}]}, r"^messages\.0\.role: Input should be 'system', "),
         ({"messages": [{"role": "user"}]}, r"^messages\.0\.content: Field required"),
@@ -358,8 +381,7 @@ BROKEN = "data:image/png;base64," + base64.b64encode(base64.b64decode(PICTURE.pa
             r"\d{4} tokens .* 1 of the answer .* of 1024 tok",
         ),
         ({"messages": [{"role": "user", "content": "why " * 20_000}]}, r"80000 characters .* context of 1024 tokens"),
-        ({"pooled_grid_size": 13}, r"13 x 13 is larger than the image's 12 x 12 patches"),
-        ({"pooled_grid_size": 13, "stream": True}, r"13 x 13 is larger than the image's 12 x 12 patches"),
+        ({"pooled_grid_size": 13}, r"13 x 13 is larger than the 12 x 12 patches of image 1"),
         ({"pooled_grid_size": 0}, r"pooled_grid_size must be a positive int .* got 0"),
         ({"pooled_grid_size": "6"}, r"pooled_grid_size must be a positive int .* got '6'"),
         ({"pooled_grid_size": [10**6, 10**6]}, r"1000000000000 tokens of images .* context of 1024 tokens"),
@@ -397,6 +419,13 @@ def test_a_body_that_is_no_request_is_400_and_one_line(port, body):
     status, _, content = post(port, body)
     assert status == 400
     assert "\n" not in content["error"]["message"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_grid_that_only_the_model_can_judge_is_400_too(port, shipped, monkeypatch, streamed):
+    monkeypatch.setattr(shipped[1], "patch_size", None)  # as in folders of before it was there
+    with pytest.raises(openai.BadRequestError, match="13 x 13 is larger than the image's 12 x 12 patches"):
+        ask(port, about(PICTURE), stream=streamed, extra_body={"pooled_grid_size": 13})
 
 
 def test_the_clients_exception_holds_the_reason_and_the_server_goes_on(port):
@@ -448,7 +477,7 @@ def test_a_body_over_the_limit_is_413_without_announcement(start):
 
 def test_a_body_that_does_not_arrive_is_408(start):
     port = start(body_timeout=0.2, max_queue=0)
-    with socket.create_connection(("127.0.0.1", port)) as slow:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
         slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{")
         assert slow.makefile().readline() == "HTTP/1.1 408 Request Timeout\n"
     assert ask(port, "Is there a 7?")

@@ -711,6 +711,8 @@ def readme_commands() -> list[list[str]]:
     for text in ((CONFIGS.parents[1] / "README.md").read_text(), sft.__doc__):
         for command in re.findall(r"^ *accelerate launch .*$", text.replace("\\\n", ""), re.MULTILINE):
             words = shlex.split(command)
+            if "recipes/sft.py" not in words:
+                continue
             found.append([word for word in words[words.index("recipes/sft.py") + 1 :] if word != "..."])
     return found
 

@@ -26,7 +26,6 @@ from transformers import AutoConfig, CLIPVisionModel, HfArgumentParser, LlamaCon
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor, pool_patch_grid
-from modeling_deco.configuration_deco import parse_grid
 from modeling_deco.recipes.digits import tower
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.optimizer import MuonAdamW
@@ -123,7 +122,7 @@ def whiten_projector(model: DecoForConditionalGeneration, pixel_values: torch.Te
     """
     projector, config = model.model.multi_modal_projector, model.config
     patch_features = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1][:, 1:]
-    pooled = pool_patch_grid(patch_features, config.patch_grid, parse_grid(config.pooled_grid_size)).flatten(0, 1)
+    pooled = pool_patch_grid(patch_features, config.patch_grid, config.pooled_grid).flatten(0, 1)
     variances, directions = torch.linalg.eigh(torch.cov(pooled.T))
     scales = variances.clamp(min=variances.max() * 1e-4).rsqrt()  # the last directions are numerical noise
     rotation, _ = torch.linalg.qr(torch.randn_like(projector.linear_1.weight))

@@ -14,6 +14,7 @@ from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.recipes.digits.world import render
 
 pytestmark = pytest.mark.browser
+expect.set_options(timeout=30_000)  # milliseconds, for busy machines
 
 BAD_FILE = "its content is no picture that Pillow knows"
 

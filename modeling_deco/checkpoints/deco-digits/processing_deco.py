@@ -12,7 +12,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 
-from .configuration_deco import AUTO_MAP, copy_remote_code, num_image_tokens, parse_grid, upload
+from .configuration_deco import num_image_tokens, parse_grid
+from .hub import AUTO_MAP, copy_remote_code, upload
 
 
 class DecoProcessorKwargs(ProcessingKwargs, total=False):

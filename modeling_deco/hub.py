@@ -1,0 +1,168 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What goes with a DeCo checkpoint to the Hub: the code for `trust_remote_code=True`, the model card, and the upload.
+
+This file is itself part of that code, and its siblings import it: it imports none of them, and knows a config by its
+properties.
+"""
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+# With these entries and files a saved folder works under `trust_remote_code=True` without this package.
+# transformers by itself writes only the entry of the class that is saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_deco.DecoConfig",
+    "AutoModel": "modeling_deco.DecoModel",
+    "AutoModelForImageTextToText": "modeling_deco.DecoForConditionalGeneration",
+    "AutoProcessor": "processing_deco.DecoProcessor",
+}
+_REMOTE_CODE_FILES = ("configuration_deco.py", "hub.py", "modeling_deco.py", "processing_deco.py", "projectors.py")
+
+_USAGE = """\
+```python
+import modeling_deco  # or pass trust_remote_code=True
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", model="{model_id}")
+content = [{{"type": "image", "image": "photo.jpg"}}, {{"type": "text", "text": "What is this?"}}]
+messages = [{{"role": "user", "content": content}}]
+pipe(text=messages, return_full_text=False)
+{other_grid}```"""
+
+
+def copy_remote_code(save_directory) -> None:
+    """Put the modules of `AUTO_MAP`, and those that they import, beside a checkpoint.
+
+    A class that was itself loaded from such a folder finds only the siblings that have been loaded so far; the others
+    stay behind.
+    """
+    for name in _REMOTE_CODE_FILES:
+        source = Path(__file__).with_name(name)
+        target = Path(save_directory, name)
+        if source.exists() and not (target.exists() and source.samefile(target)):
+            shutil.copyfile(source, target)
+
+
+def model_card(config, title: str, model_id: str, about: str = "", **metadata) -> ModelCard:
+    """The model card of a checkpoint.
+
+    Args:
+        config: the checkpoint's `DecoConfig`.
+        title: of the card.
+        model_id: folder or Hub id, as its example of use names it.
+        about: paragraphs between what the config says and the example.
+        metadata: more fields of `ModelCardData`, or others in the place of those set here. A card without
+            `pipeline_tag` has no example.
+    """
+    fields = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["deco", "llava", "vision-language", "token-compression"],
+    }
+    data = ModelCardData(**{**fields, **metadata})
+    (rows, cols), (pooled_rows, pooled_cols) = config.patch_grid, config.pooled_grid
+    if config.projector_type == "mlp":
+        tokens = f"Each of an image's {rows} x {cols} patches becomes one token."
+    else:
+        pooling = "2D average pooling, which has no parameters,"
+        how = pooling if config.projector_type == "avg_pool" else f"the projector `{config.projector_type}`"
+        any_grid = "; any other grid can be chosen per call" if config.takes_any_grid else ""
+        tokens = (
+            f"An image's {rows} x {cols} patches are shrunk by {how} to {pooled_rows} x {pooled_cols} = "
+            f"{config.num_image_tokens} tokens{any_grid}."
+        )
+    paragraphs = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title}",
+        f"A [DeCo](https://arxiv.org/abs/2405.20985) vision-language model: vision tower "
+        f"`{config.vision_config.model_type}`, language model `{config.text_config.model_type}`. {tokens}",
+    ]
+    if about:
+        paragraphs.append(about)
+    if data.pipeline_tag is not None:
+        grid = f'processor_kwargs={{"pooled_grid_size": {min(rows, cols)}}}'
+        other = f"pipe(text=messages, return_full_text=False, {grid})\n" if config.takes_any_grid else ""
+        paragraphs.append(_USAGE.format(model_id=model_id, other_grid=other))
+    return ModelCard("\n\n".join(paragraphs) + "\n")
+
+
+def base_models(config, repo_id: str | None = None) -> list[str]:
+    """Hub ids of what a model was made from: the model that was loaded, or else its two backbones, as far as they are
+    not folders of this machine, and not `repo_id` itself."""
+
+    def is_on_hub(name):
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            return False
+        # a name without its owner may as well be that of a folder which has been elsewhere
+        return "/" in name and name != repo_id and not Path(name).exists()
+
+    backbones = (config.vision_config._name_or_path, config.text_config._name_or_path)
+    for names in ((config._name_or_path,), backbones):
+        if known := [name for name in names if is_on_hub(name)]:
+            return list(dict.fromkeys(known))
+    return []
+
+
+def load_card(repo_id: str, token: str | bool | None = None) -> ModelCard | None:
+    """The model card of a repository on the Hub, None where it has none."""
+    try:
+        return ModelCard.load(repo_id, token=token)
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) and not is_offline_mode():
+            raise  # the network failed: there may be a card, and it must not be replaced
+        return None
+
+
+def upload(
+    part,
+    folder,
+    repo_id: str,
+    card=None,
+    unchanged: dict[str, float] | None = None,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    tags: list[str] | str | None = None,
+    metadata: dict | None = None,
+    **commit,
+):
+    """Upload what `part`, a config, processor or model, has saved in a folder, in one commit.
+
+    A `README.md` in the folder stays as it is, and is the card of a repository that has none. One that the repository
+    has stays too; `tags` and `metadata` are added to it, unless the folder has its own.
+
+    Args:
+        card: a function from the repository's id and metadata to the card that it gets where neither has one.
+        unchanged: names and times of files that are not uploaded (`_get_files_timestamps` before the saving).
+        private, token, tags: see `PreTrainedModel.push_to_hub`.
+        metadata: fields of the card: `license`, `language`, `datasets`, `widget`, ...
+        commit: `commit_message`, `commit_description`, `revision`, `create_pr`.
+
+    Returns:
+        The `CommitInfo`.
+    """
+    repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    readme, unchanged, metadata = Path(folder, "README.md"), dict(unchanged or {}), dict(metadata or {})
+    tags = [tags] if isinstance(tags, str) else list(tags or [])
+    on_hub = load_card(repo_id, token)
+    if on_hub is None:
+        unchanged.pop(readme.name, None)  # the folder's own goes along
+        if card is not None and not readme.exists():
+            new = card(repo_id, **metadata)
+            new.data.tags = list(dict.fromkeys([*(new.data.tags or []), *tags]))
+            new.save(readme)
+    elif (tags or metadata) and not readme.exists():
+        for field, value in metadata.items():
+            on_hub.data[field] = value
+        if tags:
+            on_hub.data.tags = list(dict.fromkeys([*(on_hub.data.tags or []), *tags]))
+        on_hub.save(readme)
+    # private, seen in 5.17 to 5.23
+    return part._upload_modified_files(folder, repo_id, unchanged, token=token, **commit)
