@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM, in an environment of its own, answers token by token what transformers answers here.
 
-The first run installs the environment into `.cache` (minutes, 2.5 GB); pip must find PyTorch's CPU builds.
+The first run installs the environment into `.cache` (minutes, 3.5 GB); pip must find PyTorch's CPU builds.
 """
 
 import base64
