@@ -29,7 +29,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration, DecoModel
+from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration, DecoModel, inference
 from modeling_deco.cli import app
 from modeling_deco.modeling_deco import _with_modules_to_skip
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
@@ -390,13 +390,13 @@ def test_the_pipeline_reads_a_saved_model(quantized):
 @pytest.fixture
 def ask(tmp_path, monkeypatch):
     """`deco ask` about a picture of digits: its result, and the model that it used."""
-    used = []
+    used, stream = [], inference.stream
 
-    def spy(*arguments, **kwargs):
-        used.append(kwargs["model"])
-        return pipeline(*arguments, **kwargs)
+    def spy(model, *arguments, **kwargs):
+        used.append(model)
+        return stream(model, *arguments, **kwargs)
 
-    monkeypatch.setattr(transformers, "pipeline", spy)
+    monkeypatch.setattr(inference, "stream", spy)
     scene = render("test", index=10, seed=2026, min_digits=4)
     scene.image.save(tmp_path / "digits.png")
 
