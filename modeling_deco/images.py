@@ -11,6 +11,7 @@ import binascii
 import http.client
 import io
 import ipaddress
+import re
 import socket
 import threading
 import time
@@ -32,15 +33,21 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Attributes:
-    max_bytes: of a download, a data URL, an upload or standard input; a file of one's own may be larger.
-    max_pixels: width times height, known before anything is decoded. Default: where Pillow sees a bomb.
-    timeout: seconds that a download may take, from the first connection to the last byte.
+    """How large a picture may be, and how long it may take to come.
+
+    Attributes:
+        max_bytes: of a download, a data URL, an upload, a pipe; a file of one's own may be larger.
+        max_pixels: width times height, known before anything is decoded. Default: where Pillow sees a bomb.
+        timeout: seconds that a download may take, redirects included; the look-up of a name has limits of its own.
     """
 
     max_bytes: int = 32 * 2**20
     max_pixels: int = 178_956_970
     timeout: float = 15.0
+
+
+# For what anybody may send to a server: a photograph of 50 megapixels.
+UNTRUSTED_LIMITS = ImageLimits(max_pixels=50_000_000)
 
 
 def read_image(
@@ -69,7 +76,7 @@ def read_image(
     name = _name(source)
     try:
         if isinstance(source, Path):
-            return _decode(source, limits)
+            return _read_file(source, limits)
         if isinstance(source, bytes):
             return _decode(io.BytesIO(_bounded(source, limits)), limits)
         if not isinstance(source, str):
@@ -81,7 +88,7 @@ def read_image(
             return _decode(io.BytesIO(_bounded(_data_of_url(source, limits), limits)), limits)
         if not allow_files:
             raise ImageError("only http, https and data URLs are read")
-        return _decode(_path_of_url(source) if scheme == "file" else Path(source), limits)
+        return _read_file(_path_of_url(source) if scheme == "file" else Path(source), limits)
     except ImageError as error:
         raise ImageError(f"{name} cannot be read: {error}.") from error.__cause__
     except OSError as error:
@@ -90,14 +97,28 @@ def read_image(
 
 def _name(source) -> str:
     if isinstance(source, str) and source[:5].lower() != "data:":
-        return f"The image {source if len(source) <= 120 else source[:117] + '...'!r}"
+        shown = re.sub(r"^(https?://)[^/@]*@", r"\1...@", source, flags=re.IGNORECASE)  # no passwords in logs
+        return f"The image {shown if len(shown) <= 120 else shown[:117] + '...'!r}"
     return f"The image {str(source)!r}" if isinstance(source, Path) else "The image"
 
 
 def _bounded(encoded: bytes, limits: ImageLimits) -> bytes:
+    if not encoded:
+        raise ImageError("it is empty")
     if len(encoded) > limits.max_bytes:
         raise ImageError(f"it has more than {limits.max_bytes / 2**20:.4g} MiB")
     return encoded
+
+
+def _read_file(path: Path, limits: ImageLimits) -> Image.Image:
+    if not path.exists():
+        raise ImageError("there is no such file")
+    if path.is_dir():
+        raise ImageError("it is a folder")
+    if path.is_file():
+        return _decode(path, limits)
+    with path.open("rb") as pipe:  # or a device, which has no end
+        return _decode(io.BytesIO(_bounded(pipe.read(limits.max_bytes + 1), limits)), limits)
 
 
 def _path_of_url(url: str) -> Path:
@@ -127,8 +148,6 @@ def _data_of_url(url: str, limits: ImageLimits) -> bytes:
 def _decode(file: Path | BinaryIO, limits: ImageLimits) -> Image.Image:
     Image.init()
     formats = [name for name in Image.ID if name != "EPS"]  # PostScript is a program, and would be run
-    if isinstance(file, Path) and not file.is_file():
-        raise ImageError("there is no such file" if not file.exists() else "it is not a file")
     try:
         with Image.open(file, formats=formats) as image:
             width, height = image.size
@@ -170,10 +189,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bit(grey: np.ndarray) -> np.ndarray:
     if np.issubdtype(grey.dtype, np.floating):
         grey = np.nan_to_num(grey, posinf=255.0)
-        grey = grey * 255 if grey.max(initial=0) <= 1 else grey
+        grey = (grey * 255 if grey.max(initial=0) <= 1 else grey).round()
     elif grey.dtype.itemsize == 2 or grey.max(initial=0) > 255:  # 16 bit, which older Pillows read as 32
-        grey = grey / 257
-    return grey.clip(0, 255).round().astype(np.uint8)
+        grey = grey // 257
+    return grey.clip(0, 255).astype(np.uint8)
 
 
 # --- downloads -------------------------------------------------------------------------------------------------------
@@ -181,9 +200,11 @@ def _to_8_bit(grey: np.ndarray) -> np.ndarray:
 
 def _download(url: str, limits: ImageLimits, allow_private: bool) -> bytes:
     deadline = time.monotonic() + limits.timeout
-    request = urllib.request.Request(url, headers={"User-Agent": "modeling-deco", "Accept": "image/*"})
     with _Connector(allow_private, deadline) as connector:
         try:
+            if urllib.parse.urlsplit(url).username is not None:
+                raise ImageError("URLs with a user name are not read")
+            request = urllib.request.Request(url, headers={"User-Agent": "modeling-deco", "Accept": "image/*"})
             with _opener(connector, allow_private).open(request, timeout=limits.timeout) as response:
                 encoded = response.read(limits.max_bytes + 1)
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -207,6 +228,7 @@ class _Connector:
 
     def __init__(self, allow_private: bool, deadline: float):
         self.allow_private = allow_private
+        self.deadline = deadline
         self.sockets: list[socket.socket] = []
         self.timer = threading.Timer(max(0.0, deadline - time.monotonic()), self.shut_down)
         self.timer.daemon = True
@@ -217,6 +239,8 @@ class _Connector:
 
     def __exit__(self, *exception):
         self.timer.cancel()
+        for connection in self.sockets:
+            connection.close()
 
     def shut_down(self):
         for connection in self.sockets:
@@ -229,24 +253,34 @@ class _Connector:
         for _, _, _, _, (ip, *_) in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             if not (self.allow_private or _is_public(ip)):
                 raise ImageError(f"{host!r} is not a public address ({ip})")
+            timeout = self.deadline - time.monotonic()
+            if timeout <= 0:
+                raise TimeoutError
             try:  # to this address, and not to the name, which might resolve to another one the next time
                 connection = socket.create_connection((ip, port), timeout, source_address)
             except OSError as refused:
                 error = refused
                 continue
-            self.sockets.append(connection)
+            self.sockets.append(connection.dup())  # TLS takes the descriptor of the socket that it wraps
+            if time.monotonic() >= self.deadline:  # the timer may have passed in between
+                self.shut_down()
             return connection
         raise error or OSError(f"{host!r} has no address")
+
+
+# IPv6 prefixes whose last 32 bits are an IPv4 address: IPv4-compatible, IPv4-mapped, NAT64 (RFC 6052)
+_EMBEDDING = [ipaddress.ip_network(prefix) for prefix in ("::/96", "::ffff:0:0/96", "64:ff9b::/96")]
+# tunnels and local NAT64 (RFC 8215), which lead to an IPv4 address that is written elsewhere
+_TUNNELS = [ipaddress.ip_network(prefix) for prefix in ("2001::/32", "2002::/16", "64:ff9b:1::/48")]
 
 
 def _is_public(ip: str) -> bool:
     address = ipaddress.ip_address(ip.partition("%")[0])
     if address.version == 6:
-        embedded = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
-        if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
-            embedded = ipaddress.ip_address(int(address) & 0xFFFFFFFF)
-        if embedded is not None:
-            return _is_public(str(embedded))
+        if any(address in network for network in _TUNNELS):
+            return False
+        if any(address in network for network in _EMBEDDING):
+            address = ipaddress.ip_address(int(address) & 0xFFFFFFFF)
     return address.is_global and not address.is_multicast
 
 

@@ -3,11 +3,15 @@
 """Load a model for answering, and stream its answers: what the command line, the page and the server share."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from threading import Event, Thread
 
 import torch
+from jinja2 import TemplateError
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
@@ -18,6 +22,8 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
+
+from .configuration_deco import DecoConfig
 
 
 def nf4_config() -> BitsAndBytesConfig:
@@ -31,6 +37,20 @@ def nf4_config() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
+def load_config(model: str, revision: str | None = None) -> DecoConfig:
+    """The config of a DeCo checkpoint, a folder or Hub id. Raises a ValueError where there is none."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise ValueError(f"{model} is a file; a model is a folder or a Hub id.")
+    if not path.is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        raise ValueError(f"There is no folder {model}.")
+    with _named_errors(model):
+        config = AutoConfig.from_pretrained(model, **_revisions(revision))
+    if config.model_type != DecoConfig.model_type:
+        raise ValueError(f"{model} is a {config.model_type!r} model, not a DeCo; deco convert makes one of a LLaVA.")
+    return config
+
+
 def load(model: str, *, revision: str | None = None, in_4bit: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a checkpoint and its processor, in its own dtype: on GPUs, over all that are there, where accelerate is
     installed; else on the CPU.
@@ -41,28 +61,71 @@ def load(model: str, *, revision: str | None = None, in_4bit: bool = False) -> t
         in_4bit: quantize the language model's layers to NF4.
 
     Raises:
-        OSError, ValueError: there is no such checkpoint, or it is not one that answers questions about images.
+        ValueError: there is no such checkpoint, it is not a DeCo, has no chat template, or is broken; one line.
         ImportError: it needs a library that is not installed.
     """
-    arguments = {} if revision is None else {"revision": revision}
-    processor = AutoProcessor.from_pretrained(model, **arguments)
-    if in_4bit:  # not quantization_config=None, with which an Auto class forgets that a checkpoint is quantized
-        arguments["quantization_config"] = nf4_config()
+    # not quantization_config=None, with which an Auto class forgets that a checkpoint is quantized
+    arguments = {"quantization_config": nf4_config()} if in_4bit else {}
     if torch.cuda.is_available() and find_spec("accelerate") is not None:
         arguments["device_map"] = "auto"
-    return AutoModelForImageTextToText.from_pretrained(model, **arguments), processor
+    load_config(model, revision)
+    with _named_errors(model):
+        processor = AutoProcessor.from_pretrained(model, **_revisions(revision))
+        if processor.chat_template is None:
+            raise ValueError("it has no chat template.")
+        return AutoModelForImageTextToText.from_pretrained(model, **_revisions(revision), **arguments), processor
+
+
+def _revisions(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
+
+
+@contextmanager
+def _named_errors(model: str) -> Iterator[None]:
+    """What libraries say of a checkpoint, as one line that names it: they raise errors of many kinds, and some name
+    neither model nor file."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        line = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{model} cannot be loaded: {line if len(line) <= 300 else line[:297] + '...'}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is a lack of memory, of a GPU or of this machine."""
+    is_named_so = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_named_so or "can't allocate memory" in str(error)  # a plain RuntimeError, on CPUs
 
 
 def encode(processor: ProcessorMixin, messages: list[dict], pooled_grid_size=None) -> BatchFeature:
     """A conversation as the model's inputs, up to where it answers. Arguments and errors are those of `stream`."""
-    return processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={} if pooled_grid_size is None else {"pooled_grid_size": pooled_grid_size},
-    )
+    try:
+        return processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={} if pooled_grid_size is None else {"pooled_grid_size": pooled_grid_size},
+        )
+    except TemplateError as error:
+        raise ValueError(f"The chat template does not take these messages: {error}") from error
+
+
+def check_length(model: PreTrainedModel, inputs: BatchFeature) -> None:
+    """Raise a ValueError where a prompt leaves no room for an answer: a model goes on beyond its context, and what it
+    writes there means nothing."""
+    num_tokens = inputs["input_ids"].shape[-1]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and num_tokens >= context:
+        raise ValueError(
+            f"The prompt has {num_tokens} tokens, and the model's context is {context}; shorten it, or choose a "
+            f"smaller pooled_grid_size."
+        )
 
 
 def stream(
@@ -85,9 +148,10 @@ def stream(
         Pieces of the answer's text as they are generated. Closing the iterator stops generation.
 
     Raises:
-        ValueError: messages, images or grid do not fit the model.
+        ValueError: messages, images or grid do not fit the model, or the prompt leaves no room for an answer.
     """
     inputs = encode(processor, messages, pooled_grid_size).to(model.device)
+    check_length(model, inputs)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed, errors = Event(), []
 

@@ -8,9 +8,10 @@ import torch
 from huggingface_hub import hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from .configuration_deco import DecoConfig, num_image_tokens
+from .inference import load_config
 
 # NF4 as `deco ask --4bit` makes it: 4 bits, and a float32 scale for each block of 64 weights.
 _NF4_BYTES = 0.5 + 4 / 64
@@ -46,13 +47,9 @@ def describe(model: str, revision: str | None = None) -> dict:
         and the rest in 16 bits, and per grid `kv_cache`, what one image adds to it. Activations come on top of both.
 
     Raises:
-        ValueError: it is not a DeCo checkpoint.
-        OSError: there is no such checkpoint.
+        ValueError: there is no such checkpoint, or it is not a DeCo.
     """
-    revisions = {} if revision is None else {"revision": revision}
-    config = AutoConfig.from_pretrained(model, **revisions)
-    if not isinstance(config, DecoConfig):
-        raise ValueError(f"{model} is a {config.model_type!r} model, not a DeCo; deco convert makes one of a LLaVA.")
+    config = load_config(model, revision)
     with torch.device("meta"):
         empty = AutoModelForImageTextToText.from_config(config)
     in_language_layers = {id(layer.weight) for layer in _linears(empty.model.language_model)}
@@ -68,7 +65,7 @@ def describe(model: str, revision: str | None = None) -> dict:
     card = _read_card(model, revision)
     return {
         "model": model,
-        "licence": card.get("license"),
+        "license": card.get("license"),
         "base_model": card.get("base_model"),
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
         "quantization": (getattr(config, "quantization_config", None) or {}).get("quant_method"),

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .inference import encode
+from .inference import check_length, encode
 from .projectors import pool_patch_grid
 
 METHODS = ("gae", "attention")
@@ -192,9 +192,9 @@ def explain(
         `Relevance` with one entry per token, special tokens left out.
 
     Raises:
-        ValueError: an unknown method, the attention of an abstractor, which has none to patches, an answer without
-            tokens or with an image token, arguments of `generate` that make it return other than one answer, or a part
-            of the model that does not give the attention of each layer.
+        ValueError: a prompt that leaves no room for an answer, an unknown method, the attention of an abstractor,
+            which has none to patches, an answer without tokens or with an image token, arguments of `generate` that
+            make it return other than one answer, or a part of the model that does not give the attention of each layer.
     """
     deco = _find_deco(model)
     if method not in METHODS:
@@ -211,6 +211,7 @@ def explain(
     with _evaluation(deco):
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         inputs = encode(processor, [{"role": "user", "content": content}], pooled_grid_size).to(deco.device)
+        check_length(deco, inputs)
         prompt_ids, tokenizer = inputs["input_ids"][0].tolist(), processor.tokenizer
         if answer is None:
             generated = deco.generate(**inputs, **generate_kwargs)

@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
@@ -62,6 +64,15 @@ def test_json_reports_the_budget_that_was_used(scene, picture):
             r"'4,4' is neither a number .* nor ROWSxCOLS",
         ),
         (["{picture}", "Is there a 7?", "--model", "no/such/model"], r"no/such/model"),
+        (["{picture}", "Is there a 7?", "--model", "/no/folder"], r"There is no folder /no/folder\."),
+        (
+            ["{picture}", "Is there a 7?", "--model", "{picture}"],
+            r"\.png is a file; a model is a folder or a Hub id\.",
+        ),
+        (["{picture}"], r'It takes an image and a question: deco ask digits\.png "Read the digits\."'),
+        ([], r"It takes an image and a question"),
+        (["{picture}", " "], r"It takes an image and a question"),
+        (["{picture}", "7 " * 2000], r"The prompt has 20\d\d tokens, and the model's context is 1024; shorten it"),
         (["-", "-", "Is there a 7?"], r"stdin \(-\) holds one image, and - is given more than once"),
     ],
 )
@@ -203,6 +214,67 @@ def test_several_pictures_are_shown_in_their_order(picture, monkeypatch):
     assert message["content"][-1] == {"type": "text", "text": "Which?"}
 
 
+def spoil_weights(folder: Path):
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+
+
+def spoil_template(folder: Path):
+    (folder / "chat_template.jinja").write_text("{% for message in")
+
+
+def spoil_config(folder: Path):
+    (folder / "config.json").write_text("[]")
+
+
+def spoil_json(folder: Path):
+    (folder / "config.json").write_text('{"model_type":')
+
+
+def spoil_grid(folder: Path):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pooled_grid_size": "abc"}))
+
+
+def spoil_width(folder: Path):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["hidden_size"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def without_template(folder: Path):
+    (folder / "chat_template.jinja").unlink()
+
+
+SPOILS = [spoil_weights, spoil_template, spoil_config, spoil_json, spoil_grid, spoil_width, without_template]
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_broken_checkpoint_is_one_line(spoil, picture, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED_CHECKPOINT, folder)
+    spoil(folder)
+    result = ask(picture, "Is there a 7?", "--model", str(folder))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(r"deco ask: .*\n", result.stderr)
+    assert len(result.stderr) < 500
+    assert str(folder) in result.stderr or spoil is spoil_template
+
+
+def test_another_model_is_refused_before_it_answers(picture, tmp_path):
+    transformers.LlavaConfig().save_pretrained(tmp_path)
+    result = ask(picture, "Is there a 7?", "--model", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.endswith("is a 'llava' model, not a DeCo; deco convert makes one of a LLaVA.\n")
+
+
+def test_a_reader_who_leaves_is_no_error(picture):
+    command = [sys.executable, "-m", "modeling_deco.cli", "ask", picture, "Is there a 7?"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9")]
 )
@@ -210,7 +282,7 @@ def test_a_lack_of_memory_is_one_line_and_exit_code_1(error, picture, monkeypatc
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("modeling_deco.inference.load", fail)
+    monkeypatch.setattr("modeling_deco.inference.AutoProcessor.from_pretrained", fail)
     result = ask(picture, "Is there a 7?")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "deco ask: out of memory; a smaller --pooled-grid-size or --4bit needs less.\n"
@@ -220,7 +292,7 @@ def test_a_defect_is_not_passed_off_as_bad_input(picture, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("modeling_deco.inference.load", fail)
+    monkeypatch.setattr("modeling_deco.inference.stream", fail)
     result = ask(picture, "Is there a 7?")
     assert (result.exit_code, str(result.exception)) == (1, "a defect")
 

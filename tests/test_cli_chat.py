@@ -5,6 +5,7 @@
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from modeling_deco.cli import app
+from modeling_deco.cli import chat as chat_module
 from modeling_deco.recipes.digits.world import render
 
 
@@ -123,3 +125,29 @@ def test_on_a_terminal_a_mistake_does_not_end_it_and_answers_stay_alone_on_stdou
     assert (process.returncode, stdout.decode()) == (0, f"{read(scene)}\n")
     assert "'missing.png' cannot be read" in shown
     assert "> " in shown
+
+
+def test_a_lack_of_memory_on_a_terminal_does_not_end_the_conversation(capsys):
+    class Full(chat_module.Conversation):
+        def answer(self, question):
+            raise MemoryError
+
+    assert chat_module._take(Full(None, None, None, 8), "Read the digits.")
+    assert capsys.readouterr().err.startswith("deco chat: out of memory; a smaller --pooled-grid-size")
+
+
+def test_an_interrupted_script_is_not_a_success(scenes):
+    (_, path), _ = scenes
+    code = (  # a shell's background jobs, and so their children, ignore the interrupt unless told otherwise
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"from modeling_deco.cli import app; app({['chat', '--image', path]!r})"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        process.stdin.write("Is there a 7?\n")
+        process.stdin.flush()
+        assert process.stdout.readline().startswith("7 ")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130

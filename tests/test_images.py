@@ -4,7 +4,10 @@
 
 import base64
 import io
+import os
+import ssl
 import struct
+import subprocess
 import threading
 import time
 import zlib
@@ -123,12 +126,18 @@ def test_paths_urls_bytes_and_files_are_read(red, tmp_path):
     [
         ("missing.png", r"^The image 'missing\.png' cannot be read: there is no such file\.$"),
         (Path("missing.png"), r"^The image 'missing\.png' cannot be read: there is no such file\.$"),
-        (".", r"'\.' cannot be read: it is not a file\.$"),
+        (".", r"'\.' cannot be read: it is a folder\.$"),
         ("file://elsewhere/a.png", r"it is a file of the machine 'elsewhere'\.$"),
         ("data:image/png", r"^The image cannot be read: it is a data URL without data"),
         ("data:image/png;base64,@@@@", r"its data are not base64\.$"),
         ("data:image/png;base64,AAAA", r"its content is no picture that Pillow knows\.$"),
-        (b"", r"its content is no picture that Pillow knows\.$"),
+        (b"", r"^The image cannot be read: it is empty\.$"),
+        (b"no picture", r"its content is no picture that Pillow knows\.$"),
+        ("http://[::1/a.png", r"^The image 'http://\[::1/a\.png' cannot be read: Invalid IPv6 URL\.$"),
+        (
+            "http://me:secret@host/a.png",
+            r"^The image 'http://\.\.\.@host/a\.png' .* URLs with a user name are not read\.$",
+        ),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", r"no picture that Pillow knows\.$"),
         ("x" * 5000, r"^The image 'x{117}\.\.\.' cannot be read: File name too long\.$"),
         ("a\0b", r"there is no such file\.$"),
@@ -191,7 +200,7 @@ def test_files_of_strangers_are_refused(source, red, tmp_path):
 
 
 @contextmanager
-def serving(respond):
+def serving(respond, tls=None):
     """A server on loopback whose handler is `respond(handler)`; yields its address."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -203,6 +212,8 @@ def serving(respond):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -283,6 +294,55 @@ def test_a_download_that_drips_ends_at_its_time_limit(drips):
 
 
 @pytest.mark.usefixtures("loopback")
+def test_a_download_over_tls_that_drips_ends_at_its_time_limit(tmp_path, monkeypatch):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    stopped = threading.Event()
+
+    def respond(handler):
+        send(handler)
+        while not stopped.wait(0.05):
+            handler.wfile.write(b"a")
+
+    with serving(respond, context) as address:
+        start = time.monotonic()
+        with pytest.raises(ImageError, match=r"it took longer than 0\.5 seconds\.$"):
+            read_image(address.replace("http://127.0.0.1", "https://localhost"), limits=ImageLimits(timeout=0.5))
+        stopped.set()
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.usefixtures("loopback")
+def test_a_connection_that_opens_after_the_time_limit_is_not_read(monkeypatch):
+    resolve, asked = images.socket.getaddrinfo, []
+
+    def slowly(*arguments, **kwargs):
+        time.sleep(0.3)
+        return resolve(*arguments, **kwargs)
+
+    with serving(lambda handler: asked.append(handler.path)) as address:
+        monkeypatch.setattr(images.socket, "getaddrinfo", slowly)
+        with pytest.raises(ImageError, match=r"it took longer than 0\.2 seconds\.$"):
+            read_image(address, limits=ImageLimits(timeout=0.2))
+    assert asked == []
+
+
+def test_a_pipe_is_read_to_its_end_and_a_device_to_the_limit(red, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_bytes, args=[red]).start()
+    assert colours(read_image(str(pipe))) == {RED}
+    with pytest.raises(ImageError, match=r"'/dev/zero' cannot be read: it has more than 1 MiB\.$"):
+        read_image("/dev/zero", limits=ImageLimits(max_bytes=2**20))
+
+
+@pytest.mark.usefixtures("loopback")
 def test_nobody_answers():
     with serving(send) as address:
         pass
@@ -352,6 +412,7 @@ def test_a_proxy_of_the_environment_is_used_for_oneself_and_not_for_strangers(re
         *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
         *("224.0.0.1", "255.255.255.255", "198.18.0.1", "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1"),
         *("::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:4136:e378:8000:63bf:80ff:fffe"),
+        *("::7f00:1", "64:ff9b:1::808:808"),
     ],
 )
 def test_an_address_that_is_not_public(ip):

@@ -26,9 +26,9 @@ from .common import (
 
 def ask(
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE", help="Paths or URLs of pictures; - reads one from stdin.")
-    ],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What you want to know.")],
+        list[str] | None, typer.Argument(metavar="IMAGE", help="Paths or URLs of pictures; - reads one from stdin.")
+    ] = None,
+    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="What you want to know.")] = None,
     model: Annotated[str, typer.Option(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")] = str(
         SHIPPED_CHECKPOINT
     ),
@@ -56,7 +56,9 @@ def ask(
     deco ask before.jpg after.jpg "What has changed?" --model DIR_OR_HUB_ID --4bit
     cat digits.png | deco ask - "Read the digits." --relevance relevance.png
     """
-    with one_line_errors("ask", model):
+    with one_line_errors("ask"):
+        if not images or not question.strip():
+            raise ValueError('It takes an image and a question: deco ask digits.png "Read the digits."')
         if relevance is not None:
             relevance_level = _check_relevance(relevance, relevance_level, images)
         elif relevance_level is not None:

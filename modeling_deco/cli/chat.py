@@ -3,12 +3,14 @@
 """`deco chat`: a conversation about pictures in the terminal."""
 
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from .. import SHIPPED_CHECKPOINT
 from .common import (
+    OUT_OF_MEMORY,
     In4Bit,
     MaxNewTokens,
     Model,
@@ -48,7 +50,7 @@ def chat(
     In the conversation, /image PATH shows a picture, /pooled-grid-size N changes the token budget, and /help lists
     more.
     """
-    with one_line_errors("chat", model):
+    with one_line_errors("chat"):
         grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
 
         from ..images import read_image
@@ -64,28 +66,45 @@ def chat(
     if is_interactive:
         typer.echo(f"{model}. Ask, or /help.", err=True)
     while (line := _read_line(is_interactive)) is not None:
-        try:
-            if not conversation.take(line.strip()):
-                break
-        except (OSError, ValueError) as error:
-            report("chat", error)
-            if not is_interactive:  # a script wants to know
-                raise typer.Exit(2) from None
+        if not is_interactive:  # a script wants to know of a mistake, and ends there
+            with one_line_errors("chat"):
+                goes_on = conversation.take(line.strip())
+        else:
+            goes_on = _take(conversation, line.strip())
+        if not goes_on:
+            break
+
+
+def _take(conversation: "Conversation", line: str) -> bool:
+    """On a terminal what goes wrong is said, and the conversation goes on."""
+    from ..inference import is_out_of_memory
+
+    try:
+        return conversation.take(line)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        report("chat", error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        report("chat", f"{OUT_OF_MEMORY} So does /clear.")
+    return True
 
 
 def _read_line(is_interactive: bool) -> str | None:
     """A line, or None at the end. The prompt is on stderr unless both ends are a terminal, where readline needs it."""
     on_terminal = is_interactive and sys.stdout.isatty()
     if on_terminal:
-        try:
+        with suppress(ImportError):
             import readline  # noqa: F401  history and editing for input()
-        except ImportError:
-            pass
     elif is_interactive:
         typer.echo("> ", nl=False, err=True)
     try:
         return input("> " if on_terminal else "")
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt) as end:
+        if isinstance(end, KeyboardInterrupt) and not is_interactive:
+            raise typer.Exit(130) from None
         typer.echo(err=True)
         return None
 
@@ -141,6 +160,8 @@ class Conversation:
                 answer += piece
         except KeyboardInterrupt:
             pieces.close()
+            if not sys.stdin.isatty():
+                raise typer.Exit(130) from None
         if not answer:
             typer.echo("(no answer)", err=True)
             return

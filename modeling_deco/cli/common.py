@@ -21,43 +21,39 @@ In4Bit = Annotated[
 ]
 
 
+OUT_OF_MEMORY = "out of memory; a smaller --pooled-grid-size or --4bit needs less."
+
+
 def parse_grid_option(value: str) -> list[int]:
     """`[rows, cols]` of `"8"` or `"8x12"`. Raises a ValueError where it is neither."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
+    match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", value)
     if match is None:
         raise ValueError(f"--pooled-grid-size {value!r} is neither a number (8) nor ROWSxCOLS (8x12).")
     return [int(match[1]), int(match[2] or match[1])]
 
 
 @contextmanager
-def one_line_errors(command: str, model: str | None = None) -> Iterator[None]:
-    """Bad input ends the command with one line on stderr and exit code 2, a lack of memory with exit code 1.
-
-    What transformers and huggingface_hub say of files that are not there does not always name the model.
-    """
+def one_line_errors(command: str) -> Iterator[None]:
+    """Bad input ends the command with one line on stderr and exit code 2, a lack of memory with exit code 1."""
     try:
         yield
+    except BrokenPipeError:  # whoever read the answers has left; click ends silently
+        raise
     except (ImportError, OSError, ValueError) as error:  # ImportError: a library that a checkpoint or option needs
-        is_unnamed = isinstance(error, OSError) and model is not None and model not in str(error)
-        report(command, f"{model}: {error}" if is_unnamed else error)
+        report(command, error)
         raise typer.Exit(2) from None
     except (MemoryError, RuntimeError) as error:
+        from ..inference import is_out_of_memory
+
         if not is_out_of_memory(error):
             raise
-        report(command, "out of memory; a smaller --pooled-grid-size or --4bit needs less.")
+        report(command, OUT_OF_MEMORY)
         raise typer.Exit(1) from None
 
 
 def report(command: str, error: object) -> None:
     """One line on stderr."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    typer.echo(f"deco {command}: {lines[0]}", err=True)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    # torch.OutOfMemoryError by its name, since torch is not imported here; on CPUs it is a plain RuntimeError
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+    typer.echo(f"deco {command}: {' '.join(str(error).split()) or type(error).__name__}", err=True)
 
 
 def quiet_transformers() -> None:

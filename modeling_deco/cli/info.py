@@ -22,7 +22,7 @@ def info(
     deco info DIR_OR_HUB_ID
     deco info DIR_OR_HUB_ID --revision main --json
     """
-    with one_line_errors("info", model):
+    with one_line_errors("info"):
         from ..info import describe
 
         quiet_transformers()
@@ -43,7 +43,7 @@ def _to_text(about: dict) -> str:
         f"-> {about['projector_type']} -> {pooled} = {about['num_image_tokens']} tokens "
         f"-> {text['type']}, {text['layers']} layers",
         "",
-        f"licence     {about['licence'] or 'not stated'}",
+        f"licence     {about['license'] or 'not stated'}",
     ]
     if about["base_model"]:
         bases = about["base_model"]

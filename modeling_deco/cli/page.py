@@ -30,7 +30,7 @@ def page(
     deco page --open
     deco page DIR_OR_HUB_ID --host 0.0.0.0 --port 8080 --4bit
     """
-    with one_line_errors("page", model):
+    with one_line_errors("page"):
         from ..page import launch
 
         quiet_transformers()

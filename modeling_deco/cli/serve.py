@@ -50,7 +50,7 @@ def serve(
     Images come as data URLs or from public addresses. One request is answered at a time, the others wait. Ctrl-C ends
     it.
     """
-    with one_line_errors("serve", model):
+    with one_line_errors("serve"):
         from ..images import ImageLimits
         from ..serving import ServerOptions
         from ..serving import serve as run

@@ -8,12 +8,12 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import expect
 
 from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.recipes.digits.world import render
 
 pytestmark = pytest.mark.browser
+expect = pytest.importorskip("playwright.sync_api", reason="make test-page installs Playwright").expect
 expect.set_options(timeout=30_000)  # milliseconds, for busy machines
 
 BAD_FILE = "its content is no picture that Pillow knows"
