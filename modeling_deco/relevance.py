@@ -194,7 +194,7 @@ def explain(
     Raises:
         ValueError: a prompt that leaves no room for an answer, an unknown method, the attention of an abstractor,
             which has none to patches, an answer without tokens or with an image token, arguments of `generate` that
-            make it return other than one answer, or a part of the model that does not give the attention of each layer.
+            make it return other than one answer, or a part of the model that does not give each layer's attention.
     """
     deco = _find_deco(model)
     if method not in METHODS:
