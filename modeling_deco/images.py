@@ -43,6 +43,10 @@ class ImageLimits:
     timeout: float = 15.0
 
 
+# for what strangers send: a phone's photograph
+UNTRUSTED_LIMITS = ImageLimits(max_pixels=50_000_000)
+
+
 def read_image(
     source: str | Path | bytes | BinaryIO,
     *,

@@ -29,7 +29,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_serve_available
 
-from .images import ImageError, ImageLimits, read_image
+from .images import UNTRUSTED_LIMITS, ImageError, ImageLimits, read_image
 from .inference import encode, load
 
 if not is_serve_available():
@@ -56,16 +56,18 @@ logger = logging.getLogger("uvicorn.error")
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Attributes:
-    api_key: what clients must send as `Authorization: Bearer KEY`; `/health` is open.
-    allow_files: whether an image URL may name a file of this machine.
-    allow_private: whether an image URL may lead to an address that is not public.
-    max_queue: requests that may wait while one is answered; more are told to come back.
-    max_body_bytes: of a request.
-    body_timeout: seconds that a request may take to arrive.
-    max_images: in a request.
-    max_new_tokens: longest answer, and the one where a request does not say.
-    image_limits: of each image.
+    """What a server allows.
+
+    Attributes:
+        api_key: what clients must send as `Authorization: Bearer KEY`; `/health` is open.
+        allow_files: whether an image URL may name a file of this machine.
+        allow_private: whether an image URL may lead to an address that is not public.
+        max_queue: requests that may wait while one is answered; more are told to come back.
+        max_body_bytes: of a request.
+        body_timeout: seconds that a request may take to arrive.
+        max_images: in a request.
+        max_new_tokens: longest answer, and the one where a request does not say.
+        image_limits: of each image; its pixels are also the most that all images of a request may have together.
     """
 
     api_key: str | None = None
@@ -76,8 +78,7 @@ class ServerOptions:
     body_timeout: float = 60.0
     max_images: int = 8
     max_new_tokens: int = 1024
-    # a phone's photograph; what strangers send is decoded by several threads at once, in 3 bytes for each pixel
-    image_limits: ImageLimits = ImageLimits(max_pixels=50_000_000)
+    image_limits: ImageLimits = UNTRUSTED_LIMITS
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -263,7 +264,8 @@ class _Chat(ChatCompletionHandler):
         # some language models have no limit; then it is ours, for a prompt must have one
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 131_072
         self.inference = InferenceThread()
-        self.workers = ThreadPoolExecutor(4, thread_name_prefix="prepare")
+        # Few, for Pillow holds 4 bytes for each pixel, and a transparent picture five times while it turns to RGB.
+        self.workers = ThreadPoolExecutor(2, thread_name_prefix="prepare")
 
     async def __call__(self, scope, receive, send):
         request = Request(scope, receive)
@@ -318,7 +320,7 @@ class _Chat(ChatCompletionHandler):
         return encode(self.processor, self._read(chat.messages), chat.grid).to(self.model.device)
 
     def _read(self, messages: list[_Message]) -> list[dict]:
-        conversation, position = [], 0
+        conversation, position, num_pixels = [], 0, 0
         for message in messages:
             content = []
             for part in message.content:
@@ -335,6 +337,12 @@ class _Chat(ChatCompletionHandler):
                     )
                 except ImageError as error:
                     raise ValueError(f"Image {position}: {error}") from error
+                num_pixels += image.width * image.height
+                if num_pixels > self.options.image_limits.max_pixels:
+                    raise ValueError(
+                        f"Images 1 to {position} have {num_pixels:,} pixels together, more than the "
+                        f"{self.options.image_limits.max_pixels:,} allowed in a request."
+                    )
                 content.append({"type": "image", "image": image})
             conversation.append({"role": message.role.replace("developer", "system"), "content": content})
         return conversation

@@ -455,6 +455,15 @@ def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(port):
         ask(port, about(bomb))
 
 
+def test_the_pixels_of_a_request_are_counted_over_its_images(start):
+    port = start(image_limits=ImageLimits(max_pixels=3 * 96 * 96))
+    assert ask(port, about(*[PICTURE] * 3))
+    with pytest.raises(
+        openai.BadRequestError, match="Images 1 to 4 have 36,864 pixels together, more than the 27,648 "
+    ):
+        ask(port, about(*[PICTURE] * 5))
+
+
 def test_image_limits_are_the_operators(start):
     with pytest.raises(openai.BadRequestError, match="96 x 96 pixels are more than the 1,000 allowed"):
         ask(start(image_limits=ImageLimits(max_pixels=1000)), about(PICTURE))
@@ -695,6 +704,13 @@ def test_serve_ends_on_sigterm():
         process.terminate()
     assert process.returncode == -signal.SIGTERM
     assert "Traceback" not in "".join(log)
+
+
+def test_the_commands_options_are_the_servers(monkeypatch):
+    given = []
+    monkeypatch.setattr("modeling_deco.serving.serve", lambda model, *, options, **rest: given.append(options))
+    assert CliRunner().invoke(app, ["serve"]).exit_code == 0
+    assert given == [ServerOptions()]
 
 
 def test_the_command_refuses_in_one_line():
