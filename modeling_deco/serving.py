@@ -131,7 +131,7 @@ class _ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=4)
+    stop: list[Annotated[str, Field(min_length=1, max_length=1000)]] | None = Field(None, max_length=4)
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
@@ -166,9 +166,11 @@ class _ChatRequest(BaseModel):
 
     @property
     def grid(self):
-        if self.pooled_grid_size is None and self.mm_processor_kwargs is not None:
-            return self.mm_processor_kwargs.pooled_grid_size
-        return self.pooled_grid_size
+        places = (self, self.mm_processor_kwargs or self)
+        first, *others = [place.pooled_grid_size for place in places if place.pooled_grid_size is not None] or [None]
+        if others and others != [first]:
+            raise ValueError("pooled_grid_size and mm_processor_kwargs.pooled_grid_size are not the same.")
+        return first
 
 
 def _parse(body: bytes) -> _ChatRequest:
@@ -442,17 +444,18 @@ async def _fail(request, error: Exception) -> JSONResponse:
     return JSONResponse(_error_body(500, "The server failed; its log says why."), 500)  # the log is uvicorn's
 
 
-# --- the door --------------------------------------------------------------------------------------------------------
+# --- limits ----------------------------------------------------------------------------------------------------------
 
 
-class _Door:
+class _LimitMiddleware:
     """ASGI middleware: so many requests, of so many bytes, in so much time come in, and one whose client hangs up is
     cancelled, wherever it is."""
 
     def __init__(self, app, options: ServerOptions):
         self.app = app
         self.options = options
-        self.num_inside = 0
+        self.num_in_flight = 0  # requests that have arrived, and are not answered
+        self.num_bytes_arriving = 0  # of those that have not
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -464,17 +467,23 @@ class _Door:
             if request.method != "POST":
                 await self.app(scope, receive, send)
                 return
-            if self.num_inside > self.options.max_queue:
-                raise HTTPException(429, "Too many requests are waiting; try again.", {"Retry-After": "1"})
-            self.num_inside += 1
+            body = [await self._read(request)]  # a list, so that nothing here keeps it
+            self._check_room()
+            self.num_in_flight += 1
             try:
-                await self._answer(await self._read(request), scope, receive, send)
+                await self._answer(body.pop(), scope, receive, send)
             finally:
-                self.num_inside -= 1
+                self.num_in_flight -= 1
         except HTTPException as error:
             await (await _refuse(request, error))(scope, receive, send)
         except (ClientDisconnect, asyncio.CancelledError):  # the client has left, or the server is going down
             return
+
+    def _check_room(self) -> None:
+        # A request that only trickles in must not keep the others out: until it is there, its bytes count alone.
+        max_requests = self.options.max_queue + 1
+        if self.num_in_flight >= max_requests or self.num_bytes_arriving > max_requests * self.options.max_body_bytes:
+            raise HTTPException(429, "Too many requests are waiting; try again.", {"Retry-After": "1"})
 
     def _check_key(self, request: Request) -> None:
         key = self.options.api_key
@@ -491,11 +500,16 @@ class _Door:
 
         async def read() -> bytes:
             body = bytearray()
-            async for piece in request.stream():
-                body += piece
-                if len(body) > self.options.max_body_bytes:
-                    raise too_large
-            return bytes(body)
+            try:
+                async for piece in request.stream():
+                    body += piece
+                    self.num_bytes_arriving += len(piece)
+                    if len(body) > self.options.max_body_bytes:
+                        raise too_large
+                    self._check_room()
+                return bytes(body)
+            finally:
+                self.num_bytes_arriving -= len(body)
 
         try:
             return await asyncio.wait_for(read(), self.options.body_timeout)
@@ -563,16 +577,21 @@ def build_app(
             raise HTTPException(404, f"The model {request.path_params['name']!r} is not served here; {name!r} is.")
         return JSONResponse(card)
 
-    return Starlette(
+    server = Starlette(
         routes=[
             Route("/v1/chat/completions", _Chat(model, processor, name, options), methods=["POST"]),
             Route("/v1/models", list_models),
             Route("/v1/models/{name:path}", show_model),
             Route("/health", health),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(_Door, options=options)],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
+            Middleware(_LimitMiddleware, options=options),
+        ],
         exception_handlers={HTTPException: _refuse, Exception: _fail},
     )
+    server.router.redirect_slashes = False
+    return server
 
 
 def serve(
