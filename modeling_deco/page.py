@@ -28,6 +28,7 @@ from .images import ImageError, ImageLimits, read_image
 from .inference import encode, load, stream
 from .info import format_size, kv_cache_bytes
 from .relevance import Relevance, describe_peak, draw_heat_map, explain
+from .sockets import bind
 
 try:
     import gradio as gr
@@ -290,15 +291,19 @@ def launch(
     Args:
         model: folder or Hub id.
         host: `"0.0.0.0"` to be reached from other machines.
-        port: default: the first that is free from 7860 on.
+        port: default: the first that is free from 7860 on; 0 is any that is free.
         share: also ask gradio.live for a public address, through which everything goes.
         open_browser: show the page here.
         max_new_tokens: longest answer, in tokens.
         load_arguments: of `modeling_deco.inference.load`.
 
     Raises:
-        OSError, ValueError, ImportError: see `load`; a port that is taken is an OSError.
+        ValueError: host and port cannot be listened on.
+        OSError, ValueError, ImportError: see `load`.
     """
+    host = host.strip("[]")
+    with bind(host, port or 0) as listener:  # gradio learns it only with a model, and then tries for long
+        port = None if port is None else listener.getsockname()[1]
     loaded, processor = load(model, **load_arguments)
     is_shipped = Path(model).exists() and Path(model).samefile(SHIPPED_CHECKPOINT)
     about = f"{loaded.num_parameters() / 1e6:.1f} M parameters. "
@@ -315,7 +320,7 @@ def launch(
             max_new_tokens=max_new_tokens,
         )
         page.queue(max_size=64, api_open=False).launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             share=share,
             inbrowser=open_browser,

@@ -13,7 +13,6 @@ import hmac
 import ipaddress
 import json
 import logging
-import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -31,6 +30,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from .images import UNTRUSTED_LIMITS, ImageError, ImageLimits, read_image
 from .inference import encode, load
+from .sockets import bind
 
 if not is_serve_available():
     raise ImportError("deco serve needs the serve extra: pip install 'modeling-deco[serve]'")
@@ -619,7 +619,7 @@ def serve(
     if options.api_key == "":
         raise ValueError("The API key is empty.")
     name = served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
-    with _bind(host, port) as listener:  # before a model is loaded for nothing
+    with bind(host, port) as listener:
         address = listener.getsockname()
         is_local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
         hosts = [host, "localhost", "127.0.0.1", "::1", "[::1]"] if is_local else None
@@ -640,21 +640,6 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets=None):
         await super().startup(sockets)
         logger.info(self.announcement)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    if not 0 <= port < 65536:  # of which the look-up would take the last 16 bits
-        raise ValueError(f"Cannot listen on {host} port {port}: there is no such port.")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ValueError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from error
-    return listener
 
 
 def _log_config() -> dict:

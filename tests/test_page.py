@@ -5,6 +5,7 @@
 import html
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -206,6 +207,37 @@ def test_events_that_use_the_model_run_one_at_a_time(shipped, uploads):
     page = page_module.build_page(*shipped)
     limits = {entry.name: (entry.concurrency_id, entry.concurrency_limit) for entry in page.fns.values()}
     assert {limits[name] for name in ("ask", "compare", "show_word")} == {("model", 1)}
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        ("127.0.0.1", 99999, "Cannot listen on 127.0.0.1 port 99999: there is no such port."),
+        ("192.0.2.7", None, "Cannot listen on 192.0.2.7 port 0: Cannot assign requested address."),
+    ],
+)
+def test_an_address_that_is_not_ours_is_refused_before_the_model_is_loaded(socket_enabled, host, port, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        page_module.launch("no/such/model", host=host, port=port)
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(socket_enabled):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"Cannot listen on 127\.0\.0\.1 port {port}: Address already in use"):
+            page_module.launch("no/such/model", port=port)
+
+
+@pytest.mark.parametrize("port", [None, 0])
+def test_the_address_is_free_again_when_gradio_takes_it(socket_enabled, shipped, uploads, monkeypatch, port):
+    launched = {}
+    monkeypatch.setattr(page_module, "load", lambda model: shipped)
+    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **arguments: launched.update(arguments))
+    page_module.launch(port=port)
+    assert launched["server_name"] == "127.0.0.1"
+    assert (launched["server_port"] is None) == (port is None)
+    with socket.create_server(("127.0.0.1", launched["server_port"] or 0)) as listener:
+        assert launched["server_port"] in (None, listener.getsockname()[1])
 
 
 def test_importing_the_package_and_the_command_line_does_not_import_gradio():
