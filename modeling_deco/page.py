@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from . import SHIPPED_CHECKPOINT
 from .configuration_deco import num_image_tokens, parse_grid
 from .costs import peak_gpu_memory, prefill_seconds, reset_peak_gpu_memory
-from .images import ImageError, ImageLimits, read_image
+from .images import UNTRUSTED_LIMITS, ImageError, read_image
 from .inference import encode, load, stream
 from .info import format_size, kv_cache_bytes
 from .relevance import Relevance, describe_peak, draw_heat_map, explain
@@ -75,6 +75,8 @@ element.addEventListener('click', (event) => {
     trigger('click', {word: Number(word.dataset.word)});
 });
 """
+
+_MAX_QUESTION_LENGTH = 2000  # characters
 
 _CAPTION = "Click a word of the answer to see what it rests on."
 
@@ -136,7 +138,7 @@ def build_page(
     def check(upload):
         """Tell of a file that is no picture when it comes, and take it off the page."""
         try:
-            _read(upload["path"])
+            _read(_path(upload))
         except ImageError as error:
             gr.Warning(html.escape(str(error)))
             return None
@@ -206,7 +208,7 @@ def build_page(
             with gr.Column():
                 picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=320, elem_id="picture")
                 placeholder = examples[0][1] if examples else "What is in the picture?"
-                question = gr.Textbox(label="Question", placeholder=placeholder, max_length=2000)
+                question = gr.Textbox(label="Question", placeholder=placeholder, max_length=_MAX_QUESTION_LENGTH)
                 if examples:
                     rows = [list(example) for example in examples]
                     gr.Examples(
@@ -324,7 +326,7 @@ def launch(
             server_port=port,
             share=share,
             inbrowser=open_browser,
-            max_file_size=ImageLimits().max_bytes,
+            max_file_size=UNTRUSTED_LIMITS.max_bytes,
             theme=_theme(),
             css=CSS,
             footer_links=["gradio", "settings"],
@@ -354,12 +356,20 @@ def _budget(pooled_grid_size) -> str:
     return f"{rows} x {cols} = {rows * cols} tokens for the picture"
 
 
+def _path(upload):
+    # a request that no browser made may hold anything
+    return upload.get("path") if isinstance(upload, dict) else None
+
+
 def _read(path: str) -> Image.Image:
-    # gradio checks where a path leads only if the request says that it is one
-    path = Path(path).resolve()
-    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
-        raise ImageError("The image cannot be read: it was not uploaded.")
-    return read_image(path.read_bytes())  # not the path, which an error would name
+    try:
+        # gradio checks where a path leads only if the request says that it is one
+        file = Path(path).resolve()
+        file.relative_to(Path(get_upload_folder()).resolve())
+        encoded = file.read_bytes()
+    except (TypeError, ValueError, OSError):  # no text, elsewhere, gone: errors that name folders of this machine
+        raise ImageError("The image cannot be read: it was not uploaded, or too long ago.") from None
+    return read_image(encoded, limits=UNTRUSTED_LIMITS)
 
 
 @contextmanager
@@ -375,11 +385,14 @@ def _shown_errors():
 
 def _begin(upload: dict | None, question: str, tab: _Tab | None) -> tuple[_Tab, list[dict]]:
     """The tab as it goes on, with an empty table for another picture or question, and the model's messages."""
-    question = question.strip()
+    question = question.strip() if isinstance(question, str) else ""
+    if len(question) > _MAX_QUESTION_LENGTH:
+        message = f"The question has {len(question):,} characters, more than the {_MAX_QUESTION_LENGTH:,} allowed."
+        raise gr.Error(message, print_exception=False)
     if upload is None or not question:
         missing = "Choose a picture" if upload is None else "Write a question"
         raise gr.Error(f"{missing} first.", title="Not yet", print_exception=False)
-    path = upload["path"]
+    path = _path(upload)
     with _shown_errors():
         content = [{"type": "image", "image": _read(path)}, {"type": "text", "text": question}]
     if tab is None or (tab.path, tab.question) != (path, question):

@@ -163,6 +163,54 @@ def test_a_link_out_of_the_uploads_is_not_followed(shipped, uploads):
         next(event(page, "ask")({"path": str(uploads / "x.png")}, QUESTION, 6, None))
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["gone.png", "", "x" * 5000, "x\0", 1, None, ["a"]],
+    ids=["gone", "folder", "long", "null", "number", "none", "list"],
+)
+def test_an_upload_that_is_not_there_is_told_without_folders_of_the_server(shipped, uploads, path):
+    upload = {"path": str(uploads / path) if isinstance(path, str) else path}
+    page = page_module.build_page(*shipped)
+    with pytest.raises(gr.Error) as caught:
+        next(event(page, "compare")(upload, QUESTION, None))
+    assert caught.value.message == "The image cannot be read: it was not uploaded, or too long ago."
+
+
+@pytest.mark.parametrize("upload", ["digits.png", 1, [], {}])
+def test_an_upload_of_another_form_is_told(shipped, uploads, upload, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(gr, "Warning", warnings.append)
+    page = page_module.build_page(*shipped)
+    with pytest.raises(gr.Error, match="it was not uploaded"):
+        next(event(page, "ask")(upload, QUESTION, 6, None))
+    assert event(page, "check")(upload) is None
+    assert warnings == ["The image cannot be read: it was not uploaded, or too long ago."]
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("", r"^Write a question first\.$"),
+        (1, r"^Write a question first\.$"),
+        (None, r"^Write a question first\.$"),
+        ("a" * 2001, r"^The question has 2,001 characters, more than the 2,000 allowed\.$"),
+    ],
+)
+def test_a_question_that_the_box_does_not_have_is_told(shipped, upload, question, message):
+    page = page_module.build_page(*shipped)
+    for call in (event(page, "ask")(upload, question, 6, None), event(page, "compare")(upload, question, None)):
+        with pytest.raises(gr.Error) as caught:
+            next(call)
+        assert re.search(message, caught.value.message)
+
+
+def test_pictures_have_the_limit_of_what_strangers_send(shipped, uploads):
+    Image.new("1", (8000, 8000)).save(uploads / "large.png")
+    page = page_module.build_page(*shipped)
+    with pytest.raises(gr.Error, match="8000 x 8000 pixels are more than the 50,000,000 allowed"):
+        next(event(page, "ask")({"path": str(uploads / "large.png")}, QUESTION, 6, None))
+
+
 @pytest.mark.parametrize(("side", "message"), [(13, "13 x 13"), (0, "positive int"), (2.5, "positive int")])
 def test_a_budget_that_the_slider_does_not_have_is_told(shipped, upload, side, message):
     with pytest.raises(gr.Error, match=message):
