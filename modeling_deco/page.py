@@ -102,7 +102,7 @@ class _Answer:
 
 
 @dataclass
-class _Tab:
+class _Session:
     """What a browser's tab has asked last, the rows of its table by grid side, and the answer that it shows."""
 
     path: str
@@ -144,39 +144,39 @@ def build_page(
             return None
         return gr.skip()
 
-    def ask(upload, question, side, tab):
+    def ask(upload, question, side, session):
         side = side if largest_side else None
         with _shown_errors():
             budget = _budget(grid(side))
-        tab, messages = _begin(upload, question, tab)
-        yield _answer_html("", budget), None, _CAPTION, gr.skip(), tab
+        session, messages = _begin(upload, question, session)
+        yield _answer_html("", budget), None, _CAPTION, gr.skip(), session
         text = ""
         for text in write(messages, side):
             yield _answer_html(text, budget), *[gr.skip()] * 4
         text = text.strip()
-        tab.answer = _Answer(tab.path, tab.question, side, text)
-        yield _answer_html(text or "(no answer)", budget, clickable=bool(text)), *[gr.skip()] * 3, tab
-        tab.costs[side] = measure(messages, side, text)
-        yield *[gr.skip()] * 3, _costs_html(tab.costs.values()), tab
+        session.answer = _Answer(session.path, session.question, side, text)
+        yield _answer_html(text or "(no answer)", budget, clickable=bool(text)), *[gr.skip()] * 3, session
+        session.costs[side] = measure(messages, side, text)
+        yield *[gr.skip()] * 3, _costs_html(session.costs.values()), session
 
-    def compare(upload, question, tab):
-        tab, messages = _begin(upload, question, tab)
+    def compare(upload, question, session):
+        session, messages = _begin(upload, question, session)
         for side in sorted({default_side, *(largest_side >> power for power in range(4))} - {0}):
             *_, text = "", *write(messages, side)
-            tab.costs[side] = measure(messages, side, text.strip())
-            yield _costs_html(tab.costs.values()), tab
+            session.costs[side] = measure(messages, side, text.strip())
+            yield _costs_html(session.costs.values()), session
 
-    def show_word(tab, event: gr.EventData):
-        if tab is None or tab.answer is None:
+    def show_word(session, event: gr.EventData):
+        if session is None or session.answer is None:
             raise gr.Error("This page was left for too long; ask again.", print_exception=False)
-        answer = tab.answer
+        answer = session.answer
         if answer.relevance is None:
             with _shown_errors():
                 answer.relevance = _explain(model, processor, answer)
         index = answer.relevance.word_ids.index(event.word)
         word, peak = answer.relevance.tokens[index], describe_peak(answer.relevance, index)
         caption = f"“{word}” rests on the bright patches ({peak})."
-        return gr.update(value=_draw(answer.relevance, index), alt_text=caption), html.escape(caption), tab
+        return gr.update(value=_draw(answer.relevance, index), alt_text=caption), html.escape(caption), session
 
     def grid(side):
         return processor.pooled_grid_size if side is None else side
@@ -202,7 +202,7 @@ def build_page(
         return row | {"Answer": text}
 
     with gr.Blocks(title=f"DeCo: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        tab = gr.State(None, time_to_live=3600)
+        session = gr.State(None, time_to_live=3600)
         gr.Markdown(f"# {name}\n{about}")
         with gr.Row():
             with gr.Column():
@@ -266,15 +266,19 @@ def build_page(
         gr.on(
             [button.click, question.submit],
             ask,
-            [picture, question, side, tab],
-            [answer, word_map, caption, costs, tab],
+            [picture, question, side, session],
+            [answer, word_map, caption, costs, session],
             show_progress_on=answer,
             **one_at_a_time,
         )
         comparison.click(
-            compare, [picture, question, tab], [costs, tab], show_progress_on=[costs, comparison], **one_at_a_time
+            compare,
+            [picture, question, session],
+            [costs, session],
+            show_progress_on=[costs, comparison],
+            **one_at_a_time,
         )
-        answer.click(show_word, tab, [word_map, caption, tab], show_progress_on=word_map, **one_at_a_time)
+        answer.click(show_word, session, [word_map, caption, session], show_progress_on=word_map, **one_at_a_time)
     return page
 
 
@@ -383,8 +387,8 @@ def _shown_errors():
         raise gr.Error(html.escape(line[:300]), print_exception=not is_users) from error
 
 
-def _begin(upload: dict | None, question: str, tab: _Tab | None) -> tuple[_Tab, list[dict]]:
-    """The tab as it goes on, with an empty table for another picture or question, and the model's messages."""
+def _begin(upload: dict | None, question: str, session: _Session | None) -> tuple[_Session, list[dict]]:
+    """The session as it goes on, with an empty table for another picture or question, and the model's messages."""
     question = question.strip() if isinstance(question, str) else ""
     if len(question) > _MAX_QUESTION_LENGTH:
         message = f"The question has {len(question):,} characters, more than the {_MAX_QUESTION_LENGTH:,} allowed."
@@ -395,9 +399,9 @@ def _begin(upload: dict | None, question: str, tab: _Tab | None) -> tuple[_Tab, 
     path = _path(upload)
     with _shown_errors():
         content = [{"type": "image", "image": _read(path)}, {"type": "text", "text": question}]
-    if tab is None or (tab.path, tab.question) != (path, question):
-        tab = _Tab(path, question, tab and tab.answer)
-    return tab, [{"role": "user", "content": content}]
+    if session is None or (session.path, session.question) != (path, question):
+        session = _Session(path, question, session and session.answer)
+    return session, [{"role": "user", "content": content}]
 
 
 def _explain(model, processor, answer: _Answer) -> Relevance:

@@ -60,9 +60,9 @@ def component(page, name):
     return found
 
 
-def ask(page, upload, question=QUESTION, side=6, tab=None):
-    *_, (*_, tab) = event(page, "ask")(upload, question, side, tab)
-    return tab
+def ask(page, upload, question=QUESTION, side=6, session=None):
+    *_, (*_, session) = event(page, "ask")(upload, question, side, session)
+    return session
 
 
 def word(index):
@@ -92,8 +92,8 @@ def test_a_model_with_one_grid_has_no_slider_and_no_comparison(uploads):
 def test_a_model_with_one_grid_answers_at_it(uploads, upload):
     model = tiny.build_model(projector_type="qformer", projector_config={"hidden_size": 32, "num_attention_heads": 4})
     page = page_module.build_page(model, tiny.build_processor(chat_template=tiny.CHAT_TEMPLATE), max_new_tokens=3)
-    tab = ask(page, upload, "what", side=5)
-    assert {side: row["Tokens"] for side, row in tab.costs.items()} == {None: 9}
+    session = ask(page, upload, "what", side=5)
+    assert {side: row["Tokens"] for side, row in session.costs.items()} == {None: 9}
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,12 @@ def test_relevance_is_computed_once_for_all_words_of_an_answer(shipped, upload, 
     )
     page = page_module.build_page(*shipped)
     show_word = event(page, "show_word")
-    tab = ask(page, upload, side=3)
-    captions = [show_word(tab, word(index))[1] for index in (0, 1, 0)]
+    session = ask(page, upload, side=3)
+    captions = [show_word(session, word(index))[1] for index in (0, 1, 0)]
     assert calls == [{"answer": "2 purple.", "pooled_grid_size": 3}]
     assert [re.findall("“(.*)”", caption) for caption in captions] == [["2"], ["purple"], ["2"]]
-    tab = ask(page, upload, side=6, tab=tab)
-    show_word(tab, word(1))
+    session = ask(page, upload, side=6, session=session)
+    show_word(session, word(1))
     assert calls[1:] == [{"answer": "2 purple.", "pooled_grid_size": 6}]
 
 
@@ -131,8 +131,8 @@ def test_the_map_is_that_of_the_budget_that_was_asked_at(shipped, upload):
     page = page_module.build_page(*shipped)
     peaks = []
     for side in (1, 12):
-        tab = ask(page, upload, side=side)
-        drawn = event(page, "show_word")(tab, word(1))[0]["value"]
+        session = ask(page, upload, side=side)
+        drawn = event(page, "show_word")(session, word(1))[0]["value"]
         green = np.asarray(drawn.convert("RGB").resize((12, 12), Image.Resampling.BOX))[..., 1]
         relevance = explain(*shipped, upload["path"], QUESTION, pooled_grid_size=side)
         peaks.append((int(green.argmax()), int(relevance.by_word().text_to_patch[1].argmax())))
@@ -142,10 +142,10 @@ def test_the_map_is_that_of_the_budget_that_was_asked_at(shipped, upload):
 
 def test_another_question_keeps_the_shown_answer_until_it_is_asked(shipped, upload):
     page = page_module.build_page(*shipped)
-    tab = ask(page, upload)
-    *_, (_, tab) = event(page, "compare")(upload, "Read the digits.", tab)
-    assert {row["Answer"] for row in tab.costs.values()} >= {"7 1 2 4."}
-    assert "“purple”" in event(page, "show_word")(tab, word(1))[1]
+    session = ask(page, upload)
+    *_, (_, session) = event(page, "compare")(upload, "Read the digits.", session)
+    assert {row["Answer"] for row in session.costs.values()} >= {"7 1 2 4."}
+    assert "“purple”" in event(page, "show_word")(session, word(1))[1]
 
 
 def test_a_path_outside_of_the_uploads_is_not_read(shipped, uploads):
