@@ -668,7 +668,7 @@ def test_too_many_requests_are_429_until_there_is_room(start, steps):
 def arriving(port: int, num_bytes: int):
     """A request of one more byte than that, of which these have been sent."""
     head = f"Host: a\r\nContent-Type: application/json\r\nContent-Length: {num_bytes + 1}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port)) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}{' ' * num_bytes}".encode())
         time.sleep(0.2)
         yield connection
