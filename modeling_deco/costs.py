@@ -9,17 +9,17 @@ import torch
 
 
 @torch.inference_mode()
-def prefill_seconds(model, inputs, repeats: int = 5, patience: float = 1.0) -> float:
+def prefill_seconds(model, inputs, repeats: int = 5, max_seconds: float = 1.0) -> float:
     """Median time from pixels and token ids to the first token's logits: vision tower, projector, language model.
 
     Args:
         model: a `DecoForConditionalGeneration` that has been run before, so that it is warm.
         inputs: what its processor returns, on the model's device.
         repeats: measurements.
-        patience: seconds after which no further one begins; a slow prefill is measured once.
+        max_seconds: seconds after which no further one begins; a slow prefill is measured once.
     """
     seconds = []
-    while not seconds or (len(seconds) < repeats and sum(seconds) < patience):
+    while not seconds or (len(seconds) < repeats and sum(seconds) < max_seconds):
         start = time.perf_counter()
         model(**inputs, use_cache=True, logits_to_keep=1).logits.cpu()  # a copy waits for the device
         seconds.append(time.perf_counter() - start)

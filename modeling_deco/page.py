@@ -24,10 +24,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 from . import SHIPPED_CHECKPOINT
 from .configuration_deco import num_image_tokens, parse_grid
 from .costs import peak_gpu_memory, prefill_seconds, reset_peak_gpu_memory
-from .images import ImageError, ImageLimits, read_image
+from .images import UNTRUSTED_LIMITS, ImageError, read_image
 from .inference import encode, load, stream
 from .info import format_size, kv_cache_bytes
 from .relevance import Relevance, describe_peak, draw_heat_map, explain
+from .sockets import bind
 
 try:
     import gradio as gr
@@ -75,6 +76,8 @@ element.addEventListener('click', (event) => {
 });
 """
 
+_MAX_QUESTION_LENGTH = 2000  # characters
+
 _CAPTION = "Click a word of the answer to see what it rests on."
 
 # The slider's line of text, as the slider moves; `_budget` writes the same where the page begins.
@@ -99,7 +102,7 @@ class _Answer:
 
 
 @dataclass
-class _Tab:
+class _Session:
     """What a browser's tab has asked last, the rows of its table by grid side, and the answer that it shows."""
 
     path: str
@@ -135,45 +138,45 @@ def build_page(
     def check(upload):
         """Tell of a file that is no picture when it comes, and take it off the page."""
         try:
-            _read(upload["path"])
+            _read(_path(upload))
         except ImageError as error:
             gr.Warning(html.escape(str(error)))
             return None
         return gr.skip()
 
-    def ask(upload, question, side, tab):
+    def ask(upload, question, side, session):
         side = side if largest_side else None
         with _shown_errors():
             budget = _budget(grid(side))
-        tab, messages = _begin(upload, question, tab)
-        yield _answer_html("", budget), None, _CAPTION, gr.skip(), tab
+        session, messages = _begin(upload, question, session)
+        yield _answer_html("", budget), None, _CAPTION, gr.skip(), session
         text = ""
         for text in write(messages, side):
             yield _answer_html(text, budget), *[gr.skip()] * 4
         text = text.strip()
-        tab.answer = _Answer(tab.path, tab.question, side, text)
-        yield _answer_html(text or "(no answer)", budget, clickable=bool(text)), *[gr.skip()] * 3, tab
-        tab.costs[side] = measure(messages, side, text)
-        yield *[gr.skip()] * 3, _costs_html(tab.costs.values()), tab
+        session.answer = _Answer(session.path, session.question, side, text)
+        yield _answer_html(text or "(no answer)", budget, clickable=bool(text)), *[gr.skip()] * 3, session
+        session.costs[side] = measure(messages, side, text)
+        yield *[gr.skip()] * 3, _costs_html(session.costs.values()), session
 
-    def compare(upload, question, tab):
-        tab, messages = _begin(upload, question, tab)
+    def compare(upload, question, session):
+        session, messages = _begin(upload, question, session)
         for side in sorted({default_side, *(largest_side >> power for power in range(4))} - {0}):
             *_, text = "", *write(messages, side)
-            tab.costs[side] = measure(messages, side, text.strip())
-            yield _costs_html(tab.costs.values()), tab
+            session.costs[side] = measure(messages, side, text.strip())
+            yield _costs_html(session.costs.values()), session
 
-    def show_word(tab, event: gr.EventData):
-        if tab is None or tab.answer is None:
+    def show_word(session, event: gr.EventData):
+        if session is None or session.answer is None:
             raise gr.Error("This page was left for too long; ask again.", print_exception=False)
-        answer = tab.answer
+        answer = session.answer
         if answer.relevance is None:
             with _shown_errors():
                 answer.relevance = _explain(model, processor, answer)
         index = answer.relevance.word_ids.index(event.word)
         word, peak = answer.relevance.tokens[index], describe_peak(answer.relevance, index)
         caption = f"“{word}” rests on the bright patches ({peak})."
-        return gr.update(value=_draw(answer.relevance, index), alt_text=caption), html.escape(caption), tab
+        return gr.update(value=_draw(answer.relevance, index), alt_text=caption), html.escape(caption), session
 
     def grid(side):
         return processor.pooled_grid_size if side is None else side
@@ -199,13 +202,13 @@ def build_page(
         return row | {"Answer": text}
 
     with gr.Blocks(title=f"DeCo: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        tab = gr.State(None, time_to_live=3600)
+        session = gr.State(None, time_to_live=3600)
         gr.Markdown(f"# {name}\n{about}")
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=320, elem_id="picture")
                 placeholder = examples[0][1] if examples else "What is in the picture?"
-                question = gr.Textbox(label="Question", placeholder=placeholder, max_length=2000)
+                question = gr.Textbox(label="Question", placeholder=placeholder, max_length=_MAX_QUESTION_LENGTH)
                 if examples:
                     rows = [list(example) for example in examples]
                     gr.Examples(
@@ -263,15 +266,19 @@ def build_page(
         gr.on(
             [button.click, question.submit],
             ask,
-            [picture, question, side, tab],
-            [answer, word_map, caption, costs, tab],
+            [picture, question, side, session],
+            [answer, word_map, caption, costs, session],
             show_progress_on=answer,
             **one_at_a_time,
         )
         comparison.click(
-            compare, [picture, question, tab], [costs, tab], show_progress_on=[costs, comparison], **one_at_a_time
+            compare,
+            [picture, question, session],
+            [costs, session],
+            show_progress_on=[costs, comparison],
+            **one_at_a_time,
         )
-        answer.click(show_word, tab, [word_map, caption, tab], show_progress_on=word_map, **one_at_a_time)
+        answer.click(show_word, session, [word_map, caption, session], show_progress_on=word_map, **one_at_a_time)
     return page
 
 
@@ -290,15 +297,19 @@ def launch(
     Args:
         model: folder or Hub id.
         host: `"0.0.0.0"` to be reached from other machines.
-        port: default: the first that is free from 7860 on.
+        port: default: the first that is free from 7860 on; 0 is any that is free.
         share: also ask gradio.live for a public address, through which everything goes.
         open_browser: show the page here.
         max_new_tokens: longest answer, in tokens.
         load_arguments: of `modeling_deco.inference.load`.
 
     Raises:
-        OSError, ValueError, ImportError: see `load`; a port that is taken is an OSError.
+        ValueError: host and port cannot be listened on.
+        OSError, ValueError, ImportError: see `load`.
     """
+    host = host.strip("[]")
+    with bind(host, port or 0) as listener:  # gradio learns it only with a model, and then tries for long
+        port = None if port is None else listener.getsockname()[1]
     loaded, processor = load(model, **load_arguments)
     is_shipped = Path(model).exists() and Path(model).samefile(SHIPPED_CHECKPOINT)
     about = f"{loaded.num_parameters() / 1e6:.1f} M parameters. "
@@ -315,11 +326,11 @@ def launch(
             max_new_tokens=max_new_tokens,
         )
         page.queue(max_size=64, api_open=False).launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             share=share,
             inbrowser=open_browser,
-            max_file_size=ImageLimits().max_bytes,
+            max_file_size=UNTRUSTED_LIMITS.max_bytes,
             theme=_theme(),
             css=CSS,
             footer_links=["gradio", "settings"],
@@ -349,12 +360,20 @@ def _budget(pooled_grid_size) -> str:
     return f"{rows} x {cols} = {rows * cols} tokens for the picture"
 
 
+def _path(upload):
+    # a request that no browser made may hold anything
+    return upload.get("path") if isinstance(upload, dict) else None
+
+
 def _read(path: str) -> Image.Image:
-    # gradio checks where a path leads only if the request says that it is one
-    path = Path(path).resolve()
-    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
-        raise ImageError("The image cannot be read: it was not uploaded.")
-    return read_image(path.read_bytes())  # not the path, which an error would name
+    try:
+        # gradio checks where a path leads only if the request says that it is one
+        file = Path(path).resolve()
+        file.relative_to(Path(get_upload_folder()).resolve())
+        encoded = file.read_bytes()
+    except (TypeError, ValueError, OSError):  # no text, elsewhere, gone: errors that name folders of this machine
+        raise ImageError("The image cannot be read: it was not uploaded, or too long ago.") from None
+    return read_image(encoded, limits=UNTRUSTED_LIMITS)
 
 
 @contextmanager
@@ -368,18 +387,21 @@ def _shown_errors():
         raise gr.Error(html.escape(line[:300]), print_exception=not is_users) from error
 
 
-def _begin(upload: dict | None, question: str, tab: _Tab | None) -> tuple[_Tab, list[dict]]:
-    """The tab as it goes on, with an empty table for another picture or question, and the model's messages."""
-    question = question.strip()
+def _begin(upload: dict | None, question: str, session: _Session | None) -> tuple[_Session, list[dict]]:
+    """The session as it goes on, with an empty table for another picture or question, and the model's messages."""
+    question = question.strip() if isinstance(question, str) else ""
+    if len(question) > _MAX_QUESTION_LENGTH:
+        message = f"The question has {len(question):,} characters, more than the {_MAX_QUESTION_LENGTH:,} allowed."
+        raise gr.Error(message, print_exception=False)
     if upload is None or not question:
         missing = "Choose a picture" if upload is None else "Write a question"
         raise gr.Error(f"{missing} first.", title="Not yet", print_exception=False)
-    path = upload["path"]
+    path = _path(upload)
     with _shown_errors():
         content = [{"type": "image", "image": _read(path)}, {"type": "text", "text": question}]
-    if tab is None or (tab.path, tab.question) != (path, question):
-        tab = _Tab(path, question, tab and tab.answer)
-    return tab, [{"role": "user", "content": content}]
+    if session is None or (session.path, session.question) != (path, question):
+        session = _Session(path, question, session and session.answer)
+    return session, [{"role": "user", "content": content}]
 
 
 def _explain(model, processor, answer: _Answer) -> Relevance:

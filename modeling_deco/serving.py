@@ -13,7 +13,6 @@ import hmac
 import ipaddress
 import json
 import logging
-import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -29,11 +28,12 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_serve_available
 
-from .images import ImageError, ImageLimits, read_image
+from .images import UNTRUSTED_LIMITS, ImageError, ImageLimits, read_image
 from .inference import encode, load
+from .sockets import bind
 
 if not is_serve_available():
-    raise ImportError("deco serve needs the serve extra: pip install 'modeling-deco[serve]'")
+    raise ImportError("The server needs fastapi, openai, pydantic and uvicorn: pip install 'modeling-deco[serve]'")
 
 import anyio
 import uvicorn
@@ -56,16 +56,18 @@ logger = logging.getLogger("uvicorn.error")
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Attributes:
-    api_key: what clients must send as `Authorization: Bearer KEY`; `/health` is open.
-    allow_files: whether an image URL may name a file of this machine.
-    allow_private: whether an image URL may lead to an address that is not public.
-    max_queue: requests that may wait while one is answered; more are told to come back.
-    max_body_bytes: of a request.
-    body_timeout: seconds that a request may take to arrive.
-    max_images: in a request.
-    max_new_tokens: longest answer, and the one where a request does not say.
-    image_limits: of each image.
+    """What a server allows.
+
+    Attributes:
+        api_key: what clients must send as `Authorization: Bearer KEY`; `/health` is open.
+        allow_files: whether an image URL may name a file of this machine.
+        allow_private: whether an image URL may lead to an address that is not public.
+        max_queue: requests that may wait while one is answered; more are told to come back.
+        max_body_bytes: of a request.
+        body_timeout: seconds that a request may take to arrive.
+        max_images: in a request.
+        max_new_tokens: longest answer, and the one where a request does not say.
+        image_limits: of each image; its pixels are also the most that all images of a request may have together.
     """
 
     api_key: str | None = None
@@ -76,8 +78,7 @@ class ServerOptions:
     body_timeout: float = 60.0
     max_images: int = 8
     max_new_tokens: int = 1024
-    # a phone's photograph; what strangers send is decoded by several threads at once, in 3 bytes for each pixel
-    image_limits: ImageLimits = ImageLimits(max_pixels=50_000_000)
+    image_limits: ImageLimits = UNTRUSTED_LIMITS
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class _ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=4)
+    stop: list[Annotated[str, Field(min_length=1, max_length=1000)]] | None = Field(None, max_length=4)
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
@@ -165,9 +166,11 @@ class _ChatRequest(BaseModel):
 
     @property
     def grid(self):
-        if self.pooled_grid_size is None and self.mm_processor_kwargs is not None:
-            return self.mm_processor_kwargs.pooled_grid_size
-        return self.pooled_grid_size
+        places = (self, self.mm_processor_kwargs or self)
+        first, *others = [place.pooled_grid_size for place in places if place.pooled_grid_size is not None] or [None]
+        if others and others != [first]:
+            raise ValueError("pooled_grid_size and mm_processor_kwargs.pooled_grid_size are not the same.")
+        return first
 
 
 def _parse(body: bytes) -> _ChatRequest:
@@ -263,7 +266,8 @@ class _Chat(ChatCompletionHandler):
         # some language models have no limit; then it is ours, for a prompt must have one
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 131_072
         self.inference = InferenceThread()
-        self.workers = ThreadPoolExecutor(4, thread_name_prefix="prepare")
+        # Few, for Pillow holds 4 bytes for each pixel, and a transparent picture five times while it turns to RGB.
+        self.workers = ThreadPoolExecutor(2, thread_name_prefix="prepare")
 
     async def __call__(self, scope, receive, send):
         request = Request(scope, receive)
@@ -318,7 +322,7 @@ class _Chat(ChatCompletionHandler):
         return encode(self.processor, self._read(chat.messages), chat.grid).to(self.model.device)
 
     def _read(self, messages: list[_Message]) -> list[dict]:
-        conversation, position = [], 0
+        conversation, position, num_pixels = [], 0, 0
         for message in messages:
             content = []
             for part in message.content:
@@ -335,6 +339,12 @@ class _Chat(ChatCompletionHandler):
                     )
                 except ImageError as error:
                     raise ValueError(f"Image {position}: {error}") from error
+                num_pixels += image.width * image.height
+                if num_pixels > self.options.image_limits.max_pixels:
+                    raise ValueError(
+                        f"Images 1 to {position} have {num_pixels:,} pixels together, more than the "
+                        f"{self.options.image_limits.max_pixels:,} allowed in a request."
+                    )
                 content.append({"type": "image", "image": image})
             conversation.append({"role": message.role.replace("developer", "system"), "content": content})
         return conversation
@@ -434,17 +444,18 @@ async def _fail(request, error: Exception) -> JSONResponse:
     return JSONResponse(_error_body(500, "The server failed; its log says why."), 500)  # the log is uvicorn's
 
 
-# --- the door --------------------------------------------------------------------------------------------------------
+# --- limits ----------------------------------------------------------------------------------------------------------
 
 
-class _Door:
+class _LimitMiddleware:
     """ASGI middleware: so many requests, of so many bytes, in so much time come in, and one whose client hangs up is
     cancelled, wherever it is."""
 
     def __init__(self, app, options: ServerOptions):
         self.app = app
         self.options = options
-        self.num_inside = 0
+        self.num_in_flight = 0  # requests that have arrived, and are not answered
+        self.num_bytes_arriving = 0  # of those that have not
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -456,17 +467,23 @@ class _Door:
             if request.method != "POST":
                 await self.app(scope, receive, send)
                 return
-            if self.num_inside > self.options.max_queue:
-                raise HTTPException(429, "Too many requests are waiting; try again.", {"Retry-After": "1"})
-            self.num_inside += 1
+            body = [await self._read(request)]  # a list, so that nothing here keeps it
+            self._check_room()
+            self.num_in_flight += 1
             try:
-                await self._answer(await self._read(request), scope, receive, send)
+                await self._answer(body.pop(), scope, receive, send)
             finally:
-                self.num_inside -= 1
+                self.num_in_flight -= 1
         except HTTPException as error:
             await (await _refuse(request, error))(scope, receive, send)
         except (ClientDisconnect, asyncio.CancelledError):  # the client has left, or the server is going down
             return
+
+    def _check_room(self) -> None:
+        # A request that only trickles in must not keep the others out: until it is there, its bytes count alone.
+        max_requests = self.options.max_queue + 1
+        if self.num_in_flight >= max_requests or self.num_bytes_arriving > max_requests * self.options.max_body_bytes:
+            raise HTTPException(429, "Too many requests are waiting; try again.", {"Retry-After": "1"})
 
     def _check_key(self, request: Request) -> None:
         key = self.options.api_key
@@ -483,11 +500,16 @@ class _Door:
 
         async def read() -> bytes:
             body = bytearray()
-            async for piece in request.stream():
-                body += piece
-                if len(body) > self.options.max_body_bytes:
-                    raise too_large
-            return bytes(body)
+            try:
+                async for piece in request.stream():
+                    body += piece
+                    self.num_bytes_arriving += len(piece)
+                    if len(body) > self.options.max_body_bytes:
+                        raise too_large
+                    self._check_room()
+                return bytes(body)
+            finally:
+                self.num_bytes_arriving -= len(body)
 
         try:
             return await asyncio.wait_for(read(), self.options.body_timeout)
@@ -555,16 +577,21 @@ def build_app(
             raise HTTPException(404, f"The model {request.path_params['name']!r} is not served here; {name!r} is.")
         return JSONResponse(card)
 
-    return Starlette(
+    server = Starlette(
         routes=[
             Route("/v1/chat/completions", _Chat(model, processor, name, options), methods=["POST"]),
             Route("/v1/models", list_models),
             Route("/v1/models/{name:path}", show_model),
             Route("/health", health),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(_Door, options=options)],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
+            Middleware(_LimitMiddleware, options=options),
+        ],
         exception_handlers={HTTPException: _refuse, Exception: _fail},
     )
+    server.router.redirect_slashes = False
+    return server
 
 
 def serve(
@@ -592,7 +619,7 @@ def serve(
     if options.api_key == "":
         raise ValueError("The API key is empty.")
     name = served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
-    with _bind(host, port) as listener:  # before a model is loaded for nothing
+    with bind(host, port) as listener:
         address = listener.getsockname()
         is_local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
         hosts = [host, "localhost", "127.0.0.1", "::1", "[::1]"] if is_local else None
@@ -613,21 +640,6 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets=None):
         await super().startup(sockets)
         logger.info(self.announcement)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    if not 0 <= port < 65536:  # of which the look-up would take the last 16 bits
-        raise ValueError(f"Cannot listen on {host} port {port}: there is no such port.")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ValueError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from error
-    return listener
 
 
 def _log_config() -> dict:

@@ -27,7 +27,7 @@ def test_the_median_does_not_follow_a_slow_beginning():
 
 
 def test_a_slow_prefill_is_measured_once():
-    assert prefill_seconds(Sleeper(0.3), {}, repeats=5, patience=0.2) >= 0.3
+    assert prefill_seconds(Sleeper(0.3), {}, repeats=5, max_seconds=0.2) >= 0.3
 
 
 def test_the_prefill_builds_no_graph_and_one_row_of_logits(model, processor):

@@ -7,14 +7,15 @@ import os
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
 import torch
 from fake_hub import FakeHub
 from fresh_process import FreshProcesses
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -279,11 +280,33 @@ def test_the_card_of_the_folder_and_the_one_of_the_repository_are_kept_apart(hub
     assert readme(hub).encode() == CARD
 
 
+def test_the_card_that_stays_is_that_of_the_revision(hub, model):
+    hub.commit(REPO, {"README.md": CARD})
+    hub.commit(REPO, {"README.md": b"# Of v2\n"}, branch="v2")
+    model.push_to_hub(REPO, revision="v2", tags=["dogs"])
+    assert readme(hub).encode() == CARD
+    other = ModelCard((hub.snapshot(REPO, "v2") / "README.md").read_text())
+    assert (other.data.tags, other.text.strip()) == (["dogs"], "# Of v2")
+
+
+def test_a_new_revision_begins_with_the_card_of_main(hub, model, monkeypatch):
+    hub.commit(REPO, {"README.md": CARD})
+
+    def download(repo_id, file, revision, token):
+        if hub.head(repo_id, revision or "main") is None:
+            raise RevisionNotFoundError("no such revision", response=Mock(headers={}))
+        return hf_hub_download(repo_id, file, revision=revision, token=token)
+
+    monkeypatch.setattr("modeling_deco.hub.hf_hub_download", download)
+    model.push_to_hub(REPO, revision="v2")
+    assert (hub.snapshot(REPO, "v2") / "README.md").read_bytes() == CARD
+
+
 def test_a_card_that_cannot_be_read_is_not_replaced(hub, model, monkeypatch):
     def fail(*args, **kwargs):
         raise LocalEntryNotFoundError("the line is cut")
 
-    monkeypatch.setattr(ModelCard, "load", fail)
+    monkeypatch.setattr("modeling_deco.hub.hf_hub_download", fail)
     monkeypatch.setattr("modeling_deco.hub.is_offline_mode", lambda: False)
     with pytest.raises(LocalEntryNotFoundError, match="the line is cut"):
         model.push_to_hub(REPO)

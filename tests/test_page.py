@@ -5,6 +5,7 @@
 import html
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -59,9 +60,9 @@ def component(page, name):
     return found
 
 
-def ask(page, upload, question=QUESTION, side=6, tab=None):
-    *_, (*_, tab) = event(page, "ask")(upload, question, side, tab)
-    return tab
+def ask(page, upload, question=QUESTION, side=6, session=None):
+    *_, (*_, session) = event(page, "ask")(upload, question, side, session)
+    return session
 
 
 def word(index):
@@ -91,8 +92,8 @@ def test_a_model_with_one_grid_has_no_slider_and_no_comparison(uploads):
 def test_a_model_with_one_grid_answers_at_it(uploads, upload):
     model = tiny.build_model(projector_type="qformer", projector_config={"hidden_size": 32, "num_attention_heads": 4})
     page = page_module.build_page(model, tiny.build_processor(chat_template=tiny.CHAT_TEMPLATE), max_new_tokens=3)
-    tab = ask(page, upload, "what", side=5)
-    assert {side: row["Tokens"] for side, row in tab.costs.items()} == {None: 9}
+    session = ask(page, upload, "what", side=5)
+    assert {side: row["Tokens"] for side, row in session.costs.items()} == {None: 9}
 
 
 @pytest.mark.parametrize(
@@ -117,12 +118,12 @@ def test_relevance_is_computed_once_for_all_words_of_an_answer(shipped, upload, 
     )
     page = page_module.build_page(*shipped)
     show_word = event(page, "show_word")
-    tab = ask(page, upload, side=3)
-    captions = [show_word(tab, word(index))[1] for index in (0, 1, 0)]
+    session = ask(page, upload, side=3)
+    captions = [show_word(session, word(index))[1] for index in (0, 1, 0)]
     assert calls == [{"answer": "2 purple.", "pooled_grid_size": 3}]
     assert [re.findall("“(.*)”", caption) for caption in captions] == [["2"], ["purple"], ["2"]]
-    tab = ask(page, upload, side=6, tab=tab)
-    show_word(tab, word(1))
+    session = ask(page, upload, side=6, session=session)
+    show_word(session, word(1))
     assert calls[1:] == [{"answer": "2 purple.", "pooled_grid_size": 6}]
 
 
@@ -130,8 +131,8 @@ def test_the_map_is_that_of_the_budget_that_was_asked_at(shipped, upload):
     page = page_module.build_page(*shipped)
     peaks = []
     for side in (1, 12):
-        tab = ask(page, upload, side=side)
-        drawn = event(page, "show_word")(tab, word(1))[0]["value"]
+        session = ask(page, upload, side=side)
+        drawn = event(page, "show_word")(session, word(1))[0]["value"]
         green = np.asarray(drawn.convert("RGB").resize((12, 12), Image.Resampling.BOX))[..., 1]
         relevance = explain(*shipped, upload["path"], QUESTION, pooled_grid_size=side)
         peaks.append((int(green.argmax()), int(relevance.by_word().text_to_patch[1].argmax())))
@@ -141,10 +142,10 @@ def test_the_map_is_that_of_the_budget_that_was_asked_at(shipped, upload):
 
 def test_another_question_keeps_the_shown_answer_until_it_is_asked(shipped, upload):
     page = page_module.build_page(*shipped)
-    tab = ask(page, upload)
-    *_, (_, tab) = event(page, "compare")(upload, "Read the digits.", tab)
-    assert {row["Answer"] for row in tab.costs.values()} >= {"7 1 2 4."}
-    assert "“purple”" in event(page, "show_word")(tab, word(1))[1]
+    session = ask(page, upload)
+    *_, (_, session) = event(page, "compare")(upload, "Read the digits.", session)
+    assert {row["Answer"] for row in session.costs.values()} >= {"7 1 2 4."}
+    assert "“purple”" in event(page, "show_word")(session, word(1))[1]
 
 
 def test_a_path_outside_of_the_uploads_is_not_read(shipped, uploads):
@@ -160,6 +161,54 @@ def test_a_link_out_of_the_uploads_is_not_followed(shipped, uploads):
     page = page_module.build_page(*shipped)
     with pytest.raises(gr.Error, match="it was not uploaded"):
         next(event(page, "ask")({"path": str(uploads / "x.png")}, QUESTION, 6, None))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["gone.png", "", "x" * 5000, "x\0", 1, None, ["a"]],
+    ids=["gone", "folder", "long", "null", "number", "none", "list"],
+)
+def test_an_upload_that_is_not_there_is_told_without_folders_of_the_server(shipped, uploads, path):
+    upload = {"path": str(uploads / path) if isinstance(path, str) else path}
+    page = page_module.build_page(*shipped)
+    with pytest.raises(gr.Error) as caught:
+        next(event(page, "compare")(upload, QUESTION, None))
+    assert caught.value.message == "The image cannot be read: it was not uploaded, or too long ago."
+
+
+@pytest.mark.parametrize("upload", ["digits.png", 1, [], {}])
+def test_an_upload_of_another_form_is_told(shipped, uploads, upload, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(gr, "Warning", warnings.append)
+    page = page_module.build_page(*shipped)
+    with pytest.raises(gr.Error, match="it was not uploaded"):
+        next(event(page, "ask")(upload, QUESTION, 6, None))
+    assert event(page, "check")(upload) is None
+    assert warnings == ["The image cannot be read: it was not uploaded, or too long ago."]
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("", r"^Write a question first\.$"),
+        (1, r"^Write a question first\.$"),
+        (None, r"^Write a question first\.$"),
+        ("a" * 2001, r"^The question has 2,001 characters, more than the 2,000 allowed\.$"),
+    ],
+)
+def test_a_question_that_the_box_does_not_have_is_told(shipped, upload, question, message):
+    page = page_module.build_page(*shipped)
+    for call in (event(page, "ask")(upload, question, 6, None), event(page, "compare")(upload, question, None)):
+        with pytest.raises(gr.Error) as caught:
+            next(call)
+        assert re.search(message, caught.value.message)
+
+
+def test_pictures_have_the_limit_of_what_strangers_send(shipped, uploads):
+    Image.new("1", (8000, 8000)).save(uploads / "large.png")
+    page = page_module.build_page(*shipped)
+    with pytest.raises(gr.Error, match="8000 x 8000 pixels are more than the 50,000,000 allowed"):
+        next(event(page, "ask")({"path": str(uploads / "large.png")}, QUESTION, 6, None))
 
 
 @pytest.mark.parametrize(("side", "message"), [(13, "13 x 13"), (0, "positive int"), (2.5, "positive int")])
@@ -206,6 +255,37 @@ def test_events_that_use_the_model_run_one_at_a_time(shipped, uploads):
     page = page_module.build_page(*shipped)
     limits = {entry.name: (entry.concurrency_id, entry.concurrency_limit) for entry in page.fns.values()}
     assert {limits[name] for name in ("ask", "compare", "show_word")} == {("model", 1)}
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        ("127.0.0.1", 99999, "Cannot listen on 127.0.0.1 port 99999: there is no such port."),
+        ("192.0.2.7", None, "Cannot listen on 192.0.2.7 port 0: Cannot assign requested address."),
+    ],
+)
+def test_an_address_that_is_not_ours_is_refused_before_the_model_is_loaded(socket_enabled, host, port, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        page_module.launch("no/such/model", host=host, port=port)
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(socket_enabled):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"Cannot listen on 127\.0\.0\.1 port {port}: Address already in use"):
+            page_module.launch("no/such/model", port=port)
+
+
+@pytest.mark.parametrize("port", [None, 0])
+def test_the_address_is_free_again_when_gradio_takes_it(socket_enabled, shipped, uploads, monkeypatch, port):
+    launched = {}
+    monkeypatch.setattr(page_module, "load", lambda model: shipped)
+    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **arguments: launched.update(arguments))
+    page_module.launch(port=port)
+    assert launched["server_name"] == "127.0.0.1"
+    assert (launched["server_port"] is None) == (port is None)
+    with socket.create_server(("127.0.0.1", launched["server_port"] or 0)) as listener:
+        assert launched["server_port"] in (None, listener.getsockname()[1])
 
 
 def test_importing_the_package_and_the_command_line_does_not_import_gradio():

@@ -187,7 +187,13 @@ def test_text_alone_is_answered_as_by_the_model_itself(port, shipped):
 
 
 @pytest.mark.parametrize(
-    "extra_body", [{"pooled_grid_size": [3, 4]}, {"mm_processor_kwargs": {"pooled_grid_size": [3, 4]}}]
+    "extra_body",
+    [
+        {"pooled_grid_size": [3, 4]},
+        {"mm_processor_kwargs": {"pooled_grid_size": [3, 4]}},
+        {"pooled_grid_size": [3, 4], "mm_processor_kwargs": {"pooled_grid_size": [3, 4]}},
+        {"pooled_grid_size": [3, 4], "mm_processor_kwargs": {}},
+    ],
 )
 def test_a_request_chooses_its_grid(port, extra_body):
     messages = about(PICTURE, question=COLOUR_QUESTION)
@@ -387,6 +393,10 @@ BROKEN = "data:image/png;base64," + base64.b64encode(base64.b64decode(PICTURE.pa
         ({"pooled_grid_size": [10**6, 10**6]}, r"1000000000000 tokens of images .* context of 1024 tokens"),
         ({"pooled_grid_size": [[3] * 9999]}, r"must be a positive int .*\.\.\.$"),
         ({"model": "m" * 9999}, r"^The model 'mmm.*\.\.\.$"),
+        (
+            {"pooled_grid_size": 3, "mm_processor_kwargs": {"pooled_grid_size": 4}},
+            r"^pooled_grid_size and mm_processor_kwargs\.pooled_grid_size are not the same\.$",
+        ),
         ({"pooled_grid_size": [[3, 3]] * 2}, r"has 2 grids for 1 images"),
         ({"mm_processor_kwargs": {"size": 9}}, r"^mm_processor_kwargs\.size: Extra inputs are not permitted"),
         ({"max_tokens": 1025}, r"^max_tokens 1025 is more than the 1024 allowed"),
@@ -396,6 +406,7 @@ BROKEN = "data:image/png;base64," + base64.b64encode(base64.b64decode(PICTURE.pa
         ({"top_p": 0}, r"^top_p: Input should be greater than 0"),
         ({"seed": 2**64}, r"^seed: Input should be less than"),
         ({"stop": ""}, r"^stop\.0: String should have at least 1 character"),
+        ({"stop": ["a", "b" * 1001]}, r"^stop\.1: String should have at most 1000 characters"),
         ({"n": 2}, r"^n: Input should be 1"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, r"^tools: List should have at most 0 items"),
         ({"response_format": {"type": "json_object"}}, r"^response_format\.type: Input should be 'text'"),
@@ -441,7 +452,14 @@ def test_another_model_is_not_found(port):
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("POST", "/v1/completions", 404), ("POST", "/load_model", 404), ("GET", "/docs", 404), ("PUT", "/health", 405)],
+    [
+        ("POST", "/v1/completions", 404),
+        ("POST", "/load_model", 404),
+        ("GET", "/docs", 404),
+        ("POST", "/v1/chat/completions/", 404),
+        ("GET", "/health/", 404),
+        ("PUT", "/health", 405),
+    ],
 )
 def test_nothing_else_is_served(port, method, path, status):
     found, _, content = post(port, b"{}", method, path)
@@ -453,6 +471,15 @@ def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(port):
     bomb = data_url(Image.new("1", (8000, 8000)))
     with pytest.raises(openai.BadRequestError, match="8000 x 8000 pixels are more than the 50,000,000 allowed"):
         ask(port, about(bomb))
+
+
+def test_the_pixels_of_a_request_are_counted_over_its_images(start):
+    port = start(image_limits=ImageLimits(max_pixels=3 * 96 * 96))
+    assert ask(port, about(*[PICTURE] * 3))
+    with pytest.raises(
+        openai.BadRequestError, match="Images 1 to 4 have 36,864 pixels together, more than the 27,648 "
+    ):
+        ask(port, about(*[PICTURE] * 5))
 
 
 def test_image_limits_are_the_operators(start):
@@ -637,6 +664,39 @@ def test_too_many_requests_are_429_until_there_is_room(start, steps):
     assert ask(port, about(PICTURE), max_tokens=1)
 
 
+@contextmanager
+def arriving(port: int, num_bytes: int):
+    """A request of one more byte than that, of which these have been sent."""
+    head = f"Host: a\r\nContent-Type: application/json\r\nContent-Length: {num_bytes + 1}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}{' ' * num_bytes}".encode())
+        time.sleep(0.2)
+        yield connection
+
+
+def test_requests_that_trickle_in_leave_the_queue_to_others(start):
+    port = start(max_queue=0)
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(arriving(port, 1))
+        assert ask(port, "Is there a 7?", max_tokens=1)
+
+
+def test_requests_that_trickle_in_are_bounded_by_their_bytes(start):
+    port = start(max_queue=1, max_body_bytes=1000)
+    with arriving(port, 900), arriving(port, 900), arriving(port, 201) as third:
+        assert third.makefile().readline() == "HTTP/1.1 429 Too Many Requests\n"
+    wait_until(lambda: post(port, b" " * 201)[0] == 400)
+
+
+def test_a_request_that_arrives_when_the_queue_has_filled_is_429(start, steps):
+    port = start(max_queue=0)
+    with arriving(port, 1) as late, sent(port, about(PICTURE)):
+        wait_until(lambda: steps)
+        late.sendall(b" ")
+        assert late.makefile().readline() == "HTTP/1.1 429 Too Many Requests\n"
+
+
 def test_pictures_are_decoded_beside_the_event_loop(port, monkeypatch):
     def decode(*args, **kwargs):
         time.sleep(1)
@@ -695,6 +755,13 @@ def test_serve_ends_on_sigterm():
         process.terminate()
     assert process.returncode == -signal.SIGTERM
     assert "Traceback" not in "".join(log)
+
+
+def test_the_commands_options_are_the_servers(monkeypatch):
+    given = []
+    monkeypatch.setattr("modeling_deco.serving.serve", lambda model, *, options, **rest: given.append(options))
+    assert CliRunner().invoke(app, ["serve"]).exit_code == 0
+    assert given == [ServerOptions()]
 
 
 def test_the_command_refuses_in_one_line():

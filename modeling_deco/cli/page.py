@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`deco page`: a page in the browser."""
 
+import sys
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -34,13 +36,14 @@ def page(
         from ..page import launch
 
         quiet_transformers()
-        launch(
-            model,
-            host=host,
-            port=port,
-            share=share,
-            open_browser=open_browser,
-            max_new_tokens=max_new_tokens,
-            revision=revision,
-            in_4bit=in_4bit,
-        )
+        with redirect_stdout(sys.stderr):  # gradio prints its address
+            launch(
+                model,
+                host=host,
+                port=port,
+                share=share,
+                open_browser=open_browser,
+                max_new_tokens=max_new_tokens,
+                revision=revision,
+                in_4bit=in_4bit,
+            )

@@ -32,7 +32,9 @@ def serve(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 1024,
     max_images: Annotated[int, typer.Option(metavar="N", min=0, help="Images in a request.")] = 8,
-    max_image_pixels: Annotated[int, typer.Option(metavar="N", min=1, help="Pixels of an image.")] = 50_000_000,
+    max_image_pixels: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Pixels of all images of a request together.")
+    ] = 50_000_000,
     max_queue: Annotated[
         int, typer.Option(metavar="N", min=0, help="Requests that wait while one is answered; more get status 429.")
     ] = 32,

@@ -9,8 +9,13 @@ properties.
 import shutil
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, is_offline_mode
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download, is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 # With these entries and files a saved folder works under `trust_remote_code=True` without this package.
@@ -110,10 +115,15 @@ def base_models(config, repo_id: str | None = None) -> list[str]:
     return []
 
 
-def load_card(repo_id: str, token: str | bool | None = None) -> ModelCard | None:
-    """The model card of a repository on the Hub, None where it has none."""
+def load_card(repo_id: str, token: str | bool | None = None, revision: str | None = None) -> ModelCard | None:
+    """The model card of a repository on the Hub, None where it has none; of a revision that is yet to be made, main's,
+    from which it will be made."""
     try:
-        return ModelCard.load(repo_id, token=token)
+        return ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision, token=token))
+    except RevisionNotFoundError:
+        if revision is None:
+            raise
+        return load_card(repo_id, token)
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError) and not is_offline_mode():
             raise  # the network failed: there may be a card, and it must not be replaced
@@ -151,7 +161,7 @@ def upload(
     repo_id = HfApi().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     readme, unchanged, metadata = Path(folder, "README.md"), dict(unchanged or {}), dict(metadata or {})
     tags = [tags] if isinstance(tags, str) else list(tags or [])
-    on_hub = load_card(repo_id, token)
+    on_hub = load_card(repo_id, token, commit.get("revision"))
     if on_hub is None:
         unchanged.pop(readme.name, None)  # the folder's own goes along
         if card is not None and not readme.exists():
