@@ -323,6 +323,8 @@ def test_the_whole_page_on_a_desktop(open_page, screenshots):
 def tell_all(page):
     """Everything that the page has to show."""
     page.locator("#examples button").first.click()
+    expect(page.locator("#picture img")).to_be_visible()
+    expect(page.get_by_label("Question")).to_have_value("What colour is the 2?")
     page.get_by_role("button", name="Ask", exact=True).click()
     words(page).nth(1).click()
     expect(page.locator("#caption")).to_contain_text("“purple” rests on")
