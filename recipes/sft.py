@@ -20,6 +20,7 @@ with LoRA that is the adapter, and `--merge_adapter` writes the whole model to `
 
 import json
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -201,6 +202,10 @@ def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelCon
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.end_training()
+    if training_args.world_size > 1:
+        # Gloo's thread needs the GIL to free its last work, and the group's destructor waits for that thread with the
+        # GIL held (torch 2.13): a run that ends at once may never end.
+        time.sleep(0.5)
     if args.merge_adapter and trainer.is_world_process_zero():  # alone: the other processes are done
         merge_adapter(training_args.output_dir, model_args.model_revision)
     return trainer
