@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import one_line
 from .errors import ConversionError
 
 
@@ -33,11 +34,6 @@ def without_duplicates(pairs: list[tuple]) -> dict:
     if len(set(names)) < len(names):
         raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
     return dict(pairs)
-
-
-def one_line(error: Exception) -> str:
-    """An error's text in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager

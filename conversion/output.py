@@ -15,9 +15,9 @@ from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
 from .. import __version__
+from ..errors import one_line
 from ..hub import load_card
 from .errors import ConversionError
-from .files import one_line
 from .sources import Source
 from .staging import staged
 from .writing import write_weights

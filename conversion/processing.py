@@ -16,8 +16,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..errors import one_line
 from .errors import ConversionError
-from .files import one_line, read_json
+from .files import read_json
 
 # LLaVA-1.5's `vicuna_v1` (haotian-liu/LLaVA, llava/conversation.py, conv_vicuna_v1), in which it was trained. Without
 # "<s>", which the tokenizer adds: processors tokenize what they render with special tokens. The space before an answer

@@ -8,8 +8,9 @@ from pathlib import Path
 from huggingface_hub import metadata_load, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from ..errors import one_line
 from .errors import ConversionError
-from .files import one_line, read_json
+from .files import read_json
 from .weights import StoredTensor, read_weight_map, read_weights, weight_entry
 
 # All but the weights of a whole model, which may be there twice, as safetensors and as pickles.

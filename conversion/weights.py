@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..errors import one_line
 from .errors import ConversionError
-from .files import one_line, read_json, without_duplicates
+from .files import read_json, without_duplicates
 
 CHUNK_BYTES = 256 << 10  # stays in the processor's cache between reading, hashing and writing
 

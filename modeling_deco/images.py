@@ -26,6 +26,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from .errors import one_line
+
 
 class ImageError(ValueError):
     """A picture cannot be read; the message is one line that names it and says why."""
@@ -164,7 +166,7 @@ def _decode(file: Path | BinaryIO, limits: ImageLimits) -> Image.Image:
     except Exception as error:  # decoders raise many kinds on broken files
         if isinstance(error, OSError) and error.strerror:  # the file system's
             raise
-        raise ImageError(f"it is broken ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise ImageError(f"it is broken ({one_line(error)})") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -215,7 +217,7 @@ def _download(url: str, limits: ImageLimits, allow_private: bool) -> bytes:
                 raise reason from error
             if isinstance(error, urllib.error.HTTPError):
                 reason = f"the server answered {error.code} {error.reason}"
-            reason = getattr(reason, "strerror", None) or " ".join(str(reason).split()) or type(error).__name__
+            reason = getattr(reason, "strerror", None) or one_line(reason)
             raise ImageError(reason) from error
     if time.monotonic() >= deadline:  # a connection that was shut down looks like the end of the file
         raise ImageError(f"it took longer than {limits.timeout:g} seconds")

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from .configuration_deco import DecoConfig
+from .errors import one_line
 
 
 def nf4_config() -> BitsAndBytesConfig:
@@ -91,8 +92,7 @@ def _named_errors(model: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{model} cannot be loaded: {line if len(line) <= 300 else line[:297] + '...'}") from error
+        raise ValueError(f"{model} cannot be loaded: {one_line(error)}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -101,8 +101,9 @@ def is_out_of_memory(error: Exception) -> bool:
     return is_named_so or "can't allocate memory" in str(error)  # a plain RuntimeError, on CPUs
 
 
-def encode(processor: ProcessorMixin, messages: list[dict], pooled_grid_size=None) -> BatchFeature:
-    """A conversation as the model's inputs, up to where it answers. Arguments and errors are those of `stream`."""
+def encode(processor: ProcessorMixin, messages: list, pooled_grid_size=None) -> BatchFeature:
+    """One conversation, or a list of them as a batch, as the model's inputs up to where it answers. Arguments and
+    errors are those of `stream`."""
     try:
         return processor.apply_chat_template(
             messages,
@@ -110,7 +111,7 @@ def encode(processor: ProcessorMixin, messages: list[dict], pooled_grid_size=Non
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={} if pooled_grid_size is None else {"pooled_grid_size": pooled_grid_size},
+            processor_kwargs={"padding": True, "pooled_grid_size": pooled_grid_size},
         )
     except TemplateError as error:
         raise ValueError(f"The chat template does not take these messages: {error}") from error

@@ -25,7 +25,7 @@ from transformers.utils import logging
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
 from modeling_deco.cli.common import parse_grid_option
 from modeling_deco.configuration_deco import parse_grid
-from modeling_deco.inference import nf4_config
+from modeling_deco.inference import encode, nf4_config
 
 logger = logging.get_logger(__name__)
 
@@ -130,14 +130,7 @@ class Deco(lmms):
         for batch in batches.get_batched(n=self.batch_size):
             try:
                 conversations = [self._conversation(*args) for args in batch]
-                inputs = self.processor.apply_chat_template(
-                    conversations,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                    processor_kwargs={"padding": True, "pooled_grid_size": self.pooled_grid_size},
-                ).to(self.device)
+                inputs = encode(self.processor, conversations, self.pooled_grid_size).to(self.device)
                 start = time.perf_counter()
                 results += self._generate(inputs, **batch[0][2])
                 seconds += time.perf_counter() - start

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from . import SHIPPED_CHECKPOINT
 from .configuration_deco import num_image_tokens, parse_grid
 from .costs import peak_gpu_memory, prefill_seconds, reset_peak_gpu_memory
+from .errors import one_line
 from .images import UNTRUSTED_LIMITS, ImageError, read_image
 from .inference import encode, load, stream
 from .info import format_size, kv_cache_bytes
@@ -383,8 +384,7 @@ def _shown_errors():
         yield
     except Exception as error:
         is_users = isinstance(error, (OSError, ValueError))
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise gr.Error(html.escape(line[:300]), print_exception=not is_users) from error
+        raise gr.Error(html.escape(one_line(error)), print_exception=not is_users) from error
 
 
 def _begin(upload: dict | None, question: str, session: _Session | None) -> tuple[_Session, list[dict]]:

@@ -28,6 +28,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.import_utils import is_serve_available
 
+from .errors import one_line
 from .images import UNTRUSTED_LIMITS, ImageError, ImageLimits, read_image
 from .inference import encode, load
 from .sockets import bind
@@ -294,7 +295,7 @@ class _Chat(ChatCompletionHandler):
         try:
             inputs = self._encode(chat)
         except (ValueError, TemplateError) as error:
-            raise HTTPException(400, _one_line(error)) from error
+            raise HTTPException(400, one_line(error)) from error
         return _Task(
             inputs=inputs,
             config=self._generation_config(chat, inputs["input_ids"].shape[-1]),
@@ -374,7 +375,7 @@ class _Chat(ChatCompletionHandler):
     async def _respond(self, answer: _Answer, task: _Task):
         first = await answer.queue.get()  # what fails before the first word has a status
         if isinstance(first, ValueError):  # the model's: of a grid larger than the patch grid
-            raise HTTPException(400, _one_line(first))
+            raise HTTPException(400, one_line(first))
         if isinstance(first, Exception):
             raise first
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -422,10 +423,6 @@ def _usage(answer: _Answer, task: _Task) -> CompletionUsage:
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _error_body(status: int, message: str) -> dict:

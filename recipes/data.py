@@ -43,8 +43,8 @@ from tqdm import tqdm
 
 from modeling_deco import __version__
 from modeling_deco.conversion.errors import ConversionError
-from modeling_deco.conversion.files import one_line
 from modeling_deco.conversion.staging import check_destination, staged
+from modeling_deco.errors import one_line
 
 logger = logging.getLogger(__name__)
 

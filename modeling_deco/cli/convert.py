@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Revision, parse_grid_option, quiet_transformers
+from .common import Revision, parse_grid_option, quiet_transformers, report
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def _conversion(command: str) -> Iterator[None]:
     try:
         yield
     except (conversion.ConversionError, OSError) as error:
-        typer.echo(f"deco {command}: {' '.join(str(error).split())}", err=True)
+        report(command, error)
         raise typer.Exit(2) from None
     finally:
         logger.removeHandler(handler)

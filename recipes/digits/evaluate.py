@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
-from modeling_deco.inference import nf4_config
+from modeling_deco.inference import encode, nf4_config
 from modeling_deco.recipes.digits.world import KINDS, SPLITS, questions, render, score
 
 BATCH_SIZE = 256  # questions
@@ -31,14 +31,7 @@ def answer(model, processor, images, texts, pooled_grid_size=None, earlier=None)
     """Greedy answers to one question per image, after `earlier` pairs of question and answer where there are some."""
     earlier = earlier or [[]] * len(images)
     messages = [_conversation(*asked) for asked in zip(images, earlier, texts, strict=True)]
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "pooled_grid_size": pooled_grid_size},
-    ).to(model.device)
+    inputs = encode(processor, messages, pooled_grid_size).to(model.device)
     generated = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     return processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
