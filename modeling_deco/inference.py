@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
+from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
@@ -25,6 +26,9 @@ from transformers import (
 
 from .configuration_deco import DecoConfig
 from .errors import one_line
+
+if TYPE_CHECKING:
+    from .prompt_cache import PromptCache
 
 
 def nf4_config() -> BitsAndBytesConfig:
@@ -136,6 +140,7 @@ def stream(
     *,
     pooled_grid_size=None,
     max_new_tokens: int = 128,
+    prompt_cache: "PromptCache | None" = None,
 ) -> Iterator[str]:
     """Answer a conversation, piece by piece.
 
@@ -144,6 +149,7 @@ def stream(
             `{"type": "text", "text": ...}`, the user's last.
         pooled_grid_size: token budget of each image, as in `DecoProcessor.__call__`.
         max_new_tokens: longest answer, in tokens.
+        prompt_cache: the model's, by which the next question of a conversation is not encoded from its beginning.
 
     Yields:
         Pieces of the answer's text as they are generated. Closing the iterator stops generation.
@@ -158,7 +164,7 @@ def stream(
 
     def generate():
         try:
-            model.generate(
+            (prompt_cache or model).generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,

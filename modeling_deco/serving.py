@@ -31,6 +31,7 @@ from transformers.utils.import_utils import is_serve_available
 from .errors import one_line
 from .images import UNTRUSTED_LIMITS, ImageError, ImageLimits, read_image
 from .inference import encode, load
+from .prompt_cache import PromptCache
 from .sockets import bind
 
 if not is_serve_available():
@@ -68,6 +69,8 @@ class ServerOptions:
         body_timeout: seconds that a request may take to arrive.
         max_images: in a request.
         max_new_tokens: longest answer, and the one where a request does not say.
+        prompt_cache_bytes: of keys and values kept of earlier prompts and answers, for the requests that begin with
+            them; see `PromptCache`.
         image_limits: of each image; its pixels are also the most that all images of a request may have together.
     """
 
@@ -79,6 +82,7 @@ class ServerOptions:
     body_timeout: float = 60.0
     max_images: int = 8
     max_new_tokens: int = 1024
+    prompt_cache_bytes: int = 2**30
     image_limits: ImageLimits = UNTRUSTED_LIMITS
 
 
@@ -213,14 +217,14 @@ class _Answer(DirectStreamer):
         self.held = ""  # the end of the text so far, where it may be the beginning of a stop text
         self.finish_reason = "length"
 
-    def generate(self, model: PreTrainedModel, inputs: dict, config: GenerationConfig, seed: int | None) -> None:
+    def generate(self, prompts: PromptCache, inputs: dict, config: GenerationConfig, seed: int | None) -> None:
         """Runs in the inference thread."""
         try:
             if self._cancelled.is_set():
                 return
             # A request with a seed must not decide what the ones after it draw.
             torch.manual_seed(torch.seed() if seed is None else seed)
-            (sequence,) = model.generate(**inputs, generation_config=config, streamer=self)
+            (sequence,) = prompts.generate(**inputs, generation_config=config, streamer=self)
             eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             if len(sequence) - inputs["input_ids"].shape[-1] < config.max_new_tokens or sequence[-1].item() in eos:
                 self.finish_reason = "stop"
@@ -267,6 +271,7 @@ class _Chat(ChatCompletionHandler):
         # some language models have no limit; then it is ours, for a prompt must have one
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 131_072
         self.inference = InferenceThread()
+        self.prompts = PromptCache(model, options.prompt_cache_bytes)
         # Few, for Pillow holds 4 bytes for each pixel, and a transparent picture five times while it turns to RGB.
         self.workers = ThreadPoolExecutor(2, thread_name_prefix="prepare")
 
@@ -281,7 +286,7 @@ class _Chat(ChatCompletionHandler):
         task = await loop.run_in_executor(self.workers, self._prepare, (await receive())["body"])
         answer = _Answer(self.processor.tokenizer, task.stop)
         try:
-            self.inference.submit(answer.generate, self.model, task.inputs, task.config, task.seed)
+            self.inference.submit(answer.generate, self.prompts, task.inputs, task.config, task.seed)
             response = await self._respond(answer, task)
             await response(scope, receive, send)
         finally:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`deco chat`: a conversation about pictures in the terminal."""
 
+import math
 import sys
 from contextlib import suppress
 from typing import Annotated
@@ -113,7 +114,10 @@ class Conversation:
     """Messages so far, pictures for the next question, and the token budget."""
 
     def __init__(self, model, processor, pooled_grid_size: list[int] | None, max_new_tokens: int):
+        from ..prompt_cache import PromptCache
+
         self.model, self.processor = model, processor
+        self.prompt_cache = PromptCache(model, math.inf)  # of one conversation: `clear` when it ends
         self.pooled_grid_size, self.max_new_tokens = pooled_grid_size, max_new_tokens
         self.messages, self.pictures = [], []
 
@@ -131,10 +135,12 @@ class Conversation:
             typer.echo(f"{picture.width} x {picture.height} pixels; ask about it.", err=True)
         elif command == "/pooled-grid-size":
             self.pooled_grid_size = self._check_grid(parse_grid_option(argument))
+            self.prompt_cache.clear()  # its pictures have another grid
             rows, cols = self.pooled_grid_size
             typer.echo(f"{rows} x {cols} = {rows * cols} tokens per picture.", err=True)
         elif command == "/clear":
             self.messages, self.pictures = [], []
+            self.prompt_cache.clear()
         elif command == "/help":
             typer.echo(COMMANDS, err=True)
         elif command == "/exit":
@@ -152,7 +158,7 @@ class Conversation:
         content = [{"type": "image", "image": picture} for picture in self.pictures]
         messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         budget = {"pooled_grid_size": self.pooled_grid_size, "max_new_tokens": self.max_new_tokens}
-        pieces = stream(self.model, self.processor, messages, **budget)
+        pieces = stream(self.model, self.processor, messages, **budget, prompt_cache=self.prompt_cache)
         answer = ""
         try:
             for piece in pieces:

@@ -39,6 +39,9 @@ def serve(
         int, typer.Option(metavar="N", min=0, help="Requests that wait while one is answered; more get status 429.")
     ] = 32,
     max_body_mib: Annotated[int, typer.Option(metavar="N", min=1, help="Size of a request.")] = 32,
+    prompt_cache_mib: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Key-value caches kept for the next turns of conversations.")
+    ] = 1024,
     revision: Revision = None,
     in_4bit: In4Bit = False,
 ):
@@ -66,6 +69,7 @@ def serve(
             max_images=max_images,
             max_queue=max_queue,
             max_body_bytes=max_body_mib * 2**20,
+            prompt_cache_bytes=prompt_cache_mib * 2**20,
             image_limits=ImageLimits(max_pixels=max_image_pixels),
         )
         run(
