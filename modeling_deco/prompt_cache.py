@@ -113,11 +113,11 @@ class PromptCache:
             length = max(lengths, default=0)
             if length == 0:
                 return DynamicCache(config=self.model.config.get_text_config(decoder=True)), 0
-            entry = self._entries.pop(lengths.index(length))
-            # What goes on from an entry replaces it, and its memory is free as soon as it is copied into the longer
-            # one. Of a prompt that only begins alike, another picture or user may yet come to ask on.
-            if length < entry.num_prompt_tokens - 1:
-                self._entries.append(entry)
+            entry = self._entries[lengths.index(length)]
+            # What goes on from an entry replaces it, whose memory is so free as soon as it is copied into the longer
+            # one. From where a prompt only begins alike, its own conversation may yet go on.
+            if length >= entry.num_prompt_tokens - 1:
+                self._entries.remove(entry)
         # No tensor is changed in place: a layer's update concatenates, and a crop is a view.
         cache = copy(entry.cache)
         cache.layers = [copy(layer) for layer in cache.layers]
@@ -153,7 +153,7 @@ class _Prompt(NamedTuple):
     images: list[_Image]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     """The tokens of a prompt and its answer, as far as they have been run, and their keys and values."""
 
@@ -185,9 +185,9 @@ def _whole_length(cache: DynamicCache) -> int | None:
     if not all(layer.is_initialized for layer in cache.layers):
         return None
     # of a sliding window that has been filled there are fewer states than tokens
-    lengths = {layer.get_seq_length() for layer in cache.layers}
-    lengths |= {tensor.shape[-2] for layer in cache.layers for tensor in (layer.keys, layer.values)}
-    return lengths.pop() if len(lengths) == 1 else None
+    lengths = {(layer.get_seq_length(),) for layer in cache.layers}
+    lengths |= {tensor.shape[-2:-1] for layer in cache.layers for tensor in (layer.keys, layer.values)}
+    return lengths.pop()[0] if len(lengths) == 1 else None
 
 
 def _digest(tensors: list[torch.Tensor]) -> bytes:
