@@ -128,8 +128,7 @@ class PromptCache:
         length = _whole_length(cache)
         if length is None:
             return
-        token_ids = token_ids[:length]  # the last one has not been run, and of a broken answer none is known
-        cache.crop(len(token_ids) - length)
+        token_ids = token_ids[:length]  # the last one has not been run; of a broken answer all are unknown
         entry = _Entry(token_ids, prompt.images, cache, min(len(prompt.token_ids), length))
         if entry.num_bytes > self.max_bytes:
             return

@@ -167,6 +167,7 @@ def test_the_same_prompt_again_runs_its_last_token_alone(model, ran):
     same(prompts, inputs_of(QUESTION))
     same(prompts, inputs_of(QUESTION))
     assert (ran.images, ran.tokens[0]) == ([], 1)
+    assert prompts.num_bytes == ANSWERED
 
 
 def test_the_config_s_grid_is_the_same_said_or_not(model, ran):
@@ -353,13 +354,19 @@ def prefilled(model):
     return model(**inputs_of(QUESTION), use_cache=True).past_key_values
 
 
-def test_recurrent_layers_are_not_continued():
-    text = {
-        "model_type": "lfm2",
-        "layer_types": ["conv", "full_attention"],
-        "num_key_value_heads": 1,
-        **{name: value for name, value in tiny.TEXT_CONFIGS["qwen2"].items() if name in SHARED},
-    }
+SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        {"model_type": "falcon_h1", "head_dim": 16, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_state": 8},
+    ],
+    ids=lambda text: text["model_type"],
+)
+def test_layers_with_a_state_are_not_continued(text):
+    text = {**{name: tiny.TEXT_CONFIGS["qwen2"][name] for name in SHARED}, "num_key_value_heads": 1, **text}
     config = DecoConfig(
         vision_config=tiny.VISION_CONFIGS["clip"],
         text_config=text,
@@ -371,9 +378,6 @@ def test_recurrent_layers_are_not_continued():
     for _ in range(2):
         same(prompts, inputs_of(QUESTION), max_new_tokens=5)
         assert (prompts.ran.images, prompts.num_bytes) == ([1], 0)
-
-
-SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @pytest.mark.parametrize(
@@ -436,7 +440,7 @@ def test_a_way_to_generate_that_is_an_argument_is_left_alone(model, ran):
 
 def test_a_batch_is_left_alone(model):
     prompts = PromptCache(model)
-    inputs = {**tiny.batch(tiny.prompt("what", 9), tiny.prompt("is this", 9)), "pixel_values": tiny.pixels(2)}
+    inputs = tiny.batch(tiny.prompt("what"), tiny.prompt("is this"))
     expected = model.generate(**inputs)
     assert (prompts.generate(**inputs).tolist(), prompts.num_bytes) == (expected.tolist(), 0)
 
@@ -489,6 +493,7 @@ def test_a_broken_answer_leaves_the_conversation_as_it_was(model, ran):
         prompts.generate(**inputs_of(*conversation), streamer=Leaves(0))
     same(prompts, inputs_of(*conversation))
     assert (ran.images, ran.tokens[0]) == ([], 10)
+    assert prompts.num_bytes == (33 + 5) * TOKEN
 
 
 @pytest.mark.parametrize("where", ["layers.0.mlp", "layers.1.self_attn.o_proj", "layers.1.mlp", "norm"])
