@@ -109,8 +109,8 @@ def converse(model, prompts: PromptCache, turns: int, answer_tokens: int, seed: 
 
 def main(
     turns: Annotated[int, typer.Option(min=2, help="Questions in a conversation.")] = 4,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed conversations; the median counts.")] = 5,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed conversations; the median counts.")] = 3,
     full: Annotated[bool, typer.Option("--full", help="All 23 and 24 layers, not 6 and 6.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for chat.json.")] = RESULTS,
 ) -> None:
