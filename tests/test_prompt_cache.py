@@ -550,9 +550,10 @@ def test_a_lack_of_memory_frees_what_was_kept(model, ran, error):
     same(prompts, inputs_of(*conversation))
 
 
-def test_placeholders_that_do_not_fit_are_the_model_s_error(model):
-    inputs = {**tiny.batch(tiny.prompt("what", 8)), "pixel_values": tiny.pixels(1)}
-    with pytest.raises(ValueError, match=r"9 features .* but the text has 8 placeholders"):
+@pytest.mark.parametrize("num_placeholders", [0, 8])
+def test_placeholders_that_do_not_fit_are_the_model_s_error(model, num_placeholders):
+    inputs = {**tiny.batch(tiny.prompt("what", num_placeholders)), "pixel_values": tiny.pixels(1)}
+    with pytest.raises(ValueError, match=rf"9 features .* but the text has {num_placeholders} placeholders"):
         PromptCache(model).generate(**inputs)
 
 
