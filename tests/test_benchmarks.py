@@ -1,0 +1,35 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Each benchmark at small sizes: it runs, ends with one line of JSON, and counts what it says it counts."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def run(capsys):
+    """`run("projectors", **options)`: the JSON on the benchmark's last line."""
+
+    def call(name: str, **options) -> dict:
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"))["main"](**options)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
+
+
+@pytest.mark.slow
+def test_projectors_are_compared_at_llavas_sizes(run, tmp_path):
+    report = run("projectors", num_images=1, repeats=1, out=tmp_path)
+    assert report == json.loads((tmp_path / "projectors.json").read_text())
+    rows = report["projectors"]
+    assert rows["avg_pool"]["parameters"] == rows["mlp"]["parameters"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert {name: row["tokens"] for name, row in rows.items()} == dict.fromkeys(rows, 144) | {"mlp": 576}
+    assert rows["avg_pool"]["forward_ratio"] == 1
+    assert all(
+        row["forward_and_backward_seconds"]["median"] > row["forward_seconds"]["median"] for row in rows.values()
+    )
