@@ -39,12 +39,12 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def take_turns(runs: dict[str, Callable[[], object]], repeats: int, device="cpu") -> dict[str, dict[str, float]]:
+def turns(runs: dict[str, Callable[[], object]], repeats: int, device="cpu") -> dict[str, list[float]]:
     """Time functions side by side: one after the other, `repeats` times after a warm-up, each time in another order,
     so that what the machine does meanwhile meets all of them alike.
 
     Returns:
-        For each name `median`, `low` and `high`, in seconds; the last two are the quartiles.
+        For each name its seconds, round by round.
     """
     names, times = list(runs), {name: [] for name in runs}
     for turn in range(repeats + 1):
@@ -52,7 +52,12 @@ def take_turns(runs: dict[str, Callable[[], object]], repeats: int, device="cpu"
             elapsed = seconds(runs[name], device)
             if turn > 0:
                 times[name].append(elapsed)
-    return {name: spread(values) for name, values in times.items()}
+    return times
+
+
+def take_turns(runs: dict[str, Callable[[], object]], repeats: int, device="cpu") -> dict[str, dict[str, float]]:
+    """The `spread` of each function's `turns`."""
+    return {name: spread(times) for name, times in turns(runs, repeats, device).items()}
 
 
 def seconds(function: Callable[[], object], device="cpu") -> float:
