@@ -11,19 +11,18 @@ Prints a table and ends with one line of JSON, which is also written to results/
 """
 
 import json
-import platform
 import time
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
 import torch
-import transformers
 import typer
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration
 from modeling_deco.prompt_cache import PromptCache
+from modeling_deco.recipes.measure import environment, write_report
 
 RESULTS = Path(__file__).with_name("results")
 IMAGE_TOKEN_ID = 151_935
@@ -142,16 +141,9 @@ def main(
         "answer_tokens": answer_tokens,
         "repeats": repeats,
         "time_to_first_token": rows,
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        "environment": environment(device),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "chat.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(report, out / "chat.json")
     typer.echo(json.dumps(report))
 
 

@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
-    BitsAndBytesConfig,
     PreTrainedModel,
     ProcessorMixin,
     StoppingCriteria,
@@ -26,20 +25,10 @@ from transformers import (
 
 from .configuration_deco import DecoConfig
 from .errors import one_line
+from .quantization import nf4_config, quantize_to_int8
 
 if TYPE_CHECKING:
     from .prompt_cache import PromptCache
-
-
-def nf4_config() -> BitsAndBytesConfig:
-    """NF4 for bitsandbytes, or a ValueError that says what to install."""
-    missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"--4bit needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    # GPUs are fastest in bfloat16, which is far finer than 4-bit weights. A CPU without bfloat16 took 2 to 5 times as
-    # long in it as in float32; on those that have it, bitsandbytes uses it whatever is asked for.
-    compute_dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
 def load_config(model: str, revision: str | None = None) -> DecoConfig:
@@ -56,7 +45,9 @@ def load_config(model: str, revision: str | None = None) -> DecoConfig:
     return config
 
 
-def load(model: str, *, revision: str | None = None, in_4bit: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(
+    model: str, *, revision: str | None = None, in_4bit: bool = False, in_int8: bool = False
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a checkpoint and its processor, in its own dtype: on GPUs, over all that are there, where accelerate is
     installed; else on the CPU.
 
@@ -64,6 +55,7 @@ def load(model: str, *, revision: str | None = None, in_4bit: bool = False) -> t
         model: folder or Hub id.
         revision: branch, tag or commit on the Hub.
         in_4bit: quantize the language model's layers to NF4.
+        in_int8: compute in int8 what is not in 4 bits, as `quantize_to_int8` does.
 
     Raises:
         ValueError: there is no such checkpoint, it is not a DeCo, has no chat template, or is broken; one line.
@@ -78,7 +70,8 @@ def load(model: str, *, revision: str | None = None, in_4bit: bool = False) -> t
         processor = AutoProcessor.from_pretrained(model, **_revisions(revision))
         if processor.chat_template is None:
             raise ValueError("it has no chat template.")
-        return AutoModelForImageTextToText.from_pretrained(model, **_revisions(revision), **arguments), processor
+        loaded = AutoModelForImageTextToText.from_pretrained(model, **_revisions(revision), **arguments)
+    return quantize_to_int8(loaded) if in_int8 else loaded, processor
 
 
 def _revisions(revision: str | None) -> dict[str, str]:

@@ -22,10 +22,11 @@ from .modeling_deco import IMAGE_INPUTS
 class PromptCache:
     """A model's `generate`, without what an earlier call has computed already.
 
-    The answer is the one of `generate`, up to rounding in the model's dtype. An image counts as the same where all of
-    its pixels and its grid are. What cannot be continued exactly runs as if nothing were kept: beam search and
-    assisted generation, static and quantized caches, recurrent layers, sliding windows that have been filled, and
-    rotary embeddings that change with a prompt's length.
+    The answer is the one of `generate`, up to rounding in the model's dtype (in int8 on a CPU: of int8, whose scale is
+    one for all tokens of a call). An image counts as the same where all of its pixels and its grid are. What
+    cannot be continued exactly runs as if nothing were kept: beam search and assisted generation, static and quantized
+    caches, recurrent layers, sliding windows that have been filled, and rotary embeddings that change with a prompt's
+    length.
 
     Threads may share it. Who can measure the time to an answer can learn whether its prompt was asked before.
 

@@ -603,17 +603,17 @@ def serve(
     port: int = 8000,
     served_model_name: str | None = None,
     options: ServerOptions = ServerOptions(),  # noqa: B008  frozen
-    revision: str | None = None,
-    in_4bit: bool = False,
+    **load_arguments,
 ) -> None:
     """Load a checkpoint and serve it until SIGINT or SIGTERM. The port opens when the model is there. Logs go to
     stderr, without what clients ask.
 
     Args:
-        model: folder or Hub id; see `inference.load`, whose arguments and errors these are too.
+        model: folder or Hub id.
         host: address to listen on.
         port: 0 is a free one, which the log names.
         served_model_name: the model's name for clients. Default: the Hub id, or the folder's name.
+        load_arguments: of `modeling_deco.inference.load`, whose errors these are too.
 
     Raises:
         ValueError: host and port cannot be listened on, an empty API key, or a model that `build_app` refuses.
@@ -625,7 +625,7 @@ def serve(
         address = listener.getsockname()
         is_local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
         hosts = [host, "localhost", "127.0.0.1", "::1", "[::1]"] if is_local else None
-        app = build_app(*load(model, revision=revision, in_4bit=in_4bit), name, options, hosts)
+        app = build_app(*load(model, **load_arguments), name, options, hosts)
         config = uvicorn.Config(app, ws="none", log_config=_log_config(), timeout_graceful_shutdown=5)
         if not is_local and options.api_key is None:
             logger.warning("There is no API key: whoever reaches this machine can use the server.")

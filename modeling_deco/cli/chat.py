@@ -13,6 +13,7 @@ from .. import SHIPPED_CHECKPOINT
 from .common import (
     OUT_OF_MEMORY,
     In4Bit,
+    InInt8,
     MaxNewTokens,
     Model,
     PooledGridSize,
@@ -40,6 +41,7 @@ def chat(
     pooled_grid_size: PooledGridSize = None,
     max_new_tokens: MaxNewTokens = 512,
     in_4bit: In4Bit = False,
+    in_int8: InInt8 = False,
 ):
     """Talk about pictures; answers are written as they come.
 
@@ -61,7 +63,8 @@ def chat(
         from ..inference import load
 
         quiet_transformers()
-        conversation = Conversation(*load(model, revision=revision, in_4bit=in_4bit), grid, max_new_tokens)
+        loaded = load(model, revision=revision, in_4bit=in_4bit, in_int8=in_int8)
+        conversation = Conversation(*loaded, grid, max_new_tokens)
         conversation.pictures += pictures
     is_interactive = sys.stdin.isatty()
     if is_interactive:

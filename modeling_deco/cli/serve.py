@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import SHIPPED_CHECKPOINT
-from .common import In4Bit, Model, Revision, one_line_errors, quiet_transformers
+from .common import In4Bit, InInt8, Model, Revision, one_line_errors, quiet_transformers
 
 
 def serve(
@@ -44,6 +44,7 @@ def serve(
     ] = 1024,
     revision: Revision = None,
     in_4bit: In4Bit = False,
+    in_int8: InInt8 = False,
 ):
     """Serve a model to OpenAI clients, at http://127.0.0.1:8000/v1.
 
@@ -80,4 +81,5 @@ def serve(
             options=options,
             revision=revision,
             in_4bit=in_4bit,
+            in_int8=in_int8,
         )
