@@ -569,7 +569,7 @@ def shipped_card():
 
 @pytest.fixture(scope="module")
 def measured():
-    """By what was asked for ("alone", "in 4 bits", "in int8", "in conversation") and grid: accuracies with standard errors."""
+    """By what was asked for ("alone", "in 4 bits", "in int8", "in conversation") and grid: accuracies and errors."""
     found = {}
     for name in ("digits_accuracy.jsonl", "digits_conversation.jsonl"):
         for line in (ROOT / "benchmarks" / "results" / name).read_text().splitlines():
