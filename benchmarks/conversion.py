@@ -13,7 +13,6 @@ imports. 8 layers are 4.4 GB, 32 are the whole model (14 GB).
 
 import json
 import multiprocessing
-import platform
 import re
 import shutil
 import statistics
@@ -26,11 +25,11 @@ from typing import Annotated
 import safetensors.torch
 import sentencepiece
 import torch
-import transformers
 import typer
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from modeling_deco.conversion import convert
+from modeling_deco.recipes.measure import environment, seconds, write_report
 
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
 SETTLE_SECONDS = 3  # what the run before left to be written, or deleted, is not the next one's
@@ -141,12 +140,6 @@ def write_original(folder: Path, tower: Path, num_layers: int) -> None:
     CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=336).save_pretrained(tower)
 
 
-def seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def copy(files: list[Path], destination: Path, sync: bool) -> None:
     destination.mkdir()
     subprocess.run(["cp", *map(str, files), str(destination)], check=True)
@@ -222,23 +215,15 @@ def main(
     result["original, .bin"] = measure(original, files, work_dir, repeats)
     shutil.rmtree(original)
     shutil.rmtree(tower)
-    cpus = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     import_seconds = seconds(lambda: subprocess.run([sys.executable, "-c", "import modeling_deco.conversion"]))
     report = {
         "command": f"python benchmarks/conversion.py --num-layers {num_layers} --repeats {repeats}",
         "results": result,
         "import_seconds": round(import_seconds, 2),
-        "environment": {
-            "cpu": cpus[0] if cpus else platform.machine(),
-            "num_cpus": len(cpus),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "environment": environment("cpu"),
     }
     if out is not None:
-        out.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, out)
     typer.echo(json.dumps(report))
 
 

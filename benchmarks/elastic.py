@@ -20,13 +20,9 @@ results/elastic.png, prints the table, and ends with one line of JSON.
 """
 
 import json
-import platform
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import transformers
-import trl
 import typer
 from matplotlib.figure import Figure
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -35,6 +31,7 @@ import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
 from modeling_deco.configuration_deco import num_image_tokens
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.world import KINDS
+from modeling_deco.recipes.measure import environment, write_report
 
 RESULTS = Path(__file__).with_name("results")
 SHOWN = ("colour", "read", "relation", "locate")  # existence and count are nearly solved at every grid
@@ -85,20 +82,13 @@ def main(
         "command": "python benchmarks/elastic.py",
         "num_pictures": num_pictures,
         "accuracy": results,
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "trl": trl.__version__,
-            "machine": platform.machine(),
-        },
+        "environment": environment("cpu", "trl"),
     }
     for kind in KINDS:
         typer.echo(f"\n{kind:14}" + "".join(f"{num_image_tokens(grid):>8}" for grid in grids) + "  tokens")
         for name, accuracies in results.items():
             typer.echo(f"{name:14}" + "".join(f"{accuracies[str(grid)][kind]['accuracy']:8.1f}" for grid in grids))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "elastic.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(report, out / "elastic.json")
     draw(results, grids, out / "elastic.png")
     typer.echo(json.dumps(report))
 

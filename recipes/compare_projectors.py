@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-import trl
 import typer
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
@@ -37,11 +36,12 @@ from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcesso
 from modeling_deco.configuration_deco import num_image_tokens
 from modeling_deco.recipes.collator import IGNORE_INDEX, DecoCollator, expand_images
 from modeling_deco.recipes.compare_report import write_report
-from modeling_deco.recipes.digits.evaluate import accuracy_by_kind, environment
+from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.optimizer import MuonAdamW
 from modeling_deco.recipes.digits.pointing_game import pointing_game
 from modeling_deco.recipes.digits.train import build_dataset, faster_attention, turn
 from modeling_deco.recipes.digits.world import KINDS, questions, render, score
+from modeling_deco.recipes.measure import environment
 from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer, part_of
 
 logger = logging.getLogger(__name__)
@@ -276,12 +276,7 @@ def train(args: CompareArguments, run: Run) -> dict:
         "curve": curve.points,
         "loss": [[log["step"], round(log["loss"], 4)] for log in trainer.state.log_history if "loss" in log],
         "settings": settings_of(args, run),
-        "environment": {
-            **environment(model.device),
-            "trl": trl.__version__,
-            "threads": torch.get_num_threads(),
-            "parallel_runs": args.parallel_runs,
-        },
+        "environment": environment(model.device, "trl") | {"parallel_runs": args.parallel_runs},
     }
     partial = folder / "result.partial"
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -7,14 +7,12 @@ the digit up. The standard error is over pictures, since the questions of one ar
 """
 
 import json
-import platform
 import sys
 from collections import defaultdict
 from typing import Annotated
 
 import numpy as np
 import torch
-import transformers
 import typer
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -22,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
 from modeling_deco.inference import encode, nf4_config
 from modeling_deco.recipes.digits.world import KINDS, SPLITS, questions, render, score
+from modeling_deco.recipes.measure import environment
 
 BATCH_SIZE = 256  # questions
 
@@ -104,16 +103,6 @@ def _summary(hits_by_picture) -> dict[str, float]:
         "accuracy": round(100 * float(mean), 2),
         "standard_error": round(100 * float(standard_error), 2),
         "questions": int(total.sum()),
-    }
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """What a result was measured with."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
 
 

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
-from modeling_deco.recipes.digits.evaluate import environment
 from modeling_deco.recipes.digits.world import IMAGE_SIZE, SPLITS, Box, questions, render
+from modeling_deco.recipes.measure import environment
 from modeling_deco.relevance import METHODS, explain
 
 ABSTRACTORS = ("c_abstractor", "d_abstractor")  # have no attention to patches

@@ -1,0 +1,85 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What every measurement does: take turns, synchronize, say with what it was measured, write the result."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+
+
+def environment(device: str | torch.device, *libraries: str) -> dict[str, str | int]:
+    """What a result was measured with: the device's name, CPUs and threads, versions.
+
+    Args:
+        device: that ran the model.
+        libraries: distributions beside torch and transformers whose versions matter.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", *libraries)},
+    }
+
+
+def cpu_name() -> str:
+    """Of the processor; the architecture where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def turns(runs: dict[str, Callable[[], object]], repeats: int, device="cpu") -> dict[str, list[float]]:
+    """Time functions side by side: one after the other, `repeats` times after a warm-up, each time in another order,
+    so that what the machine does meanwhile meets all of them alike.
+
+    Returns:
+        For each name its seconds, round by round.
+    """
+    names, times = list(runs), {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            elapsed = seconds(runs[name], device)
+            if turn > 0:
+                times[name].append(elapsed)
+    return times
+
+
+def take_turns(runs: dict[str, Callable[[], object]], repeats: int, device="cpu") -> dict[str, dict[str, float]]:
+    """The `spread` of each function's `turns`."""
+    return {name: spread(times) for name, times in turns(runs, repeats, device).items()}
+
+
+def seconds(function: Callable[[], object], device="cpu") -> float:
+    """That a call takes, until the device is done."""
+    synchronize(device)
+    began = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """`median`, and the quartiles `low` and `high`, to four digits."""
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {name: float(f"{value:.4g}") for name, value in (("median", median(values)), ("low", low), ("high", high))}
+
+
+def write_report(report: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
