@@ -73,8 +73,7 @@ def fingerprint(model, processor, args) -> dict[str, Any]:
         "vision tower": {name: value for name, value in config.items() if name not in _NO_MATTER}
         | {"weights": _digest(tower)},
         # PIL and torchvision do not resize alike, and to_dict() has one name for both
-        "image preprocessing": json.loads(image_processor.to_json_string())
-        | {"class": type(image_processor).__name__},
+        "image preprocessing": json.loads(image_processor.to_json_string()) | {"type": type(image_processor).__name__},
     }
     return json.loads(json.dumps(parts))
 

@@ -150,6 +150,24 @@ def test_projectors_that_read_patches_have_the_losses_of_training_on_images(proj
     torch.testing.assert_close(history(found), history(expected), atol=1e-5, rtol=1e-5)
 
 
+def test_stage_2_reads_the_cache_of_stage_1_where_it_does_not_pad_images(data, tmp_path):
+    vision, text = tiny_training.save_backbones(tmp_path)
+    joined = {"vision_model_name_or_path": vision, "pooled_grid_size": 3}
+    build(text, data, tmp_path / "features", "stage1.yaml", **joined)
+    settings = FROZEN | {"feature_cache": tmp_path / "features", "max_steps": 2}
+    run(text, data, tmp_path / "align", "stage1.yaml", **settings | joined)
+    template = tmp_path / "tiny.jinja"
+    template.write_text(tiny_training.CHAT_TEMPLATE)
+    settings |= {"chat_template": template}
+    with pytest.raises(CacheError, match="stale: image preprocessing, "):  # stage2_full.yaml pads them
+        run(tmp_path / "align", data, tmp_path / "tuned", "stage2_full.yaml", **settings)
+    settings |= {"pad_images": False}
+    found = run(tmp_path / "align", data, tmp_path / "tuned", "stage2_full.yaml", **settings)
+    settings.pop("feature_cache")
+    expected = run(tmp_path / "align", data, tmp_path / "images", "stage2_full.yaml", **settings)
+    torch.testing.assert_close(history(found), history(expected), atol=1e-6, rtol=1e-6)
+
+
 def test_neither_the_tower_nor_a_decoder_of_images_runs(checkpoint, data, tmp_path, cached, monkeypatch):
     calls = count_calls(monkeypatch)
     monkeypatch.setattr(ImageFeature, "decode_example", lambda *args, **kwargs: pytest.fail("an image is decoded"))
@@ -303,25 +321,32 @@ def test_a_run_that_failed_goes_on_at_the_first_missing_shard(checkpoint, data, 
 @pytest.mark.slow
 def test_a_run_killed_at_any_time_leaves_nothing_half_written(checkpoint, tmp_path):
     data = tiny_training.save_dataset(tmp_path / "data", [conversation(index) for index in range(300)])
-    settings = FROZEN | {"feature_cache": tmp_path / "killed", "shard_gigabytes": 9 * 32 * 4 * 2 / 1e9}
-    words = arguments(checkpoint, data, "unused", **settings)
+    two_images = 2 * 9 * 32 * 4 / 1e9
+    words = arguments(
+        checkpoint, data, "unused", **FROZEN, feature_cache=tmp_path / "killed", shard_gigabytes=two_images
+    )
     command = [sys.executable, str(tiny_training.CONFIGS.parent / "cache_features.py"), *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def num_shards():
+        return len(list((tmp_path / "killed").glob("*.safetensors")))
+
     kills, process = 0, None
     while process is None or process.returncode != 0:
-        seen = len(list((tmp_path / "killed").glob("*.safetensors")))
+        seen = num_shards()
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list((tmp_path / "killed").glob("*.safetensors"))) < seen + 30:
+        while process.poll() is None and num_shards() < seen + 40:
             time.sleep(0.001)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-    assert kills >= 3
-    whole = build(checkpoint, data, tmp_path / "whole", **settings | {"feature_cache": tmp_path / "whole"})
-    assert len(whole.shards) == 150
+    assert kills >= 2
+    whole = build(checkpoint, data, tmp_path / "whole", shard_gigabytes=two_images)
+    assert whole.num_shards == 150
     expected, found = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "killed")
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+        for name in ("whole", "killed")
     )
     assert found == expected
 

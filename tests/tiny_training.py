@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tiny
 from datasets import Dataset, Features, Image, List, Value
+from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 from trl import ModelConfig, TrlParser
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration
@@ -93,6 +94,20 @@ def save_checkpoint(folder: Path, hidden_size: int | None = None, tied: bool = F
     tiny.randomize(DecoForConditionalGeneration(config)).save_pretrained(folder)
     build_processor().save_pretrained(folder)
     return folder
+
+
+def save_backbones(folder: Path) -> tuple[Path, Path]:
+    """Folders of a vision tower and of a language model."""
+
+    def config_of(kind, values):
+        return kind(**{name: value for name, value in values.items() if name != "model_type"})
+
+    vision, text = folder / "vision", folder / "text"
+    AutoModel.from_config(config_of(CLIPVisionConfig, tiny.VISION_CONFIGS["clip"])).save_pretrained(vision)
+    tiny.build_image_processor().save_pretrained(vision)
+    AutoModelForCausalLM.from_config(config_of(LlamaConfig, tiny.TEXT_CONFIGS["llama"])).save_pretrained(text)
+    tiny.build_tokenizer(with_image_token=False).save_pretrained(text)
+    return vision, text
 
 
 def arguments(model: Path, data: Path, output_dir: Path, config: str | None = None, **kwargs) -> list[str]:

@@ -351,8 +351,8 @@ class DecoModel(DecoPreTrainedModel):
         pooled_grid_sizes: torch.LongTensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
-        patch_features: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        patch_features: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DecoModelOutputWithPast:
         """See `get_image_features` for the images' arguments, and the language model for the others.
@@ -496,10 +496,10 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         pooled_grid_sizes: torch.LongTensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
-        patch_features: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        patch_features: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DecoCausalLMOutputWithPast:
         """See `DecoModel.forward`.
@@ -526,8 +526,8 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             pooled_grid_sizes=pooled_grid_sizes,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
-            patch_features=patch_features,
             mm_encoder_outputs=mm_encoder_outputs,
+            patch_features=patch_features,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
