@@ -34,7 +34,7 @@ from modeling_deco.recipes.measure import environment, seconds, spread, take_tur
 from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
 
 ROOT = Path(__file__).parents[1]
-NUM_IMAGES, LLAVA_IMAGES = 16, 558_128  # the second: of LLaVA-1.5's stage 1
+NUM_IMAGES, LLAVA_IMAGES = 8, 558_128  # the second: of LLaVA-1.5's stage 1
 
 QWEN = {"model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -233,6 +233,24 @@ def test_several_grids_come_from_one_pass_and_are_means_of_patches(checkpoint, d
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_features_are_computed_in_the_precision_of_training(checkpoint, data, tmp_path):
+    cache = build(checkpoint, data, tmp_path / "features", bf16=True)  # float32 weights under bfloat16 autocast
+    found = cache.read([0, 1])["3x3"].float()
+    model, processor = (
+        DecoForConditionalGeneration.from_pretrained(checkpoint),
+        DecoProcessor.from_pretrained(checkpoint),
+    )
+    model.model.multi_modal_projector = cache_features.PoolToAll(["3x3"], (6, 6))
+    images = conversations(2)[0]["images"] + conversations(2)[1]["images"][:1]
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    errors = []
+    for enabled in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            expected = torch.stack(model.get_image_features(pixels).pooler_output)
+        errors.append((found - expected.bfloat16().float()).abs().max())
+    assert errors[0] < 0.1 * errors[1]
+
+
 def test_an_image_of_several_samples_is_computed_once(checkpoint, tmp_path, monkeypatch):
     examples = [conversation(0, num_images=2), conversation(0), conversation(1), conversation(0)]
     data = tiny_training.save_dataset(tmp_path / "data", examples)
