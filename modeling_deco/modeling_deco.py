@@ -33,7 +33,7 @@ from transformers.utils import (  # private in part, seen in 5.17 to 5.23
     torch_compilable_check,
 )
 
-from .configuration_deco import DecoConfig
+from .configuration_deco import DecoConfig, num_image_tokens
 from .hub import base_models, model_card, upload
 from .projectors import (
     AvgPoolProjector,
@@ -260,12 +260,7 @@ class DecoModel(DecoPreTrainedModel):
         # hidden_states[-1], not last_hidden_state, which SigLIP and DINOv2 normalize
         patch_features = image_outputs.hidden_states[-1][:, self.config.num_prefix_tokens :]
 
-        if isinstance(patch_grids, tuple) and pooled_grid_sizes is None:  # one grid for all: no loop over images
-            pooled_grid = self.config.pooled_grid
-            image_features = list(self.multi_modal_projector(patch_features, patch_grids, pooled_grid))
-        else:
-            image_features = self._project_by_grid(patch_features, patch_grids, pooled_grid_sizes)
-        image_outputs.pooler_output = image_features
+        image_outputs.pooler_output = self._project(patch_features, patch_grids, pooled_grid_sizes)
         return image_outputs if return_dict else image_outputs.to_tuple()
 
     def _tower_inputs(self, pixel_values, pixel_attention_mask, spatial_shapes):
@@ -283,8 +278,16 @@ class DecoModel(DecoPreTrainedModel):
             inputs["interpolate_pos_encoding"] = True
         return inputs, patch_grid
 
-    def _project_by_grid(self, patch_features, patch_grids, pooled_grid_sizes):
-        """Pool and project images of different grids; those that share theirs go in one call."""
+    def _grid_of(self, patch_features, pooled_grid_sizes):
+        """The grid of features that came without pixels: that of the patches or, of fewer features, the pooled one."""
+        if patch_features.shape[1] == num_image_tokens(self.config.patch_grid):
+            return self.config.patch_grid
+        return self.config.pooled_grid if pooled_grid_sizes is None else tuple(pooled_grid_sizes[0].tolist())
+
+    def _project(self, patch_features, patch_grids, pooled_grid_sizes):
+        """Pool and project; of images with different grids those that share theirs go in one call."""
+        if isinstance(patch_grids, tuple) and pooled_grid_sizes is None:  # one grid for all: no loop over images
+            return list(self.multi_modal_projector(patch_features, patch_grids, self.config.pooled_grid))
         num_images = patch_features.shape[0]
         if isinstance(patch_grids, tuple):
             patch_grids = [patch_grids] * num_images
@@ -351,28 +354,39 @@ class DecoModel(DecoPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        patch_features: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DecoModelOutputWithPast:
         """See `get_image_features` for the images' arguments, and the language model for the others.
 
-        `mm_encoder_outputs` is `{"image": get_image_features(...)}` in the place of `pixel_values`: `generate` encodes
-        images once and hands the result on.
+        In the place of `pixel_values` it takes what was made of them before:
+
+        - `patch_features` `(num_images, rows * cols, vision_hidden_size)`, the vision tower's without prefix tokens,
+          of the config's patch grid or, where the projector is `"avg_pool"`, already pooled to the grid of the call,
+          one for all images. Training on a frozen tower reads them from a disk.
+        - `mm_encoder_outputs`, `{"image": get_image_features(...)}`: `generate` encodes images once and hands the
+          result on.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`, both kinds of images, or
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, several kinds of images, or
                 `get_image_features` and `get_placeholder_mask` refuse them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs is not None else None
-        if pixel_values is not None and image_outputs is not None:
-            raise ValueError("Pass images as pixel_values or as mm_encoder_outputs, not both.")
+        if sum(images is not None for images in (pixel_values, patch_features, image_outputs)) > 1:
+            raise ValueError("Pass images as pixel_values, as patch_features or as mm_encoder_outputs, one of them.")
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             image_outputs = self.get_image_features(
                 pixel_values, pooled_grid_sizes, pixel_attention_mask, spatial_shapes, return_dict=True
+            )
+        elif patch_features is not None:
+            grid = self._grid_of(patch_features, pooled_grid_sizes)
+            image_outputs = BaseModelOutputWithPooling(
+                pooler_output=self._project(patch_features, grid, pooled_grid_sizes)
             )
         image_features = None
         if image_outputs is not None:
@@ -487,6 +501,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        patch_features: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DecoCausalLMOutputWithPast:
         """See `DecoModel.forward`.
@@ -514,6 +529,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
             mm_encoder_outputs=mm_encoder_outputs,
+            patch_features=patch_features,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -17,6 +17,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from modeling_deco import DecoProcessor, num_image_tokens
 from modeling_deco.configuration_deco import parse_grid
+from modeling_deco.recipes.feature_cache import PATCHES, FeatureCache, grid_name
 
 IGNORE_INDEX = -100
 PADDING, SHARED = -1, 0  # owners of tokens; the turns of a conversation are 1, 2, ...
@@ -39,12 +40,14 @@ class DecoCollator:
             conversations that are a list of questions about one image, whose earlier answers give later ones away.
         max_length: most tokens of a sample, its images at their largest.
         largest_grid: the largest grid that an image may take. Default: the processor's.
+        feature_cache: where the features of images are read; examples have their numbers in it in place of images.
     """
 
     processor: DecoProcessor
     independent_turns: bool = False
     max_length: int | None = None
     largest_grid: int | list[int] | None = None
+    feature_cache: FeatureCache | None = None
 
     def __post_init__(self):
         tokenizer = self.processor.tokenizer
@@ -61,8 +64,9 @@ class DecoCollator:
 
         Returns:
             `input_ids`, `labels` and `owners` `(batch, sequence)`, padded on the right; what the image processor gives
-            for all images, `pixel_values` `(num_images, 3, height, width)` and more for some; `sample_ids`, a list;
-            for text alone also `pooled_grid_sizes`, the 1 x 1 of the blank image.
+            for all images, `pixel_values` `(num_images, 3, height, width)` and more for some, or in its place
+            `patch_features`, the cached ones by grid; `sample_ids`, a list; for text alone also `pooled_grid_sizes`,
+            the 1 x 1 of the blank image.
 
         Raises:
             ValueError: a sample is longer than `max_length`, or its images and placeholders are not as many.
@@ -78,7 +82,6 @@ class DecoCollator:
                 )
         batch = {}
         if not images:
-            images = [Image.new("RGB", (8, 8))]
             rows[0] = {
                 "input_ids": rows[0]["input_ids"] + [self.processor.image_token_id],
                 "labels": rows[0]["labels"] + [IGNORE_INDEX],
@@ -91,7 +94,9 @@ class DecoCollator:
             "owners": _padded(rows, "owners", PADDING),
             "sample_ids": [str(example.get("id", "unnamed")) for example in examples],
         }
-        return batch | dict(self.processor.image_processor(images, return_tensors="pt"))
+        if self.feature_cache is not None:
+            return batch | {"patch_features": self.feature_cache.read(images)}
+        return batch | dict(self.processor.image_processor(images or [Image.new("RGB", (8, 8))], return_tensors="pt"))
 
     def tokenize(self, example: dict[str, Any]) -> dict[str, list[int]]:
         """`input_ids`, `labels` and `owners` of one conversation, images as one placeholder each."""
@@ -181,8 +186,11 @@ def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProces
     """
     inputs = {name: value for name, value in batch.items() if name not in ("owners", "sample_ids")}
     owners = batch["owners"]
+    grid = processor.pooled_grid_size if pooled_grid_size is None else pooled_grid_size
+    if "patch_features" in batch:
+        by_grid = batch["patch_features"]
+        inputs["patch_features"] = by_grid[PATCHES] if PATCHES in by_grid else by_grid[grid_name(grid)]
     if "pooled_grid_sizes" not in batch:
-        grid = processor.pooled_grid_size if pooled_grid_size is None else pooled_grid_size
         is_image = batch["input_ids"] == processor.image_token_id
         repeats = torch.where(is_image, num_image_tokens(grid), 1)
         padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}

@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from modeling_deco.configuration_deco import num_image_tokens, parse_grid
 from modeling_deco.hub import base_models, model_card
 from modeling_deco.recipes.collator import DecoCollator, expand_images
+from modeling_deco.recipes.feature_cache import CacheError, FeatureCache
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,13 @@ class DecoSFTConfig(SFTConfig):
             "choices": ["refuse", "drop"],
         },
     )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of modeling_deco.recipes.cache_features: a frozen vision tower's features are read there, "
+            "and no image is decoded."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,6 +110,7 @@ class DecoSFTTrainer(SFTTrainer):
       lost on a bfloat16 weight.
     - A loss that is not finite raises an error with the step and the samples.
     - A checkpoint appears under its name when it is whole.
+    - With `feature_cache` the vision tower does not run. It stays in the model, whose checkpoints are whole.
 
     Args:
         model: a `DecoForConditionalGeneration`.
@@ -121,12 +130,21 @@ class DecoSFTTrainer(SFTTrainer):
                 parameter.requires_grad_(False)
         if args.independent_turns and model.config.get_text_config()._attn_implementation != "sdpa":
             raise ValueError("independent_turns has a mask of its own, which sdpa attention alone reads: choose that.")
+        feature_cache = None
+        if args.feature_cache is not None:
+            feature_cache = FeatureCache.of_run(model, processing_class, args, evaluates=eval_dataset is not None)
+            train_dataset = feature_cache.refer(train_dataset)
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: feature_cache.refer(dataset) for name, dataset in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = feature_cache.refer(eval_dataset)
         grids = [*(args.pooled_grid_sizes or ()), processing_class.pooled_grid_size]  # the last, in evaluation
         collator = DecoCollator(
             processing_class,
             independent_turns=args.independent_turns,
             max_length=args.max_length,
             largest_grid=max(grids, key=num_image_tokens),
+            feature_cache=feature_cache,
         )
         with args.main_process_first(desc="measuring samples"):
             train_dataset = measured(train_dataset, collator, args)
@@ -148,6 +166,12 @@ class DecoSFTTrainer(SFTTrainer):
             raise ValueError(
                 f"{', '.join(sorted(whole & set(args.freeze)))} is in freeze and, for PEFT, in modules_to_save, which "
                 f"trains it: name it in one of them."
+            )
+        trained = {part_of(name) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if feature_cache is not None and "vision_tower" in trained:
+            raise CacheError(
+                "--feature_cache has the features of a frozen vision tower, and this run trains it: name vision_tower "
+                "in freeze, keep adapters off it, or leave out the cache."
             )
         if not self.is_deepspeed_enabled:  # which keeps float32 copies itself
             for parameter in self.model.parameters():

@@ -141,18 +141,7 @@ def test_what_is_trained_is_in_float32_beside_a_frozen_bfloat16_model(
 
 @pytest.fixture
 def backbones(tmp_path):
-    """Folders of a vision tower and of a language model."""
-    from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
-
-    def config_of(kind, values):
-        return kind(**{name: value for name, value in values.items() if name != "model_type"})
-
-    vision, text = tmp_path / "vision", tmp_path / "text"
-    AutoModel.from_config(config_of(CLIPVisionConfig, tiny.VISION_CONFIGS["clip"])).save_pretrained(vision)
-    tiny.build_image_processor().save_pretrained(vision)
-    AutoModelForCausalLM.from_config(config_of(LlamaConfig, tiny.TEXT_CONFIGS["llama"])).save_pretrained(text)
-    tiny.build_tokenizer(with_image_token=False).save_pretrained(text)
-    return vision, text
+    return tiny_training.save_backbones(tmp_path)
 
 
 def test_stage_1_joins_two_backbones(backbones, data, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tiny
 from datasets import Dataset, Features, Image, List, Value
+from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 from trl import ModelConfig, TrlParser
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration
@@ -95,6 +96,20 @@ def save_checkpoint(folder: Path, hidden_size: int | None = None, tied: bool = F
     return folder
 
 
+def save_backbones(folder: Path) -> tuple[Path, Path]:
+    """Folders of a vision tower and of a language model."""
+
+    def config_of(kind, values):
+        return kind(**{name: value for name, value in values.items() if name != "model_type"})
+
+    vision, text = folder / "vision", folder / "text"
+    AutoModel.from_config(config_of(CLIPVisionConfig, tiny.VISION_CONFIGS["clip"])).save_pretrained(vision)
+    tiny.build_image_processor().save_pretrained(vision)
+    AutoModelForCausalLM.from_config(config_of(LlamaConfig, tiny.TEXT_CONFIGS["llama"])).save_pretrained(text)
+    tiny.build_tokenizer(with_image_token=False).save_pretrained(text)
+    return vision, text
+
+
 def arguments(model: Path, data: Path, output_dir: Path, config: str | None = None, **kwargs) -> list[str]:
     """The command line of a short run on CPU in float32."""
     settings = {
@@ -130,18 +145,18 @@ def run(model: Path, data: Path, output_dir: Path, config: str | None = None, **
 
 
 def launch(
-    words: list[str], launcher=(sys.executable,), timeout: float = 600, extra_environment=None
+    words: list[str], launcher=(sys.executable,), timeout: float = 600, extra_environment=None, script: str = "sft.py"
 ) -> subprocess.CompletedProcess:
-    """Run the recipe's script in a process of its own."""
+    """Run a recipe's script in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "1"} | (extra_environment or {})
-    script = Path(__file__).parents[1] / "recipes" / "sft.py"
+    script = Path(__file__).parents[1] / "recipes" / script
     return subprocess.run(
         [*launcher, str(script), *words], env=environment, capture_output=True, text=True, timeout=timeout
     )
 
 
 def launch_on_cpus(
-    words: list[str], config: str, mixed_precision: str = "no", num_processes: int = 2
+    words: list[str], config: str, mixed_precision: str = "no", num_processes: int = 2, script: str = "sft.py"
 ) -> subprocess.CompletedProcess:
     """Run the script as `accelerate launch --config_file` would, in CPU processes that talk over gloo.
 
@@ -157,4 +172,4 @@ def launch_on_cpus(
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     if parsed.use_fsdp:
         launcher.append(str(Path(__file__).with_name("fsdp_on_cpu.py")))
-    return launch(words, launcher, extra_environment=environment)
+    return launch(words, launcher, extra_environment=environment, script=script)
