@@ -165,8 +165,8 @@ def main(
             "without": lambda: whole(pixel_values, output_hidden_states=-2),
         },
         "hidden states that nobody reads are not kept": {
-            "with": lambda: tower(pixel_values, output_hidden_states=-1),
-            "without": lambda: tower(pixel_values, output_hidden_states=True),
+            "with": lambda: model.get_image_features(pixel_values),
+            "without": lambda: model.get_image_features(pixel_values, output_hidden_states=True),
         },
         "prefix tokens are dropped before the projector": {
             "with": lambda: projector.project(states[:, 1:]),
