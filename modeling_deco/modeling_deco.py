@@ -257,8 +257,9 @@ class DecoModel(DecoPreTrainedModel):
         image_outputs = self.vision_tower(
             **tower_inputs, return_dict=True, output_hidden_states=keep_hidden_states or -1, **kwargs
         )
-        if not keep_hidden_states:  # or those of before would live through the language model, and all of generation
-            image_outputs.hidden_states = image_outputs.hidden_states[-1:]
+        if not keep_hidden_states:  # before 5.19 all come, and would live while the language model runs
+            num_others = len(image_outputs.hidden_states) - 1
+            image_outputs.hidden_states = (*[None] * num_others, image_outputs.hidden_states[-1])
         # hidden_states[-1], not last_hidden_state, which SigLIP and DINOv2 normalize
         patch_features = image_outputs.hidden_states[-1][:, self.config.num_prefix_tokens :]
 
