@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
+from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
@@ -15,7 +16,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
-    BitsAndBytesConfig,
     PreTrainedModel,
     ProcessorMixin,
     StoppingCriteria,
@@ -25,17 +25,10 @@ from transformers import (
 
 from .configuration_deco import DecoConfig
 from .errors import one_line
+from .quantization import nf4_config, quantize_to_int8
 
-
-def nf4_config() -> BitsAndBytesConfig:
-    """NF4 for bitsandbytes, or a ValueError that says what to install."""
-    missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"--4bit needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    # GPUs are fastest in bfloat16, which is far finer than 4-bit weights. A CPU without bfloat16 took 2 to 5 times as
-    # long in it as in float32; on those that have it, bitsandbytes uses it whatever is asked for.
-    compute_dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+if TYPE_CHECKING:
+    from .prompt_cache import PromptCache
 
 
 def load_config(model: str, revision: str | None = None) -> DecoConfig:
@@ -52,7 +45,9 @@ def load_config(model: str, revision: str | None = None) -> DecoConfig:
     return config
 
 
-def load(model: str, *, revision: str | None = None, in_4bit: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(
+    model: str, *, revision: str | None = None, in_4bit: bool = False, in_int8: bool = False
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a checkpoint and its processor, in its own dtype: on GPUs, over all that are there, where accelerate is
     installed; else on the CPU.
 
@@ -60,6 +55,7 @@ def load(model: str, *, revision: str | None = None, in_4bit: bool = False) -> t
         model: folder or Hub id.
         revision: branch, tag or commit on the Hub.
         in_4bit: quantize the language model's layers to NF4.
+        in_int8: compute in int8 what is not in 4 bits, as `quantize_to_int8` does.
 
     Raises:
         ValueError: there is no such checkpoint, it is not a DeCo, has no chat template, or is broken; one line.
@@ -74,7 +70,8 @@ def load(model: str, *, revision: str | None = None, in_4bit: bool = False) -> t
         processor = AutoProcessor.from_pretrained(model, **_revisions(revision))
         if processor.chat_template is None:
             raise ValueError("it has no chat template.")
-        return AutoModelForImageTextToText.from_pretrained(model, **_revisions(revision), **arguments), processor
+        loaded = AutoModelForImageTextToText.from_pretrained(model, **_revisions(revision), **arguments)
+    return quantize_to_int8(loaded) if in_int8 else loaded, processor
 
 
 def _revisions(revision: str | None) -> dict[str, str]:
@@ -136,6 +133,7 @@ def stream(
     *,
     pooled_grid_size=None,
     max_new_tokens: int = 128,
+    prompt_cache: "PromptCache | None" = None,
 ) -> Iterator[str]:
     """Answer a conversation, piece by piece.
 
@@ -144,6 +142,7 @@ def stream(
             `{"type": "text", "text": ...}`, the user's last.
         pooled_grid_size: token budget of each image, as in `DecoProcessor.__call__`.
         max_new_tokens: longest answer, in tokens.
+        prompt_cache: the model's, by which the next question of a conversation is not encoded from its beginning.
 
     Yields:
         Pieces of the answer's text as they are generated. Closing the iterator stops generation.
@@ -158,7 +157,7 @@ def stream(
 
     def generate():
         try:
-            model.generate(
+            (prompt_cache or model).generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,

@@ -25,7 +25,8 @@ from transformers.utils import logging
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
 from modeling_deco.cli.common import parse_grid_option
 from modeling_deco.configuration_deco import parse_grid
-from modeling_deco.inference import encode, nf4_config
+from modeling_deco.inference import encode
+from modeling_deco.quantization import nf4_config
 
 logger = logging.get_logger(__name__)
 

@@ -28,6 +28,7 @@ from .errors import one_line
 from .images import UNTRUSTED_LIMITS, ImageError, read_image
 from .inference import encode, load, stream
 from .info import format_size, kv_cache_bytes
+from .prompt_cache import PromptCache
 from .relevance import Relevance, describe_peak, draw_heat_map, explain
 from .sockets import bind
 
@@ -135,6 +136,7 @@ def build_page(
     """
     default_side, largest_side = _sides(model.config, processor)
     dtype = model.get_input_embeddings().weight.dtype
+    prompts = PromptCache(model)
 
     def check(upload):
         """Tell of a file that is no picture when it comes, and take it off the page."""
@@ -185,9 +187,10 @@ def build_page(
     def write(messages, side):
         """The answer so far, each time that it grows."""
         reset_peak_gpu_memory()
+        budget = {"pooled_grid_size": side, "max_new_tokens": max_new_tokens}
         text = ""
         with _shown_errors():
-            for piece in stream(model, processor, messages, pooled_grid_size=side, max_new_tokens=max_new_tokens):
+            for piece in stream(model, processor, messages, **budget, prompt_cache=prompts):
                 text += piece
                 yield text
 
@@ -199,7 +202,7 @@ def build_page(
         row = {"Tokens": tokens, "Prefill": f"{1000 * seconds:.3g} ms"}
         row["KV cache"] = format_size(kv_cache_bytes(model.config.get_text_config(), tokens, dtype))
         if model.device.type == "cuda":
-            row["Peak GPU memory"] = format_size(peak_gpu_memory())
+            row["Peak GPU memory"] = format_size(peak_gpu_memory() - prompts.num_bytes)  # of this question alone
         return row | {"Answer": text}
 
     with gr.Blocks(title=f"DeCo: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from .inference import check_length, encode
 from .projectors import pool_patch_grid
+from .quantization import Int8Linear
 
 METHODS = ("gae", "attention")
 LEVELS = ("patch", "query", "both")
@@ -304,6 +305,8 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, out of a caller's `no_grad` or `inference_mode`; all is put back at the end."""
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError("The model was loaded under torch.inference_mode() and cannot be differentiated.")
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise ValueError("A model in int8 cannot be differentiated; load it without.")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for module in model.modules():

@@ -31,6 +31,7 @@ from transformers.utils.import_utils import is_serve_available
 from .errors import one_line
 from .images import UNTRUSTED_LIMITS, ImageError, ImageLimits, read_image
 from .inference import encode, load
+from .prompt_cache import PromptCache
 from .sockets import bind
 
 if not is_serve_available():
@@ -68,6 +69,8 @@ class ServerOptions:
         body_timeout: seconds that a request may take to arrive.
         max_images: in a request.
         max_new_tokens: longest answer, and the one where a request does not say.
+        prompt_cache_bytes: of keys and values kept of earlier prompts and answers, for the requests that begin with
+            them; see `PromptCache`.
         image_limits: of each image; its pixels are also the most that all images of a request may have together.
     """
 
@@ -79,6 +82,7 @@ class ServerOptions:
     body_timeout: float = 60.0
     max_images: int = 8
     max_new_tokens: int = 1024
+    prompt_cache_bytes: int = 2**30
     image_limits: ImageLimits = UNTRUSTED_LIMITS
 
 
@@ -213,14 +217,14 @@ class _Answer(DirectStreamer):
         self.held = ""  # the end of the text so far, where it may be the beginning of a stop text
         self.finish_reason = "length"
 
-    def generate(self, model: PreTrainedModel, inputs: dict, config: GenerationConfig, seed: int | None) -> None:
+    def generate(self, prompts: PromptCache, inputs: dict, config: GenerationConfig, seed: int | None) -> None:
         """Runs in the inference thread."""
         try:
             if self._cancelled.is_set():
                 return
             # A request with a seed must not decide what the ones after it draw.
             torch.manual_seed(torch.seed() if seed is None else seed)
-            (sequence,) = model.generate(**inputs, generation_config=config, streamer=self)
+            (sequence,) = prompts.generate(**inputs, generation_config=config, streamer=self)
             eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             if len(sequence) - inputs["input_ids"].shape[-1] < config.max_new_tokens or sequence[-1].item() in eos:
                 self.finish_reason = "stop"
@@ -267,6 +271,7 @@ class _Chat(ChatCompletionHandler):
         # some language models have no limit; then it is ours, for a prompt must have one
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 131_072
         self.inference = InferenceThread()
+        self.prompts = PromptCache(model, options.prompt_cache_bytes)
         # Few, for Pillow holds 4 bytes for each pixel, and a transparent picture five times while it turns to RGB.
         self.workers = ThreadPoolExecutor(2, thread_name_prefix="prepare")
 
@@ -281,7 +286,7 @@ class _Chat(ChatCompletionHandler):
         task = await loop.run_in_executor(self.workers, self._prepare, (await receive())["body"])
         answer = _Answer(self.processor.tokenizer, task.stop)
         try:
-            self.inference.submit(answer.generate, self.model, task.inputs, task.config, task.seed)
+            self.inference.submit(answer.generate, self.prompts, task.inputs, task.config, task.seed)
             response = await self._respond(answer, task)
             await response(scope, receive, send)
         finally:
@@ -598,17 +603,17 @@ def serve(
     port: int = 8000,
     served_model_name: str | None = None,
     options: ServerOptions = ServerOptions(),  # noqa: B008  frozen
-    revision: str | None = None,
-    in_4bit: bool = False,
+    **load_arguments,
 ) -> None:
     """Load a checkpoint and serve it until SIGINT or SIGTERM. The port opens when the model is there. Logs go to
     stderr, without what clients ask.
 
     Args:
-        model: folder or Hub id; see `inference.load`, whose arguments and errors these are too.
+        model: folder or Hub id.
         host: address to listen on.
         port: 0 is a free one, which the log names.
         served_model_name: the model's name for clients. Default: the Hub id, or the folder's name.
+        load_arguments: of `modeling_deco.inference.load`, whose errors these are too.
 
     Raises:
         ValueError: host and port cannot be listened on, an empty API key, or a model that `build_app` refuses.
@@ -620,7 +625,7 @@ def serve(
         address = listener.getsockname()
         is_local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
         hosts = [host, "localhost", "127.0.0.1", "::1", "[::1]"] if is_local else None
-        app = build_app(*load(model, revision=revision, in_4bit=in_4bit), name, options, hosts)
+        app = build_app(*load(model, **load_arguments), name, options, hosts)
         config = uvicorn.Config(app, ws="none", log_config=_log_config(), timeout_graceful_shutdown=5)
         if not is_local and options.api_key is None:
             logger.warning("There is no API key: whoever reaches this machine can use the server.")

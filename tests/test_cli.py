@@ -155,7 +155,7 @@ def test_a_drawing_that_fails_leaves_the_old_one_and_the_answer(picture, tmp_pat
 
 @pytest.mark.parametrize("missing", ["accelerate", "bitsandbytes"])
 def test_4_bits_without_their_libraries_are_one_line_on_stderr_and_exit_code_2(missing, picture, monkeypatch):
-    monkeypatch.setattr("modeling_deco.inference.find_spec", lambda name: None if name == missing else True)
+    monkeypatch.setattr("modeling_deco.quantization.find_spec", lambda name: None if name == missing else True)
     result = ask(picture, "Is there a 7?", "--4bit")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == f"deco ask: --4bit needs {missing}: pip install {missing}\n"

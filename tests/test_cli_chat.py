@@ -12,8 +12,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.cli import app
 from modeling_deco.cli import chat as chat_module
+from modeling_deco.inference import load
 from modeling_deco.recipes.digits.world import render
 
 
@@ -41,6 +43,39 @@ def test_answers_alone_go_to_stdout_and_a_later_question_is_about_the_same_pictu
     digit = scene.digits[0]
     result = chat("--image", path, say=f"Read the digits.\n\nWhat colour is the {digit.value}?\n")
     assert (result.exit_code, result.stdout) == (0, f"{read(scene)}\n{digit.value} {digit.colour}.\n")
+
+
+@pytest.fixture
+def conversation(scenes):
+    """A conversation with the first scene shown, and a list that grows by the pictures that the tower looks at."""
+    model, processor = load(str(SHIPPED_CHECKPOINT))
+    looks = []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: looks.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    conversation = chat_module.Conversation(model, processor, None, 32)
+    conversation.take(f"/image {scenes[0][1]}")
+    return conversation, looks
+
+
+def test_a_picture_is_looked_at_once_in_a_conversation(conversation, scenes, capsys):
+    conversation, looks = conversation
+    for line in ("Read the digits.", "How many digits are there?", f"/image {scenes[1][1]}", "Read the digits."):
+        conversation.take(line)
+    assert looks == [1, 1]
+    assert capsys.readouterr().out.startswith(f"{read(scenes[0][0])}\n4 ")
+
+
+@pytest.mark.parametrize(("line", "num_looks"), [("/clear", 2), ("/pooled-grid-size 4", 2), ("/help", 1)])
+def test_a_command_after_which_nothing_can_be_reused_frees_its_memory(conversation, scenes, line, num_looks):
+    conversation, looks = conversation
+    conversation.take("Read the digits.")
+    conversation.take(line)
+    assert (conversation.prompt_cache.num_bytes == 0) == (num_looks == 2)
+    if line == "/clear":
+        conversation.take(f"/image {scenes[0][1]}")
+    conversation.take("Read the digits.")
+    assert looks == [1] * num_looks
 
 
 def test_a_picture_is_shown_in_the_conversation_and_cleared(scenes):

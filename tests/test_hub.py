@@ -569,12 +569,13 @@ def shipped_card():
 
 @pytest.fixture(scope="module")
 def measured():
-    """By what was asked for ("alone", "in 4 bits", "in conversation") and grid: accuracies with standard errors."""
+    """By what was asked for ("alone", "in 4 bits", "in int8", "in conversation") and grid: accuracies with standard errors."""
     found = {}
     for name in ("digits_accuracy.jsonl", "digits_conversation.jsonl"):
         for line in (ROOT / "benchmarks" / "results" / name).read_text().splitlines():
             row = json.loads(line)
-            how = "in conversation" if row.get("in_conversation") else "in 4 bits" if row["in_4bit"] else "alone"
+            asked = {"in conversation": "in_conversation", "in 4 bits": "in_4bit", "in int8": "in_int8"}
+            how = next((how for how, field in asked.items() if row[field]), "alone")
             found[how, row["pooled_grid_size"]] = row["accuracy"]
     return found
 
@@ -582,7 +583,7 @@ def measured():
 def test_the_tables_of_the_shipped_card_are_what_was_measured(shipped_card, measured):
     tables = re.findall(r"^\| grid \|.*?(?=\n\n)", shipped_card.text, flags=re.DOTALL | re.MULTILINE)
     found = {}
-    for how, table in zip(("alone", "in 4 bits", "in conversation"), tables, strict=True):
+    for how, table in zip(("alone", "in 4 bits", "in int8", "in conversation"), tables, strict=True):
         header, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines())
         for grid, tokens, *cells in rows:
             side = int(grid.partition(" x ")[0])

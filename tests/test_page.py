@@ -233,6 +233,25 @@ def test_words_that_have_maps_are_buttons_with_their_index():
     assert "<button" not in page_module._answer_html("one two", "")
 
 
+def test_the_next_question_about_a_picture_does_not_look_again_but_to_measure(shipped, upload, monkeypatch):
+    model, looks, measured = shipped[0], [], []
+
+    def measure(model, inputs):
+        num_looks = len(looks)
+        seconds = prefill_seconds(model, inputs, repeats=1)
+        measured.append(len(looks) - num_looks)
+        return seconds
+
+    prefill_seconds = page_module.prefill_seconds
+    monkeypatch.setattr(page_module, "prefill_seconds", measure)
+    hook = model.model.vision_tower.register_forward_pre_hook(lambda module, args: looks.append(1))
+    page = page_module.build_page(*shipped)
+    sessions = [ask(page, upload, question) for question in (QUESTION, "How many digits are there?", QUESTION)]
+    hook.remove()
+    assert (len(looks), measured) == (1 + 3, [1, 1, 1])
+    assert sessions[0].answer.text == sessions[2].answer.text != sessions[1].answer.text
+
+
 def test_leaving_stops_the_generation(shipped, upload, monkeypatch):
     closed = threading.Event()
 

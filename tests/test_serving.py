@@ -202,8 +202,8 @@ def test_a_request_chooses_its_grid(port, extra_body):
     assert default.usage.prompt_tokens - chosen.usage.prompt_tokens == 36 - 12
 
 
-def test_usage_counts_what_went_into_the_model_and_came_out(port, steps):
-    usage = ask(port, about(PICTURE), max_tokens=5).usage
+def test_usage_counts_what_went_into_the_model_and_came_out(start, steps):
+    usage = ask(start(prompt_cache_bytes=0), about(PICTURE), max_tokens=5).usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (steps[0], len(steps))
     assert usage.total_tokens == steps[0] + 5
 
@@ -257,6 +257,70 @@ def test_a_conversation_goes_on(port):
     second = ask(port, messages)
     assert second.choices[0].message.content == f"{digit.value} {digit.colour}."
     assert second.usage.prompt_tokens > first.usage.total_tokens
+
+
+@pytest.fixture
+def looks(shipped):
+    """Grows by one each time that the vision tower runs."""
+    calls = []
+    hook = shipped[0].model.vision_tower.register_forward_pre_hook(lambda module, args: calls.append(1))
+    yield calls
+    hook.remove()
+
+
+def test_the_next_request_of_a_conversation_does_not_look_again(start, steps, looks):
+    port = start()
+    messages = about(PICTURE, question=COLOUR_QUESTION)
+    first = ask(port, messages, max_tokens=4)
+    messages += [first.choices[0].message, {"role": "user", "content": "Is there a 7?"}]
+    del steps[:], looks[:]
+    second = ask(port, messages, max_tokens=4)
+    assert (looks, steps[0]) == ([], second.usage.prompt_tokens - (first.usage.total_tokens - 1))
+    assert second.choices == ask(start(prompt_cache_bytes=0), messages, max_tokens=4).choices
+
+
+def test_conversations_in_turn_keep_each_their_picture(start, looks):
+    port = start()
+    scenes = [render("test", index=index, seed=2026, min_digits=4) for index in range(3)]
+    conversations = [about(data_url(scene.image), question="Read the digits.") for scene in scenes]
+    for messages in conversations:
+        messages += [
+            {"role": "assistant", "content": answer(port, messages)},
+            {"role": "user", "content": "What colour is the 0?"},
+        ]
+    for scene, messages in zip(scenes, conversations, strict=True):
+        digit = scene.digits[-1]
+        messages[-1]["content"] = f"What colour is the {digit.value}?"
+        assert answer(port, messages) == f"{digit.value} {digit.colour}."
+    assert len(looks) == 3
+
+
+def test_what_a_client_that_hung_up_had_begun_is_gone_on_with(start, steps, looks):
+    port = start()
+    with sent(port, about(PICTURE)):
+        wait_until(lambda: len(steps) > 3)
+    wait_until_it_stands_still(steps)
+    num_steps = len(steps)
+    again = ask(port, about(PICTURE), max_tokens=5)
+    assert (looks, steps[num_steps]) == ([1], 1)
+    assert again.choices == ask(start(prompt_cache_bytes=0), about(PICTURE), max_tokens=5).choices
+
+
+def test_an_answer_that_a_stop_text_ended_is_gone_on_with(start, looks):
+    port = start()
+    messages = about(PICTURE, question=COLOUR_QUESTION)
+    messages += [
+        {"role": "assistant", "content": answer(port, messages, stop=".")},
+        {"role": "user", "content": COLOUR_QUESTION},
+    ]
+    assert (answer(port, messages), looks) == (COLOUR_ANSWER, [1])
+
+
+def test_without_room_for_earlier_prompts_each_request_looks_for_itself(start, looks):
+    port = start(prompt_cache_bytes=0)
+    for _ in range(2):
+        assert answer(port, about(PICTURE, question=COLOUR_QUESTION)) == COLOUR_ANSWER
+    assert len(looks) == 2
 
 
 def test_a_system_prompt_comes_before_the_question(port, shipped):
@@ -638,7 +702,7 @@ def test_generation_stops_when_its_client_hangs_up(port, steps, streamed):
 
 
 def test_a_request_that_hangs_up_in_the_queue_never_gets_to_the_model(start, steps, shipped):
-    port, looks = start(max_queue=1), []
+    port, looks = start(max_queue=1, prompt_cache_bytes=0), []
     hook = shipped[0].model.vision_tower.register_forward_pre_hook(lambda module, args: looks.append(1))
     with sent(port, about(PICTURE)):
         wait_until(lambda: steps)

@@ -15,6 +15,7 @@ from .. import SHIPPED_CHECKPOINT
 from .common import (
     MODEL_HELP,
     In4Bit,
+    InInt8,
     MaxNewTokens,
     PooledGridSize,
     Revision,
@@ -39,6 +40,7 @@ def ask(
         bool, typer.Option("--json", help="Print one JSON object with the answer and its cost.")
     ] = False,
     in_4bit: In4Bit = False,
+    in_int8: InInt8 = False,
     relevance: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw what each word of the answer rests on.")
     ] = None,
@@ -75,7 +77,7 @@ def ask(
         from ..inference import load, stream
 
         quiet_transformers()
-        loaded, processor = load(model, revision=revision, in_4bit=in_4bit)
+        loaded, processor = load(model, revision=revision, in_4bit=in_4bit, in_int8=in_int8)
         figure = None
         if relevance is not None:
             from ..relevance import explain, plot_relevance

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`deco chat`: a conversation about pictures in the terminal."""
 
+import math
 import sys
 from contextlib import suppress
 from typing import Annotated
@@ -12,6 +13,7 @@ from .. import SHIPPED_CHECKPOINT
 from .common import (
     OUT_OF_MEMORY,
     In4Bit,
+    InInt8,
     MaxNewTokens,
     Model,
     PooledGridSize,
@@ -39,6 +41,7 @@ def chat(
     pooled_grid_size: PooledGridSize = None,
     max_new_tokens: MaxNewTokens = 512,
     in_4bit: In4Bit = False,
+    in_int8: InInt8 = False,
 ):
     """Talk about pictures; answers are written as they come.
 
@@ -60,7 +63,8 @@ def chat(
         from ..inference import load
 
         quiet_transformers()
-        conversation = Conversation(*load(model, revision=revision, in_4bit=in_4bit), grid, max_new_tokens)
+        loaded = load(model, revision=revision, in_4bit=in_4bit, in_int8=in_int8)
+        conversation = Conversation(*loaded, grid, max_new_tokens)
         conversation.pictures += pictures
     is_interactive = sys.stdin.isatty()
     if is_interactive:
@@ -113,7 +117,10 @@ class Conversation:
     """Messages so far, pictures for the next question, and the token budget."""
 
     def __init__(self, model, processor, pooled_grid_size: list[int] | None, max_new_tokens: int):
+        from ..prompt_cache import PromptCache
+
         self.model, self.processor = model, processor
+        self.prompt_cache = PromptCache(model, math.inf)  # of one conversation: `clear` when it ends
         self.pooled_grid_size, self.max_new_tokens = pooled_grid_size, max_new_tokens
         self.messages, self.pictures = [], []
 
@@ -131,10 +138,12 @@ class Conversation:
             typer.echo(f"{picture.width} x {picture.height} pixels; ask about it.", err=True)
         elif command == "/pooled-grid-size":
             self.pooled_grid_size = self._check_grid(parse_grid_option(argument))
+            self.prompt_cache.clear()  # its pictures have another grid
             rows, cols = self.pooled_grid_size
             typer.echo(f"{rows} x {cols} = {rows * cols} tokens per picture.", err=True)
         elif command == "/clear":
             self.messages, self.pictures = [], []
+            self.prompt_cache.clear()
         elif command == "/help":
             typer.echo(COMMANDS, err=True)
         elif command == "/exit":
@@ -152,7 +161,7 @@ class Conversation:
         content = [{"type": "image", "image": picture} for picture in self.pictures]
         messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         budget = {"pooled_grid_size": self.pooled_grid_size, "max_new_tokens": self.max_new_tokens}
-        pieces = stream(self.model, self.processor, messages, **budget)
+        pieces = stream(self.model, self.processor, messages, **budget, prompt_cache=self.prompt_cache)
         answer = ""
         try:
             for piece in pieces:

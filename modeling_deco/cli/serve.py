@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import SHIPPED_CHECKPOINT
-from .common import In4Bit, Model, Revision, one_line_errors, quiet_transformers
+from .common import In4Bit, InInt8, Model, Revision, one_line_errors, quiet_transformers
 
 
 def serve(
@@ -39,8 +39,12 @@ def serve(
         int, typer.Option(metavar="N", min=0, help="Requests that wait while one is answered; more get status 429.")
     ] = 32,
     max_body_mib: Annotated[int, typer.Option(metavar="N", min=1, help="Size of a request.")] = 32,
+    prompt_cache_mib: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Key-value caches kept for the next turns of conversations.")
+    ] = 1024,
     revision: Revision = None,
     in_4bit: In4Bit = False,
+    in_int8: InInt8 = False,
 ):
     """Serve a model to OpenAI clients, at http://127.0.0.1:8000/v1.
 
@@ -66,6 +70,7 @@ def serve(
             max_images=max_images,
             max_queue=max_queue,
             max_body_bytes=max_body_mib * 2**20,
+            prompt_cache_bytes=prompt_cache_mib * 2**20,
             image_limits=ImageLimits(max_pixels=max_image_pixels),
         )
         run(
@@ -76,4 +81,5 @@ def serve(
             options=options,
             revision=revision,
             in_4bit=in_4bit,
+            in_int8=in_int8,
         )

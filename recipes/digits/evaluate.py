@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
-from modeling_deco.inference import encode, nf4_config
+from modeling_deco.inference import encode
+from modeling_deco.quantization import nf4_config, quantize_to_int8
 from modeling_deco.recipes.digits.world import KINDS, SPLITS, questions, render, score
 from modeling_deco.recipes.measure import environment
 
@@ -113,6 +114,7 @@ def main(
     num_pictures: Annotated[int, typer.Option(min=2, help="Pictures, each with one question of every kind.")] = 1000,
     seed: Annotated[int, typer.Option(help="Another seed gives other pictures.")] = 0,
     in_4bit: Annotated[bool, typer.Option("--4bit", help="Language model in 4 bits (NF4, bitsandbytes).")] = False,
+    in_int8: Annotated[bool, typer.Option("--int8", help="Linear layers in int8.")] = False,
     in_conversation: Annotated[
         bool, typer.Option("--conversation", help="Ask a picture's questions one after the other; rows by place.")
     ] = False,
@@ -126,6 +128,8 @@ def main(
     processor = AutoProcessor.from_pretrained(model)
     if torch.cuda.is_available():
         loaded = loaded.to("cuda")
+    if in_int8:
+        quantize_to_int8(loaded)
     evaluate = accuracy_by_turn if in_conversation else accuracy_by_kind
     accuracies = evaluate(loaded, processor, split, num_pictures, pooled_grid_size, seed=seed)
     if as_json:
@@ -133,6 +137,7 @@ def main(
             "model": model,
             "pooled_grid_size": pooled_grid_size or processor.pooled_grid_size,
             "in_4bit": in_4bit,
+            "in_int8": in_int8,
             "in_conversation": in_conversation,
             "split": split,
             "num_pictures": num_pictures,

@@ -60,6 +60,8 @@ _NOT_QUANTIZED = [
     "lm_head",
 ]
 
+IMAGE_INPUTS = ("pixel_values", "pooled_grid_sizes", "pixel_attention_mask", "spatial_shapes")  # one row per image
+
 _PUSH_ARGUMENTS = (
     "repo_id",
     "processor",
@@ -540,8 +542,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         # where a prompt with two images needs [A, B, A, B]. Here images are repeated prompt by prompt.
         per_image = {}
         if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
-            names = ("pixel_values", "pooled_grid_sizes", "pixel_attention_mask", "spatial_shapes")
-            per_image = {name: model_kwargs.pop(name) for name in names if model_kwargs.get(name) is not None}
+            per_image = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
             is_placeholder = self.model.find_placeholders(input_ids, model_kwargs.get("inputs_embeds"))
             order = self._images_by_prompt(is_placeholder, per_image, expand_size)
             per_image = {name: value[order] for name, value in per_image.items()}

@@ -1,0 +1,336 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What an answer costs: DeCo at several grids beside transformers' LLaVA with the same weights, and the limit of both.
+
+    python benchmarks/inference.py --shape 0.5b --variant default --variant int8
+
+Weights are random, drawn on the device; LLaVA and DeCo share their tensors, and LLaVA has the vision layer that it
+computes and does not read. All variants run in turn in one process, round after round, the first to warm up; a time is
+the median of the rounds, with the smallest and the largest, and a ratio is the median of the rounds' ratios.
+
+The limit is what no model of this kind can do without: the vision tower's used layers alone, and the language model
+alone on as many embeddings. Prefill is one forward pass from pixels to the last position's logits; the first token is
+what `generate` takes for it. Peak memory is weights and the most that a prefill holds beside them.
+
+Results, after each shape and batch: results/inference-DEVICE.json, results/inference-DEVICE.png. The last line printed
+is the JSON in one line.
+"""
+
+import copy
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import torch
+import typer
+from matplotlib.figure import Figure
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, CompileConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers.generation import BaseStreamer
+
+from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration, num_image_tokens
+from modeling_deco.info import format_size
+from modeling_deco.quantization import Int8Linear, quantize_to_int8
+from modeling_deco.recipes.measure import environment, spread, synchronize, turns, write_report
+
+RESULTS = Path(__file__).with_name("results")
+NUM_TEXT_TOKENS = 40
+
+# Decoders' sizes: Qwen2.5-0.5B's published configuration, and Llama-7B's, which is the default; before both stands
+# CLIP ViT-L/14-336, the default tower.
+TEXT_CONFIGS = {
+    "0.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "7b": {"vocab_size": 32064},
+}
+SHAPES = ("digits", *TEXT_CONFIGS)
+VARIANTS = ("default", "int8", "compiled")
+
+
+def build(shape: str) -> tuple[DecoForConditionalGeneration, LlavaForConditionalGeneration]:
+    """DeCo and LLaVA with the same random tensors, on the default device and in the default dtype."""
+    if shape == "digits":
+        config = AutoConfig.from_pretrained(SHIPPED_CHECKPOINT)
+    else:
+        config = DecoConfig(text_config=TEXT_CONFIGS[shape])
+    vision_config = config.vision_config.to_dict()
+    vision_config["num_hidden_layers"] += 1
+    llava_config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=config.text_config,
+        image_token_id=config.image_token_id,
+        vision_feature_layer=-2,
+    )
+    torch.manual_seed(0)
+    llava = LlavaForConditionalGeneration(llava_config).eval()
+    deco = DecoForConditionalGeneration(config).eval()
+    missing, _ = deco.load_state_dict(llava.state_dict(), strict=False, assign=True)
+    assert not missing, missing
+    deco.tie_weights()
+    return deco, llava
+
+
+def build_inputs(model: PreTrainedModel, batch_size: int, num_tokens: int) -> dict[str, torch.Tensor]:
+    """Random pixels, and as many placeholders as an image has tokens before random words."""
+    device, dtype, config = model.device, model.dtype, model.config
+    side = config.vision_config.image_size
+    text = torch.randint(3, config.text_config.vocab_size, (batch_size, NUM_TEXT_TOKENS), device=device)
+    text[text == config.image_token_id] = 3
+    image = torch.full((batch_size, num_tokens), config.image_token_id, device=device)
+    input_ids = torch.cat([image, text], dim=1)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": torch.randn(batch_size, 3, side, side, device=device, dtype=dtype),
+    }
+
+
+class TokenTimes(BaseStreamer):
+    """When each token came: `generate` hands it over on the CPU, which waits for the device."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+class Subject:
+    """A model at one token budget, in one variant, at one batch size.
+
+    Attributes:
+        parts: what is timed, by name.
+        decode_seconds: per token after the first, a call of `generate` after the other.
+    """
+
+    def __init__(
+        self, variant: str, name: str, model: PreTrainedModel, tower: nn.Module, inputs: dict, new_tokens: int
+    ):
+        """`tower` is the vision tower without a layer that is not read."""
+        self.variant, self.name, self.model, self.inputs, self.new_tokens = variant, name, model, inputs, new_tokens
+        pixels, (batch_size, length), config = inputs["pixel_values"], inputs["input_ids"].shape, model.config
+        self.batch_size, self.length = batch_size, length
+        like = {"device": pixels.device, "dtype": pixels.dtype}
+        num_patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        patch_features = torch.randn(batch_size, num_patches, config.vision_config.hidden_size, **like)
+        embeds = torch.randn(batch_size, length, config.text_config.hidden_size, **like)
+        forward, language_model, self.generation = model, model.model.language_model, {}
+        if variant == "compiled":
+            mode = "reduce-overhead" if pixels.is_cuda else "default"  # CUDA graphs, which a CPU has none of
+            compiled = partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
+            tower, forward, language_model = compiled(tower), compiled(forward), compiled(language_model)
+            compile_config = CompileConfig(fullgraph=True, mode=mode)
+            compile_config._compile_all_devices = True  # private, seen in transformers 5.17 to 5.23
+            self.generation = {"cache_implementation": "static", "compile_config": compile_config}
+        grids = (None, config.pooled_grid) if name == "DeCo" else ()
+        self.decode_seconds, self.first_token_seconds = [], []
+        self.parts: dict[str, Callable] = {
+            "vision_tower": lambda: tower(pixels),
+            "projector": lambda: model.model.multi_modal_projector(patch_features, *grids),
+            "language_model": lambda: model.lm_head(
+                language_model(inputs_embeds=embeds, use_cache=True).last_hidden_state[:, -1:]
+            ),
+            "prefill": lambda: forward(**inputs, use_cache=True, logits_to_keep=1),
+            "generate": self.generate,
+        }
+
+    def generate(self) -> None:
+        streamer, began = TokenTimes(), time.perf_counter()
+        self.model.generate(
+            **self.inputs,
+            **self.generation,
+            do_sample=False,
+            min_new_tokens=self.new_tokens,
+            max_new_tokens=self.new_tokens,
+            streamer=streamer,
+        )
+        _, first, *_, last = streamer.times  # before the first comes the prompt
+        self.first_token_seconds.append(first - began)
+        self.decode_seconds.append((last - first) / (self.new_tokens - 1))
+
+    def summarize(self, samples: dict[str, list[float]], llava: "Subject") -> dict:
+        """Seconds, ratios and bytes.
+
+        Args:
+            samples: seconds of each part, round by round.
+            llava: transformers' LLaVA as it is.
+        """
+        rounds = len(samples["generate"])  # before them warmed up
+        limit = [sum(parts) for parts in zip(samples["vision_tower"], samples["language_model"], strict=True)]
+        first_token = self.first_token_seconds[-rounds:]
+        timed = {**samples, "first_token": first_token, "limit": limit}
+        del timed["generate"]
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        weights += sum(layer.nbytes for layer in self.model.modules() if isinstance(layer, Int8Linear))
+        return {
+            "variant": self.variant,
+            "model": self.name,
+            "batch_size": self.batch_size,
+            "image_tokens": self.length - NUM_TEXT_TOKENS,
+            "seconds": {name: spread(times) for name, times in timed.items()},
+            "decode_tokens_per_second": rounded(self.batch_size / median(self.decode_seconds[-rounds:])),
+            "prefill_over_limit": median_ratio(samples["prefill"], limit),
+            "first_token_speedup": median_ratio(llava.first_token_seconds[-rounds:], first_token),
+            "kv_cache_bytes": sum(
+                layer.keys.nbytes + layer.values.nbytes for layer in self.parts["prefill"]().past_key_values.layers
+            ),
+            "weights_bytes": weights,
+            "peak_bytes": weights + peak_bytes(self.parts["prefill"]),
+        }
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    return rounded(median(a / b for a, b in zip(numerators, denominators, strict=True)))
+
+
+def peak_bytes(part: Callable) -> int:
+    """The most that tensors take while `part` runs, beyond what they took before."""
+    if torch.cuda.is_available():
+        synchronize("cuda")
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        part()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        part()
+    held = peak = 0
+    for event in profiled.profiler.kineto_results.events():  # private, seen in torch 2.13
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def at_grid(model: DecoForConditionalGeneration, grid: int) -> DecoForConditionalGeneration:
+    """The same weights under a config with another grid, so that the grid is none of the inputs."""
+    shared = [*model.parameters(), *model.buffers(), *(m for m in model.modules() if isinstance(m, Int8Linear))]
+    model = copy.deepcopy(model, memo={id(part): part for part in shared})
+    model.config.pooled_grid_size = grid
+    return model
+
+
+def measure(
+    shape: str, grids: list[int], variants: list[str], batch_size: int, repeats: int, new_tokens: int
+) -> list[dict]:
+    """Rows of one shape at one batch size, on the default device."""
+    subjects, (deco, llava) = [], build(shape)
+    pixels_of_batch = build_inputs(deco, batch_size, 1)["pixel_values"]
+    for variant in ["default", *(name for name in variants if name != "default")]:  # ratios are to the default LLaVA
+        models = [deco, llava]
+        if variant == "int8":
+            models = [quantize_to_int8(copy.deepcopy(model)) for model in models]
+        tower = models[0].model.vision_tower
+        for name, model, grid in [
+            ("LLaVA", models[1], deco.config.patch_grid),
+            *(("DeCo", at_grid(models[0], grid), grid) for grid in grids),
+        ]:
+            inputs = build_inputs(model, batch_size, num_image_tokens(grid)) | {"pixel_values": pixels_of_batch}
+            subjects.append(Subject(variant, name, model, tower, inputs, new_tokens))
+    runs = {(i, part): run for i, subject in enumerate(subjects) for part, run in subject.parts.items()}
+    samples = turns(runs, repeats, deco.device)
+    return [
+        subject.summarize({part: samples[i, part] for part in subject.parts}, subjects[0])
+        for i, subject in enumerate(subjects)
+    ]
+
+
+def draw(results: dict[str, list[dict]], path: Path) -> None:
+    """For each shape and batch, the time to the first token, and the parts of it."""
+    height = sum(1 + 0.3 * len(rows) for rows in results.values())
+    figure = Figure(figsize=(9, height), layout="constrained")
+    heights = [1 + 0.3 * len(rows) for rows in results.values()]
+    panels = figure.subplots(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, rows) in zip(panels, results.items(), strict=True):
+        labels = [f"{row['model']} {row['image_tokens']}, {row['variant']}" for row in rows]
+        left = [0.0] * len(rows)
+        for part in ("vision_tower", "projector", "language_model"):
+            widths = [row["seconds"][part]["median"] for row in rows]
+            axes.barh(labels, widths, left=left, label=part.replace("_", " "))
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        first = [row["seconds"]["first_token"]["median"] for row in rows]
+        axes.plot(first, labels, "k|", markersize=12, label="first token, measured")
+        for row, seconds in zip(rows, first, strict=True):
+            label = f"  {row['first_token_speedup']:.2f}x"
+            axes.annotate(label, (seconds, f"{row['model']} {row['image_tokens']}, {row['variant']}"), va="center")
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set(title=title, xlabel="seconds")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+@torch.inference_mode()
+def main(
+    shapes: Annotated[list[str], typer.Option("--shape", help=f"Of {', '.join(SHAPES)}.")] = ["digits", "0.5b"],  # noqa: B006
+    grids: Annotated[list[int], typer.Option("--grid", help="Sides of DeCo's grids.")] = [12, 8, 6],  # noqa: B006
+    variants: Annotated[list[str], typer.Option("--variant", help=f"Of {', '.join(VARIANTS)}.")] = ["default", "int8"],  # noqa: B006
+    batch_sizes: Annotated[list[int], typer.Option("--batch-size", help="Prompts, with an image each.")] = [1],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, after one to warm up.")] = 5,
+    new_tokens: Annotated[int, typer.Option(min=3, help="Length of the answers.")] = 9,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the plot.")] = RESULTS,
+) -> None:
+    """Time to the first token, and what it is made of."""
+    for name, given, known in (("shape", shapes, SHAPES), ("variant", variants, VARIANTS)):
+        for value in given:
+            if value not in known:
+                raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=f"--{name}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report = {
+        "command": shlex.join(["python", "benchmarks/inference.py", *sys.argv[1:]]),
+        "text_tokens": NUM_TEXT_TOKENS,
+        "repeats": repeats,
+        "results": {},
+        "environment": environment(device),
+    }
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    report["dtype"] = str(dtype).removeprefix("torch.")
+    for shape, batch_size in product(shapes, batch_sizes):
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            rows = measure(shape, grids, variants, batch_size, repeats, new_tokens)
+        torch.set_default_dtype(torch.float32)
+        report["results"][f"{shape}, batch {batch_size}"] = rows
+        typer.echo(f"\n{shape}, batch {batch_size}: medians in ms")
+        typer.echo(
+            f"{'':24}{'vision':>9}{'project':>9}{'language':>9}{'prefill':>9}{'/limit':>8}{'token 1':>9}{'speedup':>9}"
+            f"{'tokens/s':>10}{'KV':>9}{'peak':>9}"
+        )
+        for row in rows:
+            ms = {name: 1000 * times["median"] for name, times in row["seconds"].items()}
+            typer.echo(
+                f"{row['model'] + ' ' + str(row['image_tokens']) + ', ' + row['variant']:24}{ms['vision_tower']:9.4g}"
+                f"{ms['projector']:9.3g}{ms['language_model']:9.4g}{ms['prefill']:9.4g}"
+                f"{row['prefill_over_limit']:8.3f}{ms['first_token']:9.4g}{row['first_token_speedup']:9.2f}"
+                f"{row['decode_tokens_per_second']:10.4g}{format_size(row['kv_cache_bytes']):>9}"
+                f"{format_size(row['peak_bytes']):>9}"
+            )
+        write_report(report, out / f"inference-{device}.json")
+        draw(report["results"], out / f"inference-{device}.png")
+    typer.echo(json.dumps(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,152 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How an answer's cost grows: with tokens per image, images per prompt, and prompts per batch.
+
+    python benchmarks/scaling.py
+
+The shape is CLIP ViT-L/14-336 before a 0.5B decoder, or a 7B one, with random weights, both cut to as many layers
+as `--layers` says: time per layer is what grows. Vision tower and language model are timed alone and in
+turn, medians count; beside each stands the work in floating-point operations, counted by PyTorch, so that the rate at
+which it is done can be compared along a curve. SCALING.md goes on from here.
+
+Writes results/scaling-DEVICE.json and .png, and ends with the JSON in one line.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from inference import NUM_TEXT_TOKENS, TEXT_CONFIGS
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_deco import DecoConfig, DecoForConditionalGeneration, num_image_tokens
+from modeling_deco.info import kv_cache_bytes
+from modeling_deco.recipes.measure import environment, take_turns, write_report
+
+RESULTS = Path(__file__).with_name("results")
+GRIDS, NUMBERS = (1, 2, 4, 6, 8, 12, 16, 20, 24), (1, 2, 4, 8)
+GRID = 12  # where something else varies
+
+
+def build(shape: str, num_layers: int | None) -> DecoForConditionalGeneration:
+    text_config, vision_config = dict(TEXT_CONFIGS[shape]), None
+    if num_layers is not None:
+        text_config["num_hidden_layers"] = num_layers
+        vision_config = DecoConfig().vision_config.to_dict() | {"num_hidden_layers": num_layers}
+    config = DecoConfig(vision_config=vision_config, vision_feature_layer=-1, text_config=text_config)
+    torch.manual_seed(0)
+    return DecoForConditionalGeneration(config).eval()
+
+
+def decode(model, cache_length: int, batch_size: int):
+    """One step of decoding after `cache_length` tokens; the cache is put back as it was."""
+    hidden_size = model.config.text_config.hidden_size
+    language_model = model.model.language_model
+    prompt = torch.randn(batch_size, cache_length, hidden_size, dtype=model.dtype, device=model.device)
+    cache = language_model(inputs_embeds=prompt, use_cache=True).past_key_values
+
+    def step():
+        states = language_model(inputs_embeds=prompt[:, :1], past_key_values=cache).last_hidden_state
+        model.lm_head(states)
+        cache.crop(-1)
+
+    return step
+
+
+def count_flops(run) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run()
+    return counter.get_total_flops()
+
+
+def measure(model, points: list[dict], repeats: int) -> list[dict]:
+    """Rows: a point with the seconds and the work of its parts."""
+    side, text_config = model.config.vision_config.image_size, model.config.text_config
+    runs, flops = {}, {}
+    for i, point in enumerate(points):
+        num_images = point["batch_size"] * point["images_per_prompt"]
+        length = NUM_TEXT_TOKENS + point["images_per_prompt"] * point["image_tokens"]
+        like = {"dtype": model.dtype, "device": model.device}
+        pixels = torch.randn(num_images, 3, side, side, **like)
+        embeds = torch.randn(point["batch_size"], length, text_config.hidden_size, **like)
+        parts = {
+            "vision_tower": partial(model.model.vision_tower, pixels),
+            "language_model": partial(model.model.language_model, inputs_embeds=embeds, use_cache=True),
+            "decode": decode(model, length, point["batch_size"]),
+        }
+        runs |= {(i, name): run for name, run in parts.items()}
+        flops[i] = {name: count_flops(parts[name]) for name in ("vision_tower", "language_model")}
+        point["kv_cache_bytes"] = point["batch_size"] * kv_cache_bytes(text_config, length, model.dtype)
+    seconds = take_turns(runs, repeats, model.device)
+    rows = []
+    for i, point in enumerate(points):
+        timed = {name: times for (j, name), times in seconds.items() if i == j}
+        rate = {name: float(f"{work / timed[name]['median']:.4g}") for name, work in flops[i].items()}
+        rows.append({**point, "seconds": timed, "flops": flops[i], "flops_per_second": rate})
+    return rows
+
+
+def draw(curves: dict[str, list[dict]], path: Path) -> None:
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
+        values = [row[name] for row in rows]
+        for part in ("vision_tower", "language_model", "decode"):
+            times = [row["seconds"][part] for row in rows]
+            label = {"decode": "one token more"}.get(part, part.replace("_", " "))
+            (line,) = axes.plot(values, [time["median"] for time in times], "o-", markersize=4, label=label)
+            lows, highs = ([time[end] for time in times] for end in ("low", "high"))
+            axes.fill_between(values, lows, highs, color=line.get_color(), alpha=0.2)
+        axes.set(xlabel=name.replace("_", " "), ylabel="seconds", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+@torch.inference_mode()
+def main(
+    shape: Annotated[str, typer.Option(help=f"Decoder: {', '.join(TEXT_CONFIGS)}.")] = "0.5b",
+    num_layers: Annotated[int | None, typer.Option("--layers", min=1, help="Of tower and decoder; default: all.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, after one to warm up.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the plot.")] = RESULTS,
+) -> None:
+    """Curves of seconds against tokens per image, images per prompt, and batch size."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    with torch.device(device):
+        model = build(shape, num_layers)
+    point = {"image_tokens": num_image_tokens(GRID), "images_per_prompt": 1, "batch_size": 1}
+    sizes = {"image_tokens": [num_image_tokens(grid) for grid in GRIDS]}
+    sizes |= {"images_per_prompt": NUMBERS, "batch_size": NUMBERS}
+    points = [(name, {**point, name: value}) for name, values in sizes.items() for value in values]
+    rows = measure(model, [point for _, point in points], repeats)
+    curves = {name: [row for (of, _), row in zip(points, rows, strict=True) if of == name] for name in sizes}
+    for name, of_curve in curves.items():
+        typer.echo(f"\n{name:18}{'vision ms':>12}{'language ms':>12}{'decode ms':>12}{'GFLOP/s':>16}")
+        for row in of_curve:
+            ms = {part: 1000 * times["median"] for part, times in row["seconds"].items()}
+            rates = "".join(f"{rate / 1e9:8.4g}" for rate in row["flops_per_second"].values())
+            typer.echo(
+                f"{row[name]:<18}{ms['vision_tower']:12.4g}{ms['language_model']:12.4g}{ms['decode']:12.4g}{rates}"
+            )
+    report = {
+        "command": "python benchmarks/scaling.py",
+        "shape": shape,
+        "layers": num_layers,
+        "text_tokens": NUM_TEXT_TOKENS,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "repeats": repeats,
+        "curves": curves,
+        "environment": environment(device),
+    }
+    write_report(report, out / f"scaling-{device}.json")
+    draw(curves, out / f"scaling-{device}.png")
+    typer.echo(json.dumps(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,201 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of earlier prompts and answers, for the prompts that begin with them: the next turn of a
+conversation runs neither the vision tower nor the language model on what came before."""
+
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from hashlib import blake2b
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMode
+
+from .configuration_deco import num_image_tokens
+from .inference import is_out_of_memory
+from .modeling_deco import IMAGE_INPUTS
+
+
+class PromptCache:
+    """A model's `generate`, without what an earlier call has computed already.
+
+    The answer is the one of `generate`, up to rounding in the model's dtype (in int8 on a CPU: of int8, whose scale is
+    one for all tokens of a call). An image counts as the same where all of its pixels and its grid are. What
+    cannot be continued exactly runs as if nothing were kept: beam search and assisted generation, static and quantized
+    caches, recurrent layers, sliding windows that have been filled, and rotary embeddings that change with a prompt's
+    length.
+
+    Threads may share it. Who can measure the time to an answer can learn whether its prompt was asked before.
+
+    Args:
+        model: a `DecoForConditionalGeneration`, whose weights stay as they are (or call `clear`).
+        max_bytes: of keys and values kept between calls, on the model's devices. The longest unused go first.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_bytes: float = 2**30):
+        self.model = model
+        self.max_bytes = max_bytes
+        self._entries: list[_Entry] = []  # the last is the latest
+        self._lock = Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the keys and values kept now."""
+        return sum(entry.num_bytes for entry in self._entries)
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._entries = []
+
+    def generate(self, **inputs) -> torch.LongTensor:
+        """`model.generate`, whose arguments and errors these are. A lack of memory also clears this cache."""
+        prompt = self._read(inputs)
+        if prompt is None:
+            return self.model.generate(**inputs)
+        cache, length = self._take(prompt)
+        num_seen = sum(image.end <= length for image in prompt.images)
+        for name in IMAGE_INPUTS:
+            if num_seen > 0 and inputs.get(name) is not None:
+                inputs[name] = inputs[name][num_seen:]
+                if num_seen == len(prompt.images):
+                    del inputs[name]
+        try:
+            sequences = self.model.generate(**inputs, past_key_values=cache)
+        except Exception as error:
+            if is_out_of_memory(error):
+                self.clear()
+            else:  # also of a client that has left: streamers end generation by raising
+                self._keep(cache, prompt, prompt.token_ids)
+            raise
+        self._keep(cache, prompt, sequences[0].cpu())
+        return sequences
+
+    def _read(self, inputs: dict) -> "_Prompt | None":
+        """The prompt that is asked, or None where this is not for us."""
+        config = self.model.config
+        generation_config = deepcopy(inputs.get("generation_config") or self.model.generation_config)
+        generation_config.update(**inputs)
+        is_plain = (
+            generation_config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            and generation_config.num_return_sequences in (None, 1)
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and generation_config.prefill_chunk_size is None  # 5.17 begins at the first token, whatever is cached
+            and not generation_config.return_dict_in_generate
+        )
+        # whose frequencies depend on the longest position of a call, so that the same token's keys do, too
+        rope = str(getattr(config.get_text_config(), "rope_parameters", None))
+        if not is_plain or "dynamic" in rope or "longrope" in rope or len(inputs["input_ids"]) != 1:
+            return None
+        token_ids = inputs["input_ids"][0].cpu()
+        pixels = [
+            inputs[name] for name in IMAGE_INPUTS if name != "pooled_grid_sizes" and inputs.get(name) is not None
+        ]
+        num_images = len(pixels[0]) if pixels else 0
+        grids = inputs.get("pooled_grid_sizes")
+        grids = [config.pooled_grid] * num_images if grids is None else [tuple(grid) for grid in grids.tolist()]
+        places = (token_ids == config.image_token_id).nonzero().flatten().tolist()
+        if sum(map(num_image_tokens, grids)) != len(places):
+            return None  # the model says what is wrong
+        images = []
+        for grid, *parts in zip(grids, *pixels, strict=True):
+            own_places, places = places[: num_image_tokens(grid)], places[num_image_tokens(grid) :]
+            images.append(_Image(own_places[0], own_places[-1] + 1, grid, _digest(parts)))
+        return _Prompt(token_ids, images)
+
+    def _take(self, prompt: "_Prompt") -> tuple[DynamicCache, int]:
+        """A cache of the prompt's beginning, as long as one is known, and its length."""
+        with self._lock:
+            lengths = [entry.shared_length(prompt) for entry in self._entries]
+            length = max(lengths, default=0)
+            if length == 0:
+                return DynamicCache(config=self.model.config.get_text_config(decoder=True)), 0
+            entry = self._entries[lengths.index(length)]
+            # What goes on from an entry replaces it, whose memory is so free as soon as it is copied into the longer
+            # one. From where a prompt only begins alike, its own conversation may yet go on.
+            if length >= entry.num_prompt_tokens - 1:
+                self._entries.remove(entry)
+        # No tensor is changed in place: a layer's update concatenates, and a crop is a view.
+        cache = copy(entry.cache)
+        cache.layers = [copy(layer) for layer in cache.layers]
+        cache.crop(length - cache.get_seq_length())
+        return cache, length
+
+    def _keep(self, cache: DynamicCache, prompt: "_Prompt", token_ids: torch.LongTensor) -> None:
+        length = _whole_length(cache)
+        if length is None:
+            return
+        token_ids = token_ids[:length]  # the last one has not been run; of a broken answer all are unknown
+        entry = _Entry(token_ids, prompt.images, cache, min(len(prompt.token_ids), length))
+        if entry.num_bytes > self.max_bytes:
+            return
+        with self._lock:
+            self._entries.append(entry)
+            while self.num_bytes > self.max_bytes:
+                del self._entries[0]
+
+
+class _Image(NamedTuple):
+    """An image of a prompt, whose placeholders are the tokens from `start` to before `end`."""
+
+    start: int
+    end: int
+    grid: tuple[int, int]
+    digest: bytes
+
+
+class _Prompt(NamedTuple):
+    token_ids: torch.LongTensor  # (sequence,), on the CPU
+    images: list[_Image]
+
+
+@dataclass(eq=False)
+class _Entry:
+    """The tokens of a prompt and its answer, as far as they have been run, and their keys and values."""
+
+    token_ids: torch.LongTensor  # (sequence,), on the CPU
+    images: list[_Image]
+    cache: DynamicCache
+    num_prompt_tokens: int
+
+    def shared_length(self, prompt: _Prompt) -> int:
+        """Tokens at the prompt's beginning that are the same here. An image counts whole or not at all."""
+        longest = min(len(self.token_ids), len(prompt.token_ids) - 1)  # the last token's logits are wanted
+        differences = (self.token_ids[:longest] != prompt.token_ids[:longest]).nonzero().flatten().tolist()
+        length = differences[0] if differences else longest
+        for image in prompt.images:
+            if image.start < length and (image.end > length or image not in self.images):
+                return image.start
+        return length
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)  # of which a view may show a part
+
+
+def _whole_length(cache: DynamicCache) -> int | None:
+    """Tokens in a cache that can be cropped exactly; None of any other, and of one that an error left half updated."""
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return None
+    if not all(layer.is_initialized for layer in cache.layers):
+        return None
+    # of a sliding window that has been filled there are fewer states than tokens
+    lengths = {(layer.get_seq_length(),) for layer in cache.layers}
+    lengths |= {tensor.shape[-2:-1] for layer in cache.layers for tensor in (layer.keys, layer.values)}
+    return lengths.pop()[0] if len(lengths) == 1 else None
+
+
+def _digest(tensors: list[torch.Tensor]) -> bytes:
+    digest = blake2b()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
+    return digest.digest()
+
+
+__all__ = ["PromptCache"]
