@@ -13,7 +13,6 @@ imports. 8 layers are 4.4 GB, 32 are the whole model (14 GB).
 
 import json
 import multiprocessing
-import re
 import shutil
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ import typer
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from modeling_deco.conversion import convert
-from modeling_deco.recipes.measure import environment, seconds, write_report
+from modeling_deco.recipes.measure import environment, peak_resident_bytes, seconds, write_report
 
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
 SETTLE_SECONDS = 3  # what the run before left to be written, or deleted, is not the next one's
@@ -151,8 +150,7 @@ def peak_bytes(source: Path | None, destination: Path, queue) -> None:
     """In a fresh process, which has imported this module: convert, or do nothing."""
     if source is not None:
         convert(source, destination)
-    status = Path("/proc/self/status").read_text()  # getrusage's maximum is inherited from the parent
-    queue.put(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]))
+    queue.put(peak_resident_bytes())
 
 
 def measure_peak(source: Path | None, destination: Path) -> int:

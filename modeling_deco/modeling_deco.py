@@ -254,9 +254,14 @@ class DecoModel(DecoPreTrainedModel):
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         # an index selects the one state that is kept where transformers knows that (5.19), and is plainly true before
-        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or -1
+        keep_hidden_states = kwargs.pop("output_hidden_states", False)
         tower_inputs, patch_grids = self._tower_inputs(pixel_values, pixel_attention_mask, spatial_shapes)
-        image_outputs = self.vision_tower(**tower_inputs, return_dict=True, **kwargs)
+        image_outputs = self.vision_tower(
+            **tower_inputs, return_dict=True, output_hidden_states=keep_hidden_states or -1, **kwargs
+        )
+        if not keep_hidden_states:  # before 5.19 all come, and would live while the language model runs
+            num_others = len(image_outputs.hidden_states) - 1
+            image_outputs.hidden_states = (*[None] * num_others, image_outputs.hidden_states[-1])
         # hidden_states[-1], not last_hidden_state, which SigLIP and DINOv2 normalize
         patch_features = image_outputs.hidden_states[-1][:, self.config.num_prefix_tokens :]
 

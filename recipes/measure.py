@@ -5,6 +5,7 @@
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -78,6 +79,12 @@ def spread(values: list[float]) -> dict[str, float]:
     """`median`, and the quartiles `low` and `high`, to four digits."""
     low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {name: float(f"{value:.4g}") for name, value in (("median", median(values)), ("low", low), ("high", high))}
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held (Linux). getrusage's figure would be the parent's at first."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def write_report(report: dict, path: Path) -> None:

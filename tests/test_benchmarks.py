@@ -2,21 +2,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each benchmark at small sizes: it runs, ends with one line of JSON, and counts what it says it counts."""
 
+import importlib
 import json
-import runpy
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def run(capsys):
+def benchmark(monkeypatch):
+    """`benchmark("projectors")`: the module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def run(benchmark, capsys):
     """`run("projectors", **options)`: the JSON on the benchmark's last line."""
 
     def call(name: str, **options) -> dict:
-        runpy.run_path(str(BENCHMARKS / f"{name}.py"))["main"](**options)
+        benchmark(name).main(**options)
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return call
@@ -45,7 +57,121 @@ def test_processors_are_compared_on_every_kind_of_input(run, tmp_path):
         assert all(row[name]["images_per_second"]["median"] > 0 for name in ("llava", "deco", "deco-576"))
 
 
-def test_a_backend_that_is_not_installed_is_reported_as_not_run(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.utils.is_torchvision_available", lambda: False)
+def test_a_backend_that_is_not_installed_is_reported_as_not_run(run, benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark("processor"), "is_torchvision_available", lambda: False)
     report = run("processor", num_images=2, large=(320, 240), repeats=1, out=tmp_path)
     assert report["backends"]["torchvision"] == "not run: torchvision is not installed"
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def fail():
+    raise ValueError("no such\n  thing")
+
+
+def die():
+    os._exit(3)
+
+
+def sleep():
+    time.sleep(60)
+
+
+def say():
+    return {"pid": os.getpid()}
+
+
+@pytest.mark.slow
+def test_a_run_has_a_process_of_its_own(benchmark):
+    training = benchmark("training")
+    assert training.in_a_process(say)["pid"] not in (os.getpid(), training.in_a_process(say)["pid"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "reason"), [(fail, "ValueError: no such thing"), (die, "the process ended with exit code 3")]
+)
+def test_a_run_that_fails_is_reported_with_the_reason(function, reason, benchmark):
+    assert benchmark("training").in_a_process(function) == {"failed": reason}
+
+
+@pytest.mark.slow
+def test_a_run_that_takes_too_long_is_ended(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark("training"), "SECONDS_PER_RUN", 1)
+    assert benchmark("training").in_a_process(sleep) == {"failed": "took more than 1 s"}
+
+
+def test_speed_and_memory_are_compared_with_llava_of_the_same_shape_and_stage(benchmark):
+    training = benchmark("training")
+    speeds = {"a stage1 avg_pool-144": 6, "a stage1 mlp-576": 2, "b stage1 avg_pool-144": 6, "a stage2 mlp-576": 1}
+    rows = {}
+    for name, speed in speeds.items():
+        shape, stage, projector = name.split()
+        rows[name] = {"shape": shape, "stage": stage, "projector": projector, "peak_memory_gib": 12 / speed}
+        rows[name]["images_per_second"] = {"median": speed}
+    rows["a stage2 avg_pool-144"] = {"shape": "a", "stage": "stage2", "projector": "avg_pool-144", "failed": "killed"}
+    training.add_ratios(rows)
+    assert rows["a stage1 avg_pool-144"]["over_llava"] == {"speed": 3, "memory": 0.33}
+    assert rows["a stage1 mlp-576"]["over_llava"] == {"speed": 1, "memory": 1}
+    assert "over_llava" not in rows["b stage1 avg_pool-144"]
+    assert "over_llava" not in rows["a stage2 avg_pool-144"]
+
+
+@pytest.mark.slow
+def test_training_is_compared_with_llava_in_every_stage(tmp_path):
+    command = [sys.executable, BENCHMARKS / "training.py", "--shape", "tiny", "--repeats", "2"]
+    command += ["--projector", "avg_pool-144", "--projector", "mlp-576", "--out", tmp_path / "training.json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report == json.loads((tmp_path / "training.json").read_text())
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+    stages = ("stage1", "stage2_full", "stage2_lora", "stage2_qlora")
+    rows = report["rows"]
+    assert list(rows) == [f"tiny {stage} {projector}" for stage in stages for projector in ("avg_pool-144", "mlp-576")]
+    for row in rows.values():
+        assert len(row["step_seconds"]) == 2 * (4 - 2)  # of two runs, without their first steps
+        assert len(row["losses"]) == 4
+        assert row["peak_memory_gib"] > 0
+    for projector in ("avg_pool-144", "mlp-576"):
+        assert rows[f"tiny stage1 {projector}"]["trained_parameters"] == 2 * (64 * 64 + 64)
+        assert rows[f"tiny stage2_full {projector}"]["trained_parameters"] > 2 * (64 * 64 + 64)
+
+
+# --- unused work -----------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_those_that_live_at_once(benchmark):
+    given = torch.ones(256)
+    with benchmark("unused_work").TensorBytes() as tensors:
+        one = given + 1  # 1 KiB each
+        view = one[:8]
+        two = one + 1
+        del one
+        three = given.view(16, 16) + two.view(16, 16)
+    assert (tensors.peak, tensors.held) == (3 * 1024, 3 * 1024)  # `one` lives on in its view
+    del view, two
+    assert (tensors.peak, tensors.held) == (3 * 1024, 1024)
+    assert three.shape == (16, 16)
+
+
+@pytest.mark.slow
+def test_savings_are_measured_with_and_without_and_the_rest_is_a_handful_of_operators(run, tmp_path):
+    report = run("unused_work", vision_layers=3, text_layers=1, num_images=2, repeats=1, out=tmp_path)
+    assert report == json.loads((tmp_path / "unused_work.json").read_text())
+    layers, states, prefix, pooling, contiguous, grids = report["savings"].values()
+    width = 1024
+    layer = 4 * (4 * (width * width + width) + 2 * 4 * width * width + 5 * width + 4 * width)  # float32
+    assert layers["without"]["stored_bytes"] - layers["with"]["stored_bytes"] == layer
+    state = 4 * 577 * width
+    kept = states["without"]["kept_bytes"] - states["with"]["kept_bytes"]
+    assert kept == 2 * state  # embeddings and the first of two layers
+    assert prefix["without"]["kept_bytes"] - prefix["with"]["kept_bytes"] == 2 * 4 * 896  # of two images
+    assert pooling["without"]["peak_bytes"] > 3 * pooling["with"]["peak_bytes"]
+    assert all(saving["ratio"]["median"] > 0 for saving in (contiguous, grids))
+    operators = report["forward"]["operators_outside"]
+    assert operators["aten.masked_scatter.default"] == operators["aten.cat.default"] == 1
+    assert operators["aten.item.default"] == 1  # that the placeholders are as many as the features
+    assert sum(operators.values()) <= 16

@@ -419,6 +419,13 @@ def test_outputs_come_as_a_tuple_on_request(model):
     assert isinstance(model.get_image_features(pixels(1), return_dict=False), tuple)
 
 
+def test_of_the_towers_hidden_states_only_the_last_is_kept(model):
+    outputs = model.get_image_features(pixels(1))
+    last = model.get_image_features(pixels(1), output_hidden_states=True).hidden_states[-1]
+    assert outputs.hidden_states[:-1] == (None, None)  # as transformers marks those that are not kept
+    assert torch.equal(outputs.hidden_states[-1], last)
+
+
 def test_all_hidden_states_of_the_tower_come_on_request(model):
     outputs = model.get_image_features(pixels(1), output_hidden_states=True)
     assert isinstance(outputs, BaseModelOutputWithPooling)

@@ -728,7 +728,8 @@ GPU_CHECK = CONFIGS.parent / "gpu_check.sh"
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpu_check_says_what_it_cannot_run(tmp_path):
     environment = os.environ | {"PYTHON": sys.executable}
-    result = subprocess.run([GPU_CHECK, "--out", tmp_path], env=environment, capture_output=True, text=True)
+    command = [GPU_CHECK, "--out", tmp_path / "gpu_check.json"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 1
     assert "not run: 7b, stage1, stage2_lora, stage2_qlora: this machine has no CUDA device" in result.stderr
     assert not list(tmp_path.iterdir())
@@ -737,14 +738,15 @@ def test_the_gpu_check_says_what_it_cannot_run(tmp_path):
 @pytest.mark.slow
 def test_the_gpu_check_is_in_order(tmp_path):
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CI": "1"}
-    command = [GPU_CHECK, "--shape", "tiny", "--out", tmp_path]
+    command = [GPU_CHECK, "--shape", "tiny", "--out", tmp_path / "gpu_check.json"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert set(report["stages"]) == {
-        f"tiny {stage}" for stage in ("stage1", "stage2_full", "stage2_lora", "stage2_qlora")
-    }
-    for cost in report["stages"].values():
-        assert cost["samples_per_second"] > 0
-        assert len(cost["losses"]) == 6
+    assert list(report["rows"]) == [
+        f"tiny {stage} avg_pool-144" for stage in ("stage1", "stage2_full", "stage2_lora", "stage2_qlora")
+    ]
+    for row in report["rows"].values():
+        assert row["images_per_second"]["median"] > 0
+        assert row["peak_memory_gib"] > 0
+        assert len(row["losses"]) == 6
     assert json.loads(result.stdout.splitlines()[-1]) == report

@@ -1,0 +1,301 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Images per second and peak memory of training steps: DeCo, LLaVA's 576 tokens, and the compared projectors.
+
+    python benchmarks/training.py        # the shape for CPUs; with CUDA 0.5b, 1.5b and 7b
+    python benchmarks/training.py --shape 1.5b --projector avg_pool-144 --projector mlp-576
+
+Every run is `recipes/sft.py` with the stage's YAML (batch size and number of steps aside) on random weights of real
+widths; pictures and questions are the digits world's, resized to the tower's 336 pixels. Stage 1 is measured with each
+projector, the others with average pooling and with no compression, which is LLaVA ("mlp-576"). Each run is a process
+of its own, they take turns, and one that fails or takes too long is reported while the others go on.
+
+Time is from step to step, data included, without the first two; saving is left out. With CUDA, memory is PyTorch's
+`max_memory_allocated`; on CPUs it is the process's peak resident set less what the imports took, and counts the pages
+of the checkpoint that was read. The shape "cpu" has the widths of CLIP ViT-L/14-336 and of Qwen2.5-0.5B in 2 layers
+each and the digits world's vocabulary, in float32; 0.5b to 7b are whole, in bfloat16. Results are written after each
+run, with a plot at the end; the last line is the same JSON.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoModelForImageTextToText, CLIPImageProcessor
+
+from modeling_deco import DecoConfig, DecoProcessor
+from modeling_deco.recipes.data import build_data
+from modeling_deco.recipes.digits.tokenizer import build_tokenizer
+from modeling_deco.recipes.digits.world import write_llava_data
+from modeling_deco.recipes.measure import environment, peak_resident_bytes, spread, write_report
+
+RESULTS = Path(__file__).with_name("results")
+CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
+NUM_PICTURES, SECONDS_PER_RUN, WARM_UP_STEPS = 64, 180, 2
+
+# Published configurations: CLIP ViT-L/14-336 (DecoConfig's default), Qwen2.5-0.5B and 1.5B, Llama-7B.
+QWEN_05B = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+CLIP_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPES = {
+    "tiny": {"vision_config": {**TINY, "image_size": 96, "patch_size": 4}, "text_config": TINY},
+    "cpu": {
+        "vision_config": {**CLIP_L, "num_hidden_layers": 3},  # of which the last is not used
+        "text_config": {**QWEN_05B, "num_hidden_layers": 2},
+    },
+    "0.5b": {"text_config": {**QWEN_05B, "vocab_size": 151936}},
+    "1.5b": {
+        "text_config": {
+            "model_type": "qwen2",
+            "vocab_size": 151936,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        }
+    },
+    "7b": {"text_config": {"vocab_size": 32064}},
+}
+ON_CPU = ("tiny", "cpu")
+BATCH_SIZES = {"tiny": 2, "cpu": 2, "0.5b": 8, "1.5b": 8, "7b": 8}
+# Full training of 7B keeps 16 bytes per parameter: it needs shards (accelerate_configs/fsdp2.yaml), not one GPU.
+STAGES = {name: ["stage1", "stage2_full", "stage2_lora", "stage2_qlora"] for name in SHAPES}
+STAGES["7b"].remove("stage2_full")
+STAGES["cpu"].remove("stage2_qlora")
+
+LLAVA = "mlp-576"
+POOLING = ("avg_pool-64", "avg_pool-144", LLAVA)  # projector_type-tokens
+PROJECTORS = (*POOLING, "qformer-144", "resampler-144", "c_abstractor-144", "d_abstractor-144")
+
+
+def save_random_checkpoint(shape: str, projector: str, folder: Path) -> None:
+    projector_type, num_tokens = projector.split("-")
+    tokenizer = build_tokenizer()
+    sizes = {"vision_config": None, **SHAPES[shape]}
+    sizes["text_config"] = {
+        **{"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        **sizes["text_config"],
+    }
+    config = DecoConfig(
+        **sizes,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        projector_type=projector_type,
+        pooled_grid_size=math.isqrt(int(num_tokens)),
+    )
+    dtype = torch.float32 if shape in ON_CPU else torch.bfloat16
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForImageTextToText.from_config(config, dtype=dtype).save_pretrained(folder)
+    side = config.vision_config.image_size
+    image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    DecoProcessor(image_processor, tokenizer, config.pooled_grid_size).save_pretrained(folder)
+
+
+def train(stage: str, model: Path, data: Path, output_dir: str, batch_size: int, num_steps: int) -> dict:
+    """A few steps of the recipe."""
+    from modeling_deco.recipes import sft
+    from modeling_deco.recipes.trainer import DecoSFTConfig
+
+    on_gpu = torch.cuda.is_available()
+    settings = {
+        "config": CONFIGS / f"{stage}.yaml",
+        "model_name_or_path": model,
+        "data_path": data,
+        "output_dir": output_dir,
+        "max_steps": num_steps,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_num_workers": 4 if on_gpu else 0,
+        "dataset_num_proc": 1,
+    }
+    if not on_gpu:
+        settings |= {"use_cpu": True, "bf16": False, "dtype": "float32"}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    args = sft.TrlParser((sft.DecoArguments, DecoSFTConfig, sft.ModelConfig)).parse_args_and_config(words)
+    before = 0 if on_gpu else peak_resident_bytes()
+    ends, peaks = [], []
+
+    class MeasuredTrainer(sft.DecoSFTTrainer):
+        def training_step(self, *step_args, **kwargs):
+            loss = super().training_step(*step_args, **kwargs)  # which reads the loss, and so waits for the device
+            ends.append(time.perf_counter())
+            peaks.append(torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes() - before)
+            return loss
+
+        def save_model(self, *save_args, **kwargs):
+            pass  # it takes longer than the steps
+
+    sft.DecoSFTTrainer = MeasuredTrainer
+    trainer = sft.main(*args)
+    return {
+        "step_seconds": [after - before for before, after in zip(ends[WARM_UP_STEPS - 1 :], ends[WARM_UP_STEPS:])],  # noqa: B905
+        "peak_memory_gib": round(peaks[-1] / 2**30, 3),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "losses": [round(log["loss"], 4) for log in trainer.state.log_history if "loss" in log],
+    }
+
+
+def answer(sender, function) -> None:
+    os.dup2(2, 1)  # stdout is the report's
+    try:
+        sender.send(function())
+    except Exception as error:  # of many kinds: this run is reported, and the next one begins
+        sender.send({"failed": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:300]})
+
+
+def in_a_process(function) -> dict:
+    """What the function returns, or `failed` with the reason."""
+    # CUDA does not survive a fork; without it, what is imported once serves all runs
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(["modeling_deco.recipes.sft"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(sender, function))
+    process.start()
+    sender.close()
+    if not receiver.poll(SECONDS_PER_RUN):
+        process.kill()
+        return {"failed": f"took more than {SECONDS_PER_RUN} s"}
+    try:
+        result = receiver.recv()
+    except EOFError:
+        result = None
+    process.join(SECONDS_PER_RUN)
+    return result or {"failed": f"the process ended with exit code {process.exitcode}"}
+
+
+def add_ratios(rows: dict[str, dict]) -> None:
+    """`over_llava` of each row whose shape and stage LLaVA has run too."""
+    for row in rows.values():
+        llava = rows.get(f"{row['shape']} {row['stage']} {LLAVA}", {"failed": True})
+        if "failed" not in row and "failed" not in llava:
+            row["over_llava"] = {
+                "speed": round(row["images_per_second"]["median"] / llava["images_per_second"]["median"], 2),
+                "memory": round(row["peak_memory_gib"] / llava["peak_memory_gib"], 2),
+            }
+
+
+def draw(rows: dict[str, dict], path: Path) -> None:
+    """A line of panels for each shape: speed and memory of each stage, a bar per projector."""
+    from matplotlib.figure import Figure
+
+    done = [row for row in rows.values() if "failed" not in row]
+    shapes = list(dict.fromkeys(row["shape"] for row in done))
+    stages = list(dict.fromkeys(row["stage"] for row in done))
+    figure = Figure(figsize=(4.2 * len(stages) + 0.5, 4.4 * len(shapes)), layout="constrained")
+    panels = figure.subplots(2 * len(shapes), len(stages), squeeze=False)
+    for place, (shape, unit) in enumerate((shape, unit) for shape in shapes for unit in ("images/s", "peak GiB")):
+        for axes, stage in zip(panels[place], stages, strict=True):
+            of_panel = [row for row in done if (row["shape"], row["stage"]) == (shape, stage)][::-1]
+            speeds = [row["images_per_second"] for row in of_panel]
+            names = [row["projector"] for row in of_panel]
+            colours = {LLAVA: "tab:gray", **dict.fromkeys(POOLING[:2], "tab:blue")}
+            bars = [speed["median"] for speed in speeds]
+            errors = [[speed["median"] - speed["low"] for speed in speeds], [s["high"] - s["median"] for s in speeds]]
+            if unit == "peak GiB":
+                bars, errors = [row["peak_memory_gib"] for row in of_panel], None
+            bars = axes.barh(names, bars, xerr=errors, color=[colours.get(name, "tab:orange") for name in names])
+            axes.set_yticks(names, [f"{name}\n(LLaVA)" if name == LLAVA else name for name in names])
+            axes.bar_label(bars, fmt="%.3g", padding=4)
+            axes.margins(x=0.25)
+            axes.set(title=f"{shape}, {stage}", xlabel=unit)
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    shapes: Annotated[list[str] | None, typer.Option("--shape", help=f"Of {', '.join(SHAPES)}.")] = None,
+    projectors: Annotated[list[str], typer.Option("--projector", help=f"Of {', '.join(PROJECTORS)}.")] = list(  # noqa: B006
+        PROJECTORS
+    ),
+    num_steps: Annotated[int, typer.Option(min=4, help="Steps of each run; two of them warm up.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 2,
+    out: Annotated[Path, typer.Option(help="The JSON; the plot goes beside it.")] = RESULTS / "training.json",
+) -> None:
+    """Speed and memory of training."""
+    on_gpu = torch.cuda.is_available()
+    shapes = shapes or (["0.5b", "1.5b", "7b"] if on_gpu else ["cpu"])
+    for option, given, known in (("--shape", shapes, SHAPES), ("--projector", projectors, PROJECTORS)):
+        for name in given:
+            if name not in known:
+                raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint=option)
+    for shape in shapes:
+        if not on_gpu and shape not in ON_CPU:
+            typer.echo(f"not run: {shape}, {', '.join(STAGES[shape])}: this machine has no CUDA device", err=True)
+    if not on_gpu and not set(shapes) <= set(ON_CPU):
+        raise typer.Exit(1)
+    rows = {}
+    report = {
+        "command": "python benchmarks/training.py",
+        "num_steps": num_steps,
+        "repeats": repeats,
+        "rows": rows,
+        "environment": environment("cuda" if on_gpu else "cpu", "trl", "peft"),
+    }
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        records = write_llava_data(folder / "llava", "train", NUM_PICTURES, seed=0, min_digits=1)
+        build_data(records, images=folder / "llava" / "images", out=folder / "data")
+        for shape in shapes:
+            with tempfile.TemporaryDirectory(dir=folder) as checkpoints:
+                for projector in projectors:
+                    save_random_checkpoint(shape, projector, Path(checkpoints, projector))
+                if on_gpu:
+                    torch.cuda.empty_cache()
+                planned = [(stage, name) for stage in STAGES[shape] for name in projectors]
+                planned = [(stage, name) for stage, name in planned if stage == "stage1" or name in POOLING]
+                for repeat in range(repeats):
+                    for stage, projector in planned:
+                        name = f"{shape} {stage} {projector}"
+                        model, batch_size = Path(checkpoints, projector), BATCH_SIZES[shape]
+                        output_dir = folder / f"{name}-{repeat}"
+                        run = partial(train, stage, model, folder / "data", str(output_dir), batch_size, num_steps)
+                        row = rows.setdefault(name, {"shape": shape, "stage": stage, "projector": projector})
+                        if "failed" in row:
+                            continue
+                        result = in_a_process(run)
+                        if "failed" not in result:
+                            result["step_seconds"] = row.get("step_seconds", []) + result["step_seconds"]
+                            result["images_per_second"] = spread([batch_size / s for s in result["step_seconds"]])
+                        row |= {"batch_size": batch_size, **result}
+                        shown = row.get("failed") or f"{row['images_per_second']['median']:.2f} images/s"
+                        typer.echo(f"{name}: {shown}, {row.get('peak_memory_gib')} GiB", err=True)
+                        add_ratios(rows)
+                        write_report(report, out)
+    if any("failed" not in row for row in rows.values()):
+        draw(rows, out.with_suffix(".png"))
+    typer.echo(json.dumps(report))
+    failed = [name for name, row in rows.items() if "failed" in row]
+    if failed:
+        typer.echo(f"not run to the end: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
