@@ -65,8 +65,7 @@ class DecoCollator:
         Returns:
             `input_ids`, `labels` and `owners` `(batch, sequence)`, padded on the right; what the image processor gives
             for all images, `pixel_values` `(num_images, 3, height, width)` and more for some, or in its place
-            `patch_features`, the cached ones by grid; `sample_ids`, a list; for text alone also `pooled_grid_sizes`,
-            the 1 x 1 of the blank image.
+            `patch_features`, the cached ones by grid; `sample_ids`, a list.
 
         Raises:
             ValueError: a sample is longer than `max_length`, or its images and placeholders are not as many.
@@ -80,15 +79,13 @@ class DecoCollator:
                     f"Sample {example.get('id')!r} has {length} tokens, {len(example['images'])} image(s) among them, "
                     f"but max_length={self.max_length}. Raise it, or let --overlong_samples drop such samples."
                 )
-        batch = {}
         if not images:
             rows[0] = {
                 "input_ids": rows[0]["input_ids"] + [self.processor.image_token_id],
                 "labels": rows[0]["labels"] + [IGNORE_INDEX],
                 "owners": rows[0]["owners"] + [PADDING],
             }
-            batch["pooled_grid_sizes"] = torch.tensor([[1, 1]])
-        batch |= {
+        batch = {
             "input_ids": _padded(rows, "input_ids", self.processor.tokenizer.pad_token_id),
             "labels": _padded(rows, "labels", IGNORE_INDEX),
             "owners": _padded(rows, "owners", PADDING),
@@ -190,15 +187,14 @@ def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProces
     if "patch_features" in batch:
         by_grid = batch["patch_features"]
         inputs["patch_features"] = by_grid[PATCHES] if PATCHES in by_grid else by_grid[grid_name(grid)]
-    if "pooled_grid_sizes" not in batch:
-        is_image = batch["input_ids"] == processor.image_token_id
-        repeats = torch.where(is_image, num_image_tokens(grid), 1)
-        padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
-        for name, value in padding.items():
-            inputs[name] = _repeated(batch[name], repeats, value)
-        owners = _repeated(owners, repeats, PADDING)
-        if pooled_grid_size is not None:
-            inputs["pooled_grid_sizes"] = torch.tensor([parse_grid(grid)] * int(is_image.sum()), device=owners.device)
+    is_image = batch["input_ids"] == processor.image_token_id
+    repeats = torch.where(is_image, num_image_tokens(grid), 1)
+    padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
+    for name, value in padding.items():
+        inputs[name] = _repeated(batch[name], repeats, value)
+    owners = _repeated(owners, repeats, PADDING)
+    if pooled_grid_size is not None:
+        inputs["pooled_grid_sizes"] = torch.tensor([parse_grid(grid)] * int(is_image.sum()), device=owners.device)
     if (owners > SHARED).any():
         inputs["attention_mask"], inputs["position_ids"] = _independent(owners)
     else:
