@@ -22,47 +22,17 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from transformers import CLIPImageProcessor
+from shapes import RESULTS, TEXT_CONFIGS, save_random_checkpoint
 from trl import ModelConfig, TrlParser
 
-from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor
 from modeling_deco.recipes import cache_features, sft
 from modeling_deco.recipes.data import build_data
-from modeling_deco.recipes.digits.tokenizer import build_tokenizer
 from modeling_deco.recipes.feature_cache import feature_shape, grid_name
 from modeling_deco.recipes.measure import environment, seconds, spread, take_turns, turns, write_report
 from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
 
 ROOT = Path(__file__).parents[1]
 NUM_IMAGES, LLAVA_IMAGES = 8, 558_128  # the second: of LLaVA-1.5's stage 1
-
-QWEN = {"model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-SHAPES = {  # Qwen2.5-0.5B's and Llama-7B's published configurations
-    "tiny": {"vision_config": {**TINY, "image_size": 96, "patch_size": 4}, "text_config": TINY},
-    "0.5b": {
-        "text_config": QWEN
-        | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-    },
-    "7b": {"text_config": {"vocab_size": 32064}},
-}
-
-
-def save_random_checkpoint(shape: str, folder: Path) -> None:
-    tokenizer = build_tokenizer()
-    special = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = DecoConfig(
-        vision_config=SHAPES[shape].get("vision_config"),
-        text_config={**special, **SHAPES[shape]["text_config"]},
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        DecoForConditionalGeneration(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
-    side = config.vision_config.image_size
-    image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    DecoProcessor(image_processor, tokenizer).save_pretrained(folder)
 
 
 def save_data(folder: Path) -> Path:
@@ -118,11 +88,11 @@ def steps(trainer: DecoSFTTrainer) -> Iterator[None]:
 
 
 def main(
-    shape: Annotated[str, typer.Option(help=f"Of {', '.join(SHAPES)}.")] = "0.5b",
+    shape: Annotated[str, typer.Option(help=f"Of tiny, {', '.join(TEXT_CONFIGS)}.")] = "0.5b",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 2 on a CPU, 8 on CUDA.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each, after one that warms up.")] = 5,
     grids: Annotated[list[int], typer.Option("--grid", help="Cached; the run is at 12.")] = [6, 12, 24],  # noqa: B006
-    out: Annotated[Path, typer.Option(help="The JSON.")] = ROOT / "benchmarks" / "results" / "feature_cache.json",
+    out: Annotated[Path, typer.Option(help="The JSON.")] = RESULTS / "feature_cache.json",
 ) -> None:
     """Stage 1 with and without cached features."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,7 +101,7 @@ def main(
     cache_features._write_shards = lambda *args: build_seconds.append(seconds(lambda: write_shards(*args), device))
     with tempfile.TemporaryDirectory() as work:
         model, data, folder = Path(work, "model"), save_data(Path(work)), Path(work, "features")
-        save_random_checkpoint(shape, model)
+        save_random_checkpoint(model, shape, torch.bfloat16)
         cache = cache_features.cache_features(
             *parse(model, data, batch_size, feature_cache=folder, pooled_grid_sizes=grids)
         )

@@ -20,7 +20,6 @@ import copy
 import json
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -31,34 +30,17 @@ from typing import Annotated
 import torch
 import typer
 from matplotlib.figure import Figure
+from shapes import RESULTS, TEXT_CONFIGS, TensorBytes, TokenTimes, build_config
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, CompileConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
-from transformers.generation import BaseStreamer
 
-from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration, num_image_tokens
+from modeling_deco import SHIPPED_CHECKPOINT, DecoForConditionalGeneration, num_image_tokens
 from modeling_deco.info import format_size
 from modeling_deco.quantization import Int8Linear, quantize_to_int8
 from modeling_deco.recipes.measure import environment, spread, synchronize, turns, write_report
 
-RESULTS = Path(__file__).with_name("results")
 NUM_TEXT_TOKENS = 40
 
-# Decoders' sizes: Qwen2.5-0.5B's published configuration, and Llama-7B's, which is the default; before both stands
-# CLIP ViT-L/14-336, the default tower.
-TEXT_CONFIGS = {
-    "0.5b": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-    "7b": {"vocab_size": 32064},
-}
 SHAPES = ("digits", *TEXT_CONFIGS)
 VARIANTS = ("default", "int8", "compiled")
 
@@ -68,7 +50,7 @@ def build(shape: str) -> tuple[DecoForConditionalGeneration, LlavaForConditional
     if shape == "digits":
         config = AutoConfig.from_pretrained(SHIPPED_CHECKPOINT)
     else:
-        config = DecoConfig(text_config=TEXT_CONFIGS[shape])
+        config = build_config(shape)
     vision_config = config.vision_config.to_dict()
     vision_config["num_hidden_layers"] += 1
     llava_config = LlavaConfig(
@@ -99,19 +81,6 @@ def build_inputs(model: PreTrainedModel, batch_size: int, num_tokens: int) -> di
         "attention_mask": torch.ones_like(input_ids),
         "pixel_values": torch.randn(batch_size, 3, side, side, device=device, dtype=dtype),
     }
-
-
-class TokenTimes(BaseStreamer):
-    """When each token came: `generate` hands it over on the CPU, which waits for the device."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, value):
-        self.times.append(time.perf_counter())
-
-    def end(self):
-        pass
 
 
 class Subject:
@@ -154,7 +123,7 @@ class Subject:
         }
 
     def generate(self) -> None:
-        streamer, began = TokenTimes(), time.perf_counter()
+        streamer = TokenTimes()
         self.model.generate(
             **self.inputs,
             **self.generation,
@@ -163,9 +132,8 @@ class Subject:
             max_new_tokens=self.new_tokens,
             streamer=streamer,
         )
-        _, first, *_, last = streamer.times  # before the first comes the prompt
-        self.first_token_seconds.append(first - began)
-        self.decode_seconds.append((last - first) / (self.new_tokens - 1))
+        self.first_token_seconds.append(streamer.first_token_seconds)
+        self.decode_seconds.append(streamer.seconds_per_token)
 
     def summarize(self, samples: dict[str, list[float]], llava: "Subject") -> dict:
         """Seconds, ratios and bytes.
@@ -214,14 +182,9 @@ def peak_bytes(part: Callable) -> int:
         torch.cuda.reset_peak_memory_stats()
         part()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with TensorBytes() as tensors:
         part()
-    held = peak = 0
-    for event in profiled.profiler.kineto_results.events():  # private, seen in torch 2.13
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    return tensors.peak
 
 
 def at_grid(model: DecoForConditionalGeneration, grid: int) -> DecoForConditionalGeneration:
@@ -297,16 +260,16 @@ def main(
         for value in given:
             if value not in known:
                 raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=f"--{name}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     report = {
         "command": shlex.join(["python", "benchmarks/inference.py", *sys.argv[1:]]),
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
         "text_tokens": NUM_TEXT_TOKENS,
         "repeats": repeats,
         "results": {},
         "environment": environment(device),
     }
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    report["dtype"] = str(dtype).removeprefix("torch.")
     for shape, batch_size in product(shapes, batch_sizes):
         torch.set_default_dtype(dtype)
         with torch.device(device):

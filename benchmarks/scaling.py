@@ -13,33 +13,25 @@ Writes results/scaling-DEVICE.json and .png, and ends with the JSON in one line.
 """
 
 import json
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from inference import NUM_TEXT_TOKENS, TEXT_CONFIGS
 from matplotlib.figure import Figure
+from shapes import RESULTS, TEXT_CONFIGS, build_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_deco import DecoConfig, DecoForConditionalGeneration, num_image_tokens
+from modeling_deco import DecoForConditionalGeneration, num_image_tokens
 from modeling_deco.info import kv_cache_bytes
 from modeling_deco.recipes.measure import environment, take_turns, write_report
 
-RESULTS = Path(__file__).with_name("results")
+NUM_TEXT_TOKENS = 40
 GRIDS, NUMBERS = (1, 2, 4, 6, 8, 12, 16, 20, 24), (1, 2, 4, 8)
 GRID = 12  # where something else varies
-
-
-def build(shape: str, num_layers: int | None) -> DecoForConditionalGeneration:
-    text_config, vision_config = dict(TEXT_CONFIGS[shape]), None
-    if num_layers is not None:
-        text_config["num_hidden_layers"] = num_layers
-        vision_config = DecoConfig().vision_config.to_dict() | {"num_hidden_layers": num_layers}
-    config = DecoConfig(vision_config=vision_config, vision_feature_layer=-1, text_config=text_config)
-    torch.manual_seed(0)
-    return DecoForConditionalGeneration(config).eval()
 
 
 def decode(model, cache_length: int, batch_size: int):
@@ -109,8 +101,8 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
 
 @torch.inference_mode()
 def main(
-    shape: Annotated[str, typer.Option(help=f"Decoder: {', '.join(TEXT_CONFIGS)}.")] = "0.5b",
-    num_layers: Annotated[int | None, typer.Option("--layers", min=1, help="Of tower and decoder; default: all.")] = 4,
+    shape: Annotated[str, typer.Option(help=f"Of tiny, {', '.join(TEXT_CONFIGS)}.")] = "0.5b",
+    num_layers: Annotated[int, typer.Option("--layers", min=0, help="Of tower and decoder; 0: all.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, after one to warm up.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the plot.")] = RESULTS,
 ) -> None:
@@ -118,7 +110,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
     with torch.device(device):
-        model = build(shape, num_layers)
+        model = DecoForConditionalGeneration(build_config(shape, num_layers or None)).eval()
     point = {"image_tokens": num_image_tokens(GRID), "images_per_prompt": 1, "batch_size": 1}
     sizes = {"image_tokens": [num_image_tokens(grid) for grid in GRIDS]}
     sizes |= {"images_per_prompt": NUMBERS, "batch_size": NUMBERS}
@@ -134,7 +126,7 @@ def main(
                 f"{row[name]:<18}{ms['vision_tower']:12.4g}{ms['language_model']:12.4g}{ms['decode']:12.4g}{rates}"
             )
     report = {
-        "command": "python benchmarks/scaling.py",
+        "command": shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
         "shape": shape,
         "layers": num_layers,
         "text_tokens": NUM_TEXT_TOKENS,

@@ -18,7 +18,6 @@ run, with a plot at the end; the last line is the same JSON.
 """
 
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -30,57 +29,16 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import AutoModelForImageTextToText, CLIPImageProcessor
+from shapes import RESULTS, TEXT_CONFIGS, save_random_checkpoint
 
-from modeling_deco import DecoConfig, DecoProcessor
 from modeling_deco.recipes.data import build_data
-from modeling_deco.recipes.digits.tokenizer import build_tokenizer
 from modeling_deco.recipes.digits.world import write_llava_data
 from modeling_deco.recipes.measure import environment, peak_resident_bytes, spread, write_report
 
-RESULTS = Path(__file__).with_name("results")
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 NUM_PICTURES, SECONDS_PER_RUN, WARM_UP_STEPS = 64, 180, 2
 
-# Published configurations: CLIP ViT-L/14-336 (DecoConfig's default), Qwen2.5-0.5B and 1.5B, Llama-7B.
-QWEN_05B = {
-    "model_type": "qwen2",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-CLIP_L = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-SHAPES = {
-    "tiny": {"vision_config": {**TINY, "image_size": 96, "patch_size": 4}, "text_config": TINY},
-    "cpu": {
-        "vision_config": {**CLIP_L, "num_hidden_layers": 3},  # of which the last is not used
-        "text_config": {**QWEN_05B, "num_hidden_layers": 2},
-    },
-    "0.5b": {"text_config": {**QWEN_05B, "vocab_size": 151936}},
-    "1.5b": {
-        "text_config": {
-            "model_type": "qwen2",
-            "vocab_size": 151936,
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        }
-    },
-    "7b": {"text_config": {"vocab_size": 32064}},
-}
+SHAPES = ("tiny", "cpu", *TEXT_CONFIGS)
 ON_CPU = ("tiny", "cpu")
 BATCH_SIZES = {"tiny": 2, "cpu": 2, "0.5b": 8, "1.5b": 8, "7b": 8}
 # Full training of 7B keeps 16 bytes per parameter: it needs shards (accelerate_configs/fsdp2.yaml), not one GPU.
@@ -91,28 +49,6 @@ STAGES["cpu"].remove("stage2_qlora")
 LLAVA = "mlp-576"
 POOLING = ("avg_pool-64", "avg_pool-144", LLAVA)  # projector_type-tokens
 PROJECTORS = (*POOLING, "qformer-144", "resampler-144", "c_abstractor-144", "d_abstractor-144")
-
-
-def save_random_checkpoint(shape: str, projector: str, folder: Path) -> None:
-    projector_type, num_tokens = projector.split("-")
-    tokenizer = build_tokenizer()
-    sizes = {"vision_config": None, **SHAPES[shape]}
-    sizes["text_config"] = {
-        **{"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-        **sizes["text_config"],
-    }
-    config = DecoConfig(
-        **sizes,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        projector_type=projector_type,
-        pooled_grid_size=math.isqrt(int(num_tokens)),
-    )
-    dtype = torch.float32 if shape in ON_CPU else torch.bfloat16
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        AutoModelForImageTextToText.from_config(config, dtype=dtype).save_pretrained(folder)
-    side = config.vision_config.image_size
-    image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    DecoProcessor(image_processor, tokenizer, config.pooled_grid_size).save_pretrained(folder)
 
 
 def train(stage: str, model: Path, data: Path, output_dir: str, batch_size: int, num_steps: int) -> dict:
@@ -265,7 +201,9 @@ def main(
         for shape in shapes:
             with tempfile.TemporaryDirectory(dir=folder) as checkpoints:
                 for projector in projectors:
-                    save_random_checkpoint(shape, projector, Path(checkpoints, projector))
+                    dtype = torch.float32 if shape in ON_CPU else torch.bfloat16
+                    sizes = {"shape": "0.5b", "num_layers": 2} if shape == "cpu" else {"shape": shape}
+                    save_random_checkpoint(Path(checkpoints, projector), dtype=dtype, projector=projector, **sizes)
                 if on_gpu:
                     torch.cuda.empty_cache()
                 planned = [(stage, name) for stage in STAGES[shape] for name in projectors]

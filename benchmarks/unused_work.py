@@ -13,47 +13,22 @@ same JSON.
 """
 
 import json
-import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from shapes import RESULTS, TensorBytes, build_config
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, CLIPVisionConfig
 
-from modeling_deco import DecoConfig, DecoForConditionalGeneration
+from modeling_deco import DecoForConditionalGeneration
 from modeling_deco.projectors import pool_patch_grid
 from modeling_deco.recipes.measure import environment, spread, turns, write_report
 
-RESULTS = Path(__file__).with_name("results")
 SIDE, PATCH_GRID, POOLED_GRID, OTHER_GRID = 336, (24, 24), (12, 12), (8, 8)
 QUESTION_TOKENS = 40
-
-
-class TensorBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make, `held` now and at the `peak`."""
-
-    def __init__(self):
-        super().__init__()
-        self.held = self.peak = 0
-        self.known = weakref.WeakSet()  # storages
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.known.update(leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf))
-        result = function(*args, **(kwargs or {}))
-        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if torch.is_tensor(leaf)):
-            if storage not in self.known:  # those of weights and inputs are known before an operator views them
-                self.known.add(storage)
-                self.held += storage.nbytes()
-                self.peak = max(self.peak, self.held)
-                weakref.finalize(storage, self.release, storage.nbytes())
-        return result
-
-    def release(self, num_bytes: int):
-        self.held -= num_bytes
 
 
 class OperatorsOutside(TorchDispatchMode):
@@ -85,21 +60,6 @@ def compare(runs: dict, repeats: int, device: str) -> dict[str, dict]:
         del output
     report["ratio"] = spread([slow / fast for slow, fast in zip(times["without"], times["with"], strict=True)])
     return report
-
-
-def build(vision_layers: int, text_layers: int, device: str) -> DecoForConditionalGeneration:
-    text_config = {
-        "model_type": "qwen2",
-        "vocab_size": 32064,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": text_layers,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    }
-    vision_config = {**DecoConfig().vision_config.to_dict(), "num_hidden_layers": vision_layers}
-    with torch.device(device):
-        return DecoForConditionalGeneration(DecoConfig(vision_config=vision_config, text_config=text_config)).eval()
 
 
 def rest_of_forward(model, pixel_values, repeats: int, device: str) -> dict:
@@ -143,7 +103,9 @@ def main(
     """The savings, one by one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = build(vision_layers, text_layers, device)
+    config = build_config("0.5b", vision_layers - 1, text_config={"num_hidden_layers": text_layers})
+    with torch.device(device):
+        model = DecoForConditionalGeneration(config).eval()
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     whole = CLIPVisionConfig(**{**tower.config.to_dict(), "num_hidden_layers": vision_layers})
     with torch.device(device):
@@ -157,7 +119,7 @@ def main(
     mixed = patches[: len(grids)]
 
     def by_grid(start: int, stop: int):
-        return model.model._project_by_grid(mixed[start:stop], PATCH_GRID, grids[start:stop])
+        return model.model._project(mixed[start:stop], PATCH_GRID, grids[start:stop])
 
     savings = {
         "layers above the feature layer are not run": {

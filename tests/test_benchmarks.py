@@ -175,3 +175,54 @@ def test_savings_are_measured_with_and_without_and_the_rest_is_a_handful_of_oper
     assert operators["aten.masked_scatter.default"] == operators["aten.cat.default"] == 1
     assert operators["aten.item.default"] == 1  # that the placeholders are as many as the features
     assert sum(operators.values()) <= 16
+
+
+def test_inference_is_compared_with_llava_and_with_the_limit(run, tmp_path):
+    report = run(
+        "inference",
+        shapes=["digits"],
+        grids=[6],
+        variants=["default", "int8"],
+        batch_sizes=[2],
+        repeats=1,
+        new_tokens=3,
+        out=tmp_path,
+    )
+    (rows,) = report["results"].values()
+    assert [(row["variant"], row["model"], row["image_tokens"]) for row in rows] == [
+        (variant, *subject) for variant in ("default", "int8") for subject in (("LLaVA", 144), ("DeCo", 36))
+    ]
+    llava, deco, llava_int8, deco_int8 = rows
+    assert llava["first_token_speedup"] == 1
+    # keys and values of 2 prompts, in 4 layers, of 2 heads of 32 numbers, in float32
+    assert deco["kv_cache_bytes"] == 2 * 2 * 4 * (36 + 40) * 2 * 32 * 4
+    assert llava["kv_cache_bytes"] / deco["kv_cache_bytes"] == (144 + 40) / (36 + 40)
+    assert llava["weights_bytes"] > deco["weights_bytes"] > 2 * deco_int8["weights_bytes"]  # of fewer vision layers
+    assert llava["peak_bytes"] > llava["weights_bytes"] + llava["kv_cache_bytes"]
+    assert (tmp_path / f"inference-{report['device']}.png").exists()
+
+
+@torch.inference_mode()
+def test_inference_gives_llava_and_deco_the_same_weights(benchmark):
+    inference = benchmark("inference")
+    deco, llava = inference.build("digits")
+    deco = inference.at_grid(deco, 12)  # of the patches
+    inputs = inference.build_inputs(deco, 2, 144)
+    assert torch.equal(deco(**inputs).logits, llava(**inputs).logits)
+
+
+def test_scaling_counts_the_work_of_each_point(run, tmp_path):
+    report = run("scaling", shape="tiny", num_layers=1, repeats=1, out=tmp_path)
+    curves = report["curves"]
+    assert [row["image_tokens"] for row in curves["image_tokens"]] == [1, 4, 16, 36, 64, 144, 256, 400, 576]
+    assert len({row["flops"]["vision_tower"] for row in curves["image_tokens"]}) == 1
+    for name in ("images_per_prompt", "batch_size"):
+        one, *_, eight = curves[name]
+        assert eight["flops"]["vision_tower"] == 8 * one["flops"]["vision_tower"]
+    assert eight["flops"]["language_model"] == 8 * one["flops"]["language_model"]  # attention is within a prompt
+    assert eight["kv_cache_bytes"] == 8 * one["kv_cache_bytes"]
+
+
+def test_conversations_are_timed_turn_by_turn(run, tmp_path):
+    report = run("chat", shape="tiny", num_layers=1, turns=3, answer_tokens=4, repeats=1, out=tmp_path)
+    assert [row["prompt_tokens"] for row in report["time_to_first_token"]] == [168, 196, 224]

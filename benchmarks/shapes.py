@@ -1,0 +1,131 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Models of published shapes with random weights, and what several benchmarks count of them."""
+
+import math
+import time
+import weakref
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForImageTextToText, CLIPImageProcessor
+from transformers.generation import BaseStreamer
+
+from modeling_deco import DecoConfig, DecoProcessor
+from modeling_deco.recipes.digits.tokenizer import build_tokenizer
+
+RESULTS = Path(__file__).with_name("results")
+
+# Decoders' published configurations: Qwen2.5-0.5B's and 1.5B's, and Llama-7B's, which is the default.
+_QWEN = {"model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
+TEXT_CONFIGS = {
+    "0.5b": {
+        **_QWEN,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+    },
+    "1.5b": {
+        **_QWEN,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    },
+    "7b": {"vocab_size": 32064},
+}
+_TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def build_config(shape: str, num_layers: int | None = None, **kwargs) -> DecoConfig:
+    """CLIP ViT-L/14-336, the default tower, before a decoder.
+
+    Args:
+        shape: of `TEXT_CONFIGS`, or `"tiny"`, with a small tower of as many patches.
+        num_layers: that are used of tower and decoder; default: all.
+        kwargs: of `DecoConfig`; those in `text_config` add to the shape's.
+    """
+    text_config = {**_TINY, "vocab_size": 32064} if shape == "tiny" else dict(TEXT_CONFIGS[shape])
+    vision_config = DecoConfig().vision_config.to_dict()  # without the layer that is not read
+    if shape == "tiny":
+        vision_config |= {**_TINY, "image_size": 96, "patch_size": 4}
+    if num_layers is not None:
+        text_config["num_hidden_layers"] = vision_config["num_hidden_layers"] = num_layers
+    text_config |= kwargs.pop("text_config", {})
+    return DecoConfig(vision_config=vision_config, vision_feature_layer=-1, text_config=text_config, **kwargs)
+
+
+def save_random_checkpoint(
+    folder: Path, shape: str, dtype: torch.dtype, num_layers: int | None = None, projector: str = "avg_pool-144"
+) -> None:
+    """A checkpoint with the digits world's tokenizer.
+
+    Args:
+        projector: `projector_type` and tokens per image: `"avg_pool-64"`.
+    """
+    projector_type, num_tokens = projector.split("-")
+    tokenizer = build_tokenizer()
+    text_config = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if shape == "tiny" or num_layers is not None:  # a whole vocabulary would outweigh so few layers
+        text_config["vocab_size"] = len(tokenizer)
+    config = build_config(
+        shape,
+        num_layers,
+        text_config=text_config,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        projector_type=projector_type,
+        pooled_grid_size=math.isqrt(int(num_tokens)),
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForImageTextToText.from_config(config, dtype=dtype).save_pretrained(folder)
+    side = config.vision_config.image_size
+    image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    DecoProcessor(image_processor, tokenizer, config.pooled_grid_size).save_pretrained(folder)
+
+
+class TokenTimes(BaseStreamer):
+    """When each token of an answer came. `generate` hands it over on the CPU, which waits for the device."""
+
+    def __init__(self):
+        self.began, self.times = time.perf_counter(), []
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+    @property
+    def first_token_seconds(self) -> float:
+        return self.times[1] - self.began  # before it comes the prompt
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Of those after the first."""
+        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+
+
+class TensorBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators make, `held` now and at the `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self.known = weakref.WeakSet()  # storages
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.known.update(leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf))
+        result = function(*args, **(kwargs or {}))
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if torch.is_tensor(leaf)):
+            if storage not in self.known:  # those of weights and inputs are known before an operator views them
+                self.known.add(storage)
+                self.held += storage.nbytes()
+                self.peak = max(self.peak, self.held)
+                weakref.finalize(storage, self.release, storage.nbytes())
+        return result
+
+    def release(self, num_bytes: int):
+        self.held -= num_bytes
