@@ -3,7 +3,7 @@
 """Keys and values of earlier prompts and answers, for the prompts that begin with them: the next turn of a
 conversation runs neither the vision tower nor the language model on what came before."""
 
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import dataclass
 from hashlib import blake2b
 from threading import Lock
@@ -18,6 +18,9 @@ from .configuration_deco import num_image_tokens
 from .inference import is_out_of_memory
 from .modeling_deco import IMAGE_INPUTS
 
+# arguments of `generate` that are not about what the model computes of a prompt
+_BESIDE_THE_PROMPT = {"generation_config", "logits_processor", "stopping_criteria", "streamer"}
+
 
 class PromptCache:
     """A model's `generate`, without what an earlier call has computed already.
@@ -25,8 +28,8 @@ class PromptCache:
     The answer is the one of `generate`, up to rounding in the model's dtype (in int8 on a CPU: of int8, whose scale is
     one for all tokens of a call). An image counts as the same where all of its pixels and its grid are. What
     cannot be continued exactly runs as if nothing were kept: beam search and assisted generation, static and quantized
-    caches, recurrent layers, sliding windows that have been filled, and rotary embeddings that change with a prompt's
-    length.
+    caches, recurrent layers, sliding windows that have been filled, rotary embeddings that change with a prompt's
+    length, and prompts with padding or given by more than ids and images.
 
     Threads may share it. Who can measure the time to an answer can learn whether its prompt was asked before.
 
@@ -77,10 +80,15 @@ class PromptCache:
     def _read(self, inputs: dict) -> "_Prompt | None":
         """The prompt that is asked, or None where this is not for us."""
         config = self.model.config
-        generation_config = deepcopy(inputs.get("generation_config") or self.model.generation_config)
-        generation_config.update(**inputs)
+        others = {name: value for name, value in inputs.items() if name not in _BESIDE_THE_PROMPT}
+        # private, seen in transformers 5.17 to 5.23: with the model's defaults for what a request does not say
+        generation_config, others = self.model._prepare_generation_config(inputs.get("generation_config"), **others)
+        mask = others.pop("attention_mask", None)
         is_plain = (
-            generation_config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            "input_ids" in others
+            and others.keys() <= {"input_ids", *IMAGE_INPUTS}  # the rest may change what is computed of a prompt
+            and (mask is None or bool(mask.all()))
+            and generation_config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
             and generation_config.num_return_sequences in (None, 1)
             and generation_config.use_cache is not False
             and generation_config.cache_implementation is None
@@ -99,7 +107,7 @@ class PromptCache:
         grids = inputs.get("pooled_grid_sizes")
         grids = [config.pooled_grid] * num_images if grids is None else [tuple(grid) for grid in grids.tolist()]
         places = (token_ids == config.image_token_id).nonzero().flatten().tolist()
-        if sum(map(num_image_tokens, grids)) != len(places):
+        if {len(rows) for rows in pixels} - {len(grids)} or sum(map(num_image_tokens, grids)) != len(places):
             return None  # the model says what is wrong
         images = []
         for grid, *parts in zip(grids, *pixels, strict=True):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, Siglip2ImageProcessorPil
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Siglip2ImageProcessorPil
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor
@@ -445,6 +445,57 @@ def test_a_batch_is_left_alone(model):
     assert (prompts.generate(**inputs).tolist(), prompts.num_bytes) == (expected.tolist(), 0)
 
 
+@pytest.mark.parametrize(
+    "how", [{"num_beams": 2}, {"cache_implementation": "static"}], ids=lambda how: next(iter(how))
+)
+def test_the_models_own_way_to_generate_counts_where_a_request_does_not_say(built, how, monkeypatch):
+    model, _ = built
+    config = GenerationConfig(**{**model.generation_config.to_diff_dict(), **how})
+    monkeypatch.setattr(model, "generation_config", config)
+    asked = GenerationConfig(max_new_tokens=4)
+    prompts, inputs = PromptCache(model), inputs_of(QUESTION)
+    expected = model.generate(**inputs, generation_config=asked)
+    assert prompts.generate(**inputs, generation_config=asked).tolist() == expected.tolist()
+    assert prompts.num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])},
+        {"position_ids": torch.arange(3, 9)[None]},
+        {"inputs_embeds": torch.ones(1, 6, 32)},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_what_changes_a_prompt_beside_its_ids_and_images_is_left_alone(model, ran, argument):
+    prompts = cache_of(model, ran)
+    plain = {"input_ids": torch.tensor([[1, 1, 5, 6, 7, 8]])}
+    same(prompts, plain)
+    num_bytes = prompts.num_bytes
+    same(prompts, {**plain, **argument})
+    assert (prompts.num_bytes, ran.tokens[0]) == (num_bytes, 6)
+    same(prompts, plain)
+    assert ran.tokens[0] == 1
+
+
+def test_a_prompt_of_embeddings_alone_is_left_alone(model):
+    inputs = {"inputs_embeds": torch.ones(1, 4, 32)}
+    assert PromptCache(model).generate(**inputs).tolist() == model.generate(**inputs).tolist()
+
+
+def test_a_cache_of_the_caller_is_left_alone(model):
+    inputs = inputs_of(QUESTION)
+    found = PromptCache(model).generate(**inputs, past_key_values=DynamicCache())
+    assert found.tolist() == model.generate(**inputs).tolist()
+
+
+def test_an_assistant_model_is_left_alone(model):
+    inputs, prompts = inputs_of(user("what is this ?")), PromptCache(model)
+    expected = model.generate(**inputs, assistant_model=model)
+    assert (prompts.generate(**inputs, assistant_model=model).tolist(), prompts.num_bytes) == (expected.tolist(), 0)
+
+
 def test_sampling_draws_as_it_does_without_a_cache(model, ran):
     prompts = cache_of(model, ran)
     conversation = second_turn(prompts)
@@ -554,6 +605,13 @@ def test_a_lack_of_memory_frees_what_was_kept(model, ran, error):
 def test_placeholders_that_do_not_fit_are_the_model_s_error(model, num_placeholders):
     inputs = {**tiny.batch(tiny.prompt("what", num_placeholders)), "pixel_values": tiny.pixels(1)}
     with pytest.raises(ValueError, match=rf"9 features .* but the text has {num_placeholders} placeholders"):
+        PromptCache(model).generate(**inputs)
+
+
+def test_grids_that_are_not_one_per_image_are_the_model_s_error(model):
+    inputs = {**tiny.batch(tiny.prompt("what", 9)), "pixel_values": tiny.pixels(1)}
+    inputs["pooled_grid_sizes"] = torch.tensor([[2, 2], [1, 5]])
+    with pytest.raises(ValueError, match="pooled_grid_sizes has 2 grids for 1 images"):
         PromptCache(model).generate(**inputs)
 
 
