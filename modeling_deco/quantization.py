@@ -60,17 +60,19 @@ class Int8Linear(nn.Module):
 def quantize_to_int8(model: nn.Module) -> nn.Module:
     """Compute a model's linear layers in int8, for speed: on a CPU of all parts, on CUDA of the vision tower.
 
-    Layers that are quantized already stay as they are. What it gains and loses is in the README; the language model of
-    a large checkpoint may lose more, since a few of its features are far larger than all others (arXiv 2208.07339).
+    Layers that are quantized already stay as they are. On CUDA the tower is compiled at its first call, and again for
+    another number of images, which takes its time. What it gains and loses is in the README; the language model of a
+    large checkpoint may lose more, since a few of its features are far larger than all others (arXiv 2208.07339).
 
     Args:
         model: a model with its weights loaded, LLaVA or DeCo, changed in place. On a CPU also any part of one.
 
     Returns:
-        The model. It can no longer be trained or saved, and on a CPU all of it is in float32.
+        The model. It can no longer be trained or saved. On a CPU all of it is in float32; on CUDA what was in float32
+        is in bfloat16.
 
     Raises:
-        ValueError: on CUDA torchao is missing, or the model is spread over devices.
+        ValueError: on CUDA torchao is missing, or a part of the model is elsewhere (on a CPU, offloaded).
     """
     devices = {parameter.device.type for parameter in model.parameters()}
     if devices == {"cuda"}:
@@ -79,9 +81,14 @@ def quantize_to_int8(model: nn.Module) -> nn.Module:
         raise ValueError(f"int8 needs a model on a CPU or on CUDA, not on {' and '.join(sorted(devices))}.")
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:  # subclasses are others' quantized layers, or compute in another way
+            if _is_plain(child):
                 setattr(module, name, Int8Linear(child))
     return nn.Module.float(model).eval()  # not its own float, which refuses where a part is in 4 bits
+
+
+def _is_plain(module, *_) -> bool:
+    # subclasses are others' quantized layers, or compute in another way; torchao's are of weights
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
 def _quantize_tower_on_cuda(model):
@@ -89,9 +96,10 @@ def _quantize_tower_on_cuda(model):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError:
         raise ValueError("int8 on CUDA needs torchao: pip install torchao") from None
-    if model.dtype == torch.float32:
-        model.to(torch.bfloat16)
+    for parameter in model.parameters():  # not buffers: frequencies of rotary embeddings need float32
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(torch.bfloat16)
     tower = model.base_model.vision_tower
-    quantize_(tower, Int8DynamicActivationInt8WeightConfig())
+    quantize_(tower, Int8DynamicActivationInt8WeightConfig(), filter_fn=_is_plain)
     tower.compile()  # without which each of torchao's steps is a kernel of its own, and slower than bfloat16
     return model.eval()

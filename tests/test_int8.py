@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
-from modeling_deco import SHIPPED_CHECKPOINT
+from modeling_deco import SHIPPED_CHECKPOINT, quantization
 from modeling_deco.cli import app
-from modeling_deco.inference import load
+from modeling_deco.inference import load, stream
 from modeling_deco.quantization import Int8Linear, quantize_to_int8
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.world import render
@@ -161,6 +161,32 @@ def test_the_digits_checkpoint_loses_at_most_one_point(grid):
     before, after = (accuracy_by_kind(model, processor, "test", 500, pooled_grid_size=grid) for model in models)
     for kind in before:
         assert after[kind]["accuracy"] >= before[kind]["accuracy"] - 1
+
+
+@pytest.fixture
+def quantize_tower(monkeypatch):
+    """What is done on CUDA, which torchao does on a CPU too; without compiling."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(nn.Module, "compile", lambda module: None)
+    return torch.no_grad()(quantization._quantize_tower_on_cuda)
+
+
+def test_what_is_done_on_cuda_keeps_the_rest_in_bfloat16_and_may_be_done_twice(quantize_tower):
+    model = tiny.build_model()
+    pixels = tiny.pixels(2)
+    expected = torch.cat(model.get_image_features(pixels).pooler_output)
+    found = torch.cat(quantize_tower(quantize_tower(model)).get_image_features(pixels.bfloat16()).pooler_output)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.1
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_what_is_done_on_cuda_goes_with_4_bits_in_the_language_model(quantize_tower, scene):
+    pytest.importorskip("bitsandbytes")
+    model, processor = load(str(SHIPPED_CHECKPOINT), in_4bit=True)
+    question = [{"type": "image", "image": scene.image}, {"type": "text", "text": "Read the digits."}]
+    pieces = stream(quantize_tower(model), processor, [{"role": "user", "content": question}])
+    assert "".join(pieces) == " ".join(str(digit.value) for digit in scene.digits) + "."
 
 
 @pytest.mark.gpu
