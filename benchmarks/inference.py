@@ -6,7 +6,7 @@
 
 Weights are random, drawn on the device; LLaVA and DeCo share their tensors, and LLaVA has the vision layer that it
 computes and does not read. All variants run in turn in one process, round after round, the first to warm up; a time is
-the median of the rounds, with the smallest and the largest, and a ratio is the median of the rounds' ratios.
+the median of the rounds, with the quartiles, and a ratio is the median of the rounds' ratios.
 
 The limit is what no model of this kind can do without: the vision tower's used layers alone, and the language model
 alone on as many embeddings. Prefill is one forward pass from pixels to the last position's logits; the first token is
@@ -104,6 +104,7 @@ class Subject:
         embeds = torch.randn(batch_size, length, config.text_config.hidden_size, **like)
         forward, language_model, self.generation = model, model.model.language_model, {}
         if variant == "compiled":
+            forward(**inputs, logits_to_keep=1)  # sets up what transformers sets up in a first call, which is no graph
             mode = "reduce-overhead" if pixels.is_cuda else "default"  # CUDA graphs, which a CPU has none of
             compiled = partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
             tower, forward, language_model = compiled(tower), compiled(forward), compiled(language_model)
@@ -147,7 +148,7 @@ class Subject:
         first_token = self.first_token_seconds[-rounds:]
         timed = {**samples, "first_token": first_token, "limit": limit}
         del timed["generate"]
-        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        weights = sum(tensor.nbytes for parameter in self.model.parameters() for tensor in tensors_of(parameter))
         weights += sum(layer.nbytes for layer in self.model.modules() if isinstance(layer, Int8Linear))
         return {
             "variant": self.variant,
@@ -166,6 +167,14 @@ class Subject:
         }
 
 
+def tensors_of(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """Those that torchao's quantized weights are made of, whose own `nbytes` are those before; or itself."""
+    if type(parameter) is nn.Parameter:
+        return [parameter]
+    parts = (getattr(parameter, name) for name in parameter.__tensor_flatten__()[0])
+    return [part for part in parts if part is not None]
+
+
 def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
@@ -182,24 +191,28 @@ def peak_bytes(part: Callable) -> int:
         torch.cuda.reset_peak_memory_stats()
         part()
         return torch.cuda.max_memory_allocated() - before
-    with TensorBytes() as tensors:
+    with torch.compiler.set_stance("force_eager"), TensorBytes() as tensors:  # which compiled code does not pass by
         part()
     return tensors.peak
 
 
 def at_grid(model: DecoForConditionalGeneration, grid: int) -> DecoForConditionalGeneration:
     """The same weights under a config with another grid, so that the grid is none of the inputs."""
-    shared = [*model.parameters(), *model.buffers(), *(m for m in model.modules() if isinstance(m, Int8Linear))]
+    shared = [model.model.vision_tower]  # whole, since a copy forgets that it is compiled
+    shared += [*model.parameters(), *model.buffers(), *(m for m in model.modules() if isinstance(m, Int8Linear))]
     model = copy.deepcopy(model, memo={id(part): part for part in shared})
     model.config.pooled_grid_size = grid
     return model
 
 
 def measure(
-    shape: str, grids: list[int], variants: list[str], batch_size: int, repeats: int, new_tokens: int
+    device: str, shape: str, grids: list[int], variants: list[str], batch_size: int, repeats: int, new_tokens: int
 ) -> list[dict]:
-    """Rows of one shape at one batch size, on the default device."""
-    subjects, (deco, llava) = [], build(shape)
+    """Rows of one shape at one batch size, in the default dtype."""
+    torch.compiler.reset()  # graphs of another shape or batch, which count against a limit
+    with torch.device(device):  # not around what is compiled, which traces the context too
+        deco, llava = build(shape)
+    subjects = []
     pixels_of_batch = build_inputs(deco, batch_size, 1)["pixel_values"]
     for variant in ["default", *(name for name in variants if name != "default")]:  # ratios are to the default LLaVA
         models = [deco, llava]
@@ -272,8 +285,7 @@ def main(
     }
     for shape, batch_size in product(shapes, batch_sizes):
         torch.set_default_dtype(dtype)
-        with torch.device(device):
-            rows = measure(shape, grids, variants, batch_size, repeats, new_tokens)
+        rows = measure(device, shape, grids, variants, batch_size, repeats, new_tokens)
         torch.set_default_dtype(torch.float32)
         report["results"][f"{shape}, batch {batch_size}"] = rows
         typer.echo(f"\n{shape}, batch {batch_size}: medians in ms")

@@ -194,8 +194,8 @@ def test_inference_is_compared_with_llava_and_with_the_limit(run, tmp_path):
     ]
     llava, deco, llava_int8, deco_int8 = rows
     assert llava["first_token_speedup"] == 1
-    # keys and values of 2 prompts, in 4 layers, of 2 heads of 32 numbers, in float32
-    assert deco["kv_cache_bytes"] == 2 * 2 * 4 * (36 + 40) * 2 * 32 * 4
+    # keys and values of 2 prompts, in 4 layers, of 4 heads of 32 numbers, in float32
+    assert deco["kv_cache_bytes"] == 2 * 2 * 4 * (36 + 40) * 4 * 32 * 4
     assert llava["kv_cache_bytes"] / deco["kv_cache_bytes"] == (144 + 40) / (36 + 40)
     assert llava["weights_bytes"] > deco["weights_bytes"] > 2 * deco_int8["weights_bytes"]  # of fewer vision layers
     assert llava["peak_bytes"] > llava["weights_bytes"] + llava["kv_cache_bytes"]
@@ -209,6 +209,31 @@ def test_inference_gives_llava_and_deco_the_same_weights(benchmark):
     deco = inference.at_grid(deco, 12)  # of the patches
     inputs = inference.build_inputs(deco, 2, 144)
     assert torch.equal(deco(**inputs).logits, llava(**inputs).logits)
+
+
+@pytest.mark.slow
+def test_inference_compiles_at_several_batch_sizes(run, tmp_path, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, mode, **kwargs: compile(*args, **kwargs | {"backend": "eager"})
+    )
+    sizes = {"shapes": ["digits"], "grids": [12, 6, 3], "batch_sizes": [1, 2, 3], "repeats": 1, "new_tokens": 3}
+    report = run("inference", variants=["compiled"], **sizes, out=tmp_path)
+    assert [row["variant"] for rows in report["results"].values() for row in rows[4:]] == ["compiled"] * 12
+
+
+def test_inference_shares_the_tower_of_all_grids_which_may_be_compiled(benchmark):
+    deco, _ = benchmark("inference").build("digits")
+    assert benchmark("inference").at_grid(deco, 3).model.vision_tower is deco.model.vision_tower
+
+
+def test_inference_counts_weights_of_torchao_as_they_are_stored(benchmark):
+    torchao = pytest.importorskip("torchao.quantization")
+    linear = torch.nn.Linear(64, 32, bias=False)
+    tensors_of = benchmark("inference").tensors_of
+    assert sum(tensor.nbytes for tensor in tensors_of(linear.weight)) == 4 * 32 * 64
+    torchao.quantize_(linear, torchao.Int8DynamicActivationInt8WeightConfig())
+    assert sum(tensor.nbytes for tensor in tensors_of(linear.weight)) == pytest.approx(32 * 64, rel=0.1)
 
 
 def test_scaling_counts_the_work_of_each_point(run, tmp_path):
