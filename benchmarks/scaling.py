@@ -9,7 +9,7 @@ as `--layers` says: time per layer is what grows. Vision tower and language mode
 turn, medians count; beside each stands the work in floating-point operations, counted by PyTorch, so that the rate at
 which it is done can be compared along a curve. SCALING.md goes on from here.
 
-Writes results/scaling-DEVICE.json and .png, and ends with the JSON in one line.
+Writes results/scaling.json and .png, and ends with the JSON in one line.
 """
 
 import json
@@ -135,8 +135,8 @@ def main(
         "curves": curves,
         "environment": environment(device),
     }
-    write_report(report, out / f"scaling-{device}.json")
-    draw(curves, out / f"scaling-{device}.png")
+    write_report(report, out / "scaling.json")
+    draw(curves, out / "scaling.png")
     typer.echo(json.dumps(report))
 
 
