@@ -285,3 +285,13 @@ def test_the_script_for_gpus_says_that_there_is_none(gpu_script):
         pytest.skip("there is one")
     result, _ = gpu_script("", PYTHON=sys.executable)
     assert (result.returncode, result.stdout) == (1, "There is no CUDA device: nothing was run.\n")
+
+
+def test_the_work_of_a_7b_model_is_what_its_sizes_say(benchmark):
+    with torch.device("meta"):
+        counted = benchmark("scaling").work_at_7b()
+    rows = counted["image_tokens"]
+    layers, hidden, inner = 32, 4096, 11008
+    assert rows["144"]["kv_cache_bytes"] == 2 * layers * hidden * (144 + 40) * 2
+    linears = 2 * layers * (4 * hidden**2 + 3 * hidden * inner) * (144 + 40)
+    assert linears < rows["144"]["language_model_flops"] < 1.05 * linears  # attention is the rest
