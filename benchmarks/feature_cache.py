@@ -92,7 +92,7 @@ def main(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 2 on a CPU, 8 on CUDA.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each, after one that warms up.")] = 5,
     grids: Annotated[list[int], typer.Option("--grid", help="Cached; the run is at 12.")] = [6, 12, 24],  # noqa: B006
-    out: Annotated[Path, typer.Option(help="The JSON.")] = RESULTS / "feature_cache.json",
+    out: Annotated[Path, typer.Option(help="Folder for feature_cache.json.")] = RESULTS,
 ) -> None:
     """Stage 1 with and without cached features."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,7 +158,7 @@ def main(
         f"{per_step['features']['median']:.3g} s on features: {report['speed_up']['median']:.2f} times as fast\n"
         f"making the cache: {build_per_image:.3g} s per image, for grids {', '.join(bytes_per_image)}"
     )
-    write_report(report, out)
+    write_report(report, out / "feature_cache.json")
     typer.echo(json.dumps(report))
 
 

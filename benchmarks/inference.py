@@ -12,8 +12,7 @@ The limit is what no model of this kind can do without: the vision tower's used 
 alone on as many embeddings. Prefill is one forward pass from pixels to the last position's logits; the first token is
 what `generate` takes for it. Peak memory is weights and the most that a prefill holds beside them.
 
-Results, after each shape and batch: results/inference-DEVICE.json, results/inference-DEVICE.png. The last line printed
-is the JSON in one line.
+Results are written after each shape and batch, to results/inference.json and .png; the last line printed is the JSON.
 """
 
 import copy
@@ -107,7 +106,7 @@ class Subject:
             forward(**inputs, logits_to_keep=1)  # sets up what transformers sets up in a first call, which is no graph
             mode = "reduce-overhead" if pixels.is_cuda else "default"  # CUDA graphs, which a CPU has none of
             compiled = partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
-            tower, forward, language_model = compiled(tower), compiled(forward), compiled(language_model)
+            forward = compiled(forward)
             compile_config = CompileConfig(fullgraph=True, mode=mode)
             compile_config._compile_all_devices = True  # private, seen in transformers 5.17 to 5.23
             self.generation = {"cache_implementation": "static", "compile_config": compile_config}
@@ -136,12 +135,13 @@ class Subject:
         self.first_token_seconds.append(streamer.first_token_seconds)
         self.decode_seconds.append(streamer.seconds_per_token)
 
-    def summarize(self, samples: dict[str, list[float]], llava: "Subject") -> dict:
+    def summarize(self, samples: dict[str, list[float]], llava: "Subject", llava_alike: "Subject") -> dict:
         """Seconds, ratios and bytes.
 
         Args:
             samples: seconds of each part, round by round.
             llava: transformers' LLaVA as it is.
+            llava_alike: the same in this subject's variant.
         """
         rounds = len(samples["generate"])  # before them warmed up
         limit = [sum(parts) for parts in zip(samples["vision_tower"], samples["language_model"], strict=True)]
@@ -159,6 +159,7 @@ class Subject:
             "decode_tokens_per_second": rounded(self.batch_size / median(self.decode_seconds[-rounds:])),
             "prefill_over_limit": median_ratio(samples["prefill"], limit),
             "first_token_speedup": median_ratio(llava.first_token_seconds[-rounds:], first_token),
+            "first_token_speedup_alike": median_ratio(llava_alike.first_token_seconds[-rounds:], first_token),
             "kv_cache_bytes": sum(
                 layer.keys.nbytes + layer.values.nbytes for layer in self.parts["prefill"]().past_key_values.layers
             ),
@@ -227,8 +228,11 @@ def measure(
             subjects.append(Subject(variant, name, model, tower, inputs, new_tokens))
     runs = {(i, part): run for i, subject in enumerate(subjects) for part, run in subject.parts.items()}
     samples = turns(runs, repeats, deco.device)
+    llavas = {subject.variant: subject for subject in subjects if subject.name == "LLaVA"}
     return [
-        subject.summarize({part: samples[i, part] for part in subject.parts}, subjects[0])
+        subject.summarize(
+            {part: samples[i, part] for part in subject.parts}, llavas["default"], llavas[subject.variant]
+        )
         for i, subject in enumerate(subjects)
     ]
 
@@ -291,7 +295,7 @@ def main(
         typer.echo(f"\n{shape}, batch {batch_size}: medians in ms")
         typer.echo(
             f"{'':24}{'vision':>9}{'project':>9}{'language':>9}{'prefill':>9}{'/limit':>8}{'token 1':>9}{'speedup':>9}"
-            f"{'tokens/s':>10}{'KV':>9}{'peak':>9}"
+            f"{'alike':>7}{'tokens/s':>10}{'KV':>9}{'peak':>9}"
         )
         for row in rows:
             ms = {name: 1000 * times["median"] for name, times in row["seconds"].items()}
@@ -299,11 +303,12 @@ def main(
                 f"{row['model'] + ' ' + str(row['image_tokens']) + ', ' + row['variant']:24}{ms['vision_tower']:9.4g}"
                 f"{ms['projector']:9.3g}{ms['language_model']:9.4g}{ms['prefill']:9.4g}"
                 f"{row['prefill_over_limit']:8.3f}{ms['first_token']:9.4g}{row['first_token_speedup']:9.2f}"
+                f"{row['first_token_speedup_alike']:7.2f}"
                 f"{row['decode_tokens_per_second']:10.4g}{format_size(row['kv_cache_bytes']):>9}"
                 f"{format_size(row['peak_bytes']):>9}"
             )
-        write_report(report, out / f"inference-{device}.json")
-        draw(report["results"], out / f"inference-{device}.png")
+        write_report(report, out / "inference.json")
+        draw(report["results"], out / "inference.png")
     typer.echo(json.dumps(report))
 
 

@@ -9,7 +9,7 @@ as `--layers` says: time per layer is what grows. Vision tower and language mode
 turn, medians count; beside each stands the work in floating-point operations, counted by PyTorch, so that the rate at
 which it is done can be compared along a curve. SCALING.md goes on from here.
 
-Writes results/scaling-DEVICE.json and .png, and ends with the JSON in one line.
+Writes results/scaling.json and .png, and ends with the JSON in one line.
 """
 
 import json
@@ -83,6 +83,24 @@ def measure(model, points: list[dict], repeats: int) -> list[dict]:
     return rows
 
 
+def work_at_7b() -> dict[str, dict]:
+    """What one request with one image asks of a 7B model, counted without computing it: by tokens per image."""
+    model = DecoForConditionalGeneration(build_config("7b")).eval()
+    config, rows = model.config, {}
+    tower = count_flops(lambda: model.model.vision_tower(torch.empty(1, 3, 336, 336)))
+    for image_tokens in (64, 144, 576):
+        length = NUM_TEXT_TOKENS + image_tokens
+        embeds = torch.empty(1, length, config.text_config.hidden_size)
+        prefill = count_flops(lambda: model.model.language_model(inputs_embeds=embeds, use_cache=True))  # noqa: B023
+        rows[str(image_tokens)] = {
+            "vision_tower_flops": tower,
+            "language_model_flops": prefill,
+            "kv_cache_bytes": kv_cache_bytes(config.text_config, length, torch.bfloat16),
+        }
+    parameters = sum(parameter.numel() for parameter in model.model.language_model.parameters())
+    return {"language_model_parameters": parameters, "image_tokens": rows}
+
+
 def draw(curves: dict[str, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     for axes, (name, rows) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
@@ -125,6 +143,8 @@ def main(
             typer.echo(
                 f"{row[name]:<18}{ms['vision_tower']:12.4g}{ms['language_model']:12.4g}{ms['decode']:12.4g}{rates}"
             )
+    with torch.device("meta"):
+        counted = work_at_7b()
     report = {
         "command": shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
         "shape": shape,
@@ -133,10 +153,11 @@ def main(
         "dtype": str(model.dtype).removeprefix("torch."),
         "repeats": repeats,
         "curves": curves,
+        "work_at_7b": counted,
         "environment": environment(device),
     }
-    write_report(report, out / f"scaling-{device}.json")
-    draw(curves, out / f"scaling-{device}.png")
+    write_report(report, out / "scaling.json")
+    draw(curves, out / "scaling.png")
     typer.echo(json.dumps(report))
 
 

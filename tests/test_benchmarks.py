@@ -5,6 +5,7 @@
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -193,13 +195,14 @@ def test_inference_is_compared_with_llava_and_with_the_limit(run, tmp_path):
         (variant, *subject) for variant in ("default", "int8") for subject in (("LLaVA", 144), ("DeCo", 36))
     ]
     llava, deco, llava_int8, deco_int8 = rows
-    assert llava["first_token_speedup"] == 1
+    assert llava["first_token_speedup"] == llava["first_token_speedup_alike"] == 1
+    assert llava_int8["first_token_speedup_alike"] == 1 != llava_int8["first_token_speedup"]
     # keys and values of 2 prompts, in 4 layers, of 4 heads of 32 numbers, in float32
     assert deco["kv_cache_bytes"] == 2 * 2 * 4 * (36 + 40) * 4 * 32 * 4
     assert llava["kv_cache_bytes"] / deco["kv_cache_bytes"] == (144 + 40) / (36 + 40)
     assert llava["weights_bytes"] > deco["weights_bytes"] > 2 * deco_int8["weights_bytes"]  # of fewer vision layers
     assert llava["peak_bytes"] > llava["weights_bytes"] + llava["kv_cache_bytes"]
-    assert (tmp_path / f"inference-{report['device']}.png").exists()
+    assert (tmp_path / "inference.png").exists()
 
 
 @torch.inference_mode()
@@ -251,3 +254,69 @@ def test_scaling_counts_the_work_of_each_point(run, tmp_path):
 def test_conversations_are_timed_turn_by_turn(run, tmp_path):
     report = run("chat", shape="tiny", num_layers=1, turns=3, answer_tokens=4, repeats=1, out=tmp_path)
     assert [row["prompt_tokens"] for row in report["time_to_first_token"]] == [168, 196, 224]
+
+
+@pytest.fixture
+def gpu_script(tmp_path):
+    """`gpu_script(reply, **environment)`: benchmarks/gpu.sh with a stand-in for Python, which notes what it is asked
+    and goes on as `reply` says."""
+
+    def call(reply: str, **environment) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+        stand_in, asked = tmp_path / "python", tmp_path / "asked"
+        stand_in.write_text(
+            f'#!/bin/bash\n[ "$1" = -c ] && exit\nprintf "%q " "$@" >> {asked}\necho >> {asked}\n{reply}\n'
+        )
+        stand_in.chmod(0o755)
+        command = [BENCHMARKS / "gpu.sh", tmp_path / "results"]
+        environment = {**os.environ, "PYTHON": str(stand_in), **environment}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return result, [shlex.split(line) for line in asked.read_text().splitlines()] if asked.exists() else []
+
+    return call
+
+
+def test_the_script_for_gpus_asks_for_what_the_benchmarks_take(gpu_script, benchmark):
+    result, asked = gpu_script("")
+    assert result.returncode == 0, result.stdout
+    assert len(asked) == 9
+    for path, *arguments in asked:
+        if path == "-m":
+            continue
+        app = typer.Typer()
+        app.command()(benchmark(Path(path).stem).main)
+        typer.main.get_command(app).make_context(path, arguments)
+
+
+def test_the_script_for_gpus_goes_on_after_a_failure_and_names_it(gpu_script):
+    result, asked = gpu_script('case "$1" in *training.py) echo "no memory"; exit 3;; esac')
+    assert len(asked) == 9
+    assert result.returncode == 1
+    assert result.stdout.count("not run to the end") == 1
+    assert "not run to the end: training: exit code 3, see" in result.stdout
+    assert "no memory" in result.stdout
+
+
+def test_the_script_for_gpus_ends_in_time_and_names_what_it_left_out(gpu_script):
+    began = time.monotonic()
+    result, asked = gpu_script("sleep 20", LIMIT="12")
+    assert time.monotonic() - began < 20
+    assert len(asked) == 1
+    assert "not run to the end: inference: exit code 124" in result.stdout
+    assert result.stdout.count("no time left") == 8
+
+
+def test_the_script_for_gpus_says_that_there_is_none(gpu_script):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result, _ = gpu_script("", PYTHON=sys.executable)
+    assert (result.returncode, result.stdout) == (1, "There is no CUDA device: nothing was run.\n")
+
+
+def test_the_work_of_a_7b_model_is_what_its_sizes_say(benchmark):
+    with torch.device("meta"):
+        counted = benchmark("scaling").work_at_7b()
+    rows = counted["image_tokens"]
+    layers, hidden, inner = 32, 4096, 11008
+    assert rows["144"]["kv_cache_bytes"] == 2 * layers * hidden * (144 + 40) * 2
+    linears = 2 * layers * (4 * hidden**2 + 3 * hidden * inner) * (144 + 40)
+    assert linears < rows["144"]["language_model_flops"] < 1.05 * linears  # attention is the rest
