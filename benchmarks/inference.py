@@ -103,7 +103,6 @@ class Subject:
         embeds = torch.randn(batch_size, length, config.text_config.hidden_size, **like)
         forward, language_model, self.generation = model, model.model.language_model, {}
         if variant == "compiled":
-            forward(**inputs, logits_to_keep=1)  # sets up what transformers sets up in a first call, which is no graph
             mode = "reduce-overhead" if pixels.is_cuda else "default"  # CUDA graphs, which a CPU has none of
             compiled = partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
             forward = compiled(forward)

@@ -220,9 +220,9 @@ def test_inference_compiles_at_several_batch_sizes(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda *args, mode, **kwargs: compile(*args, **kwargs | {"backend": "eager"})
     )
-    sizes = {"shapes": ["digits"], "grids": [12, 6, 3], "batch_sizes": [1, 2, 3], "repeats": 1, "new_tokens": 3}
+    sizes = {"shapes": ["digits"], "grids": [6], "batch_sizes": [1, 2], "repeats": 1, "new_tokens": 3}
     report = run("inference", variants=["compiled"], **sizes, out=tmp_path)
-    assert [row["variant"] for rows in report["results"].values() for row in rows[4:]] == ["compiled"] * 12
+    assert [row["variant"] for rows in report["results"].values() for row in rows[2:]] == ["compiled"] * 4
 
 
 def test_inference_shares_the_tower_of_all_grids_which_may_be_compiled(benchmark):
