@@ -80,11 +80,10 @@ class DecoCollator:
                     f"but max_length={self.max_length}. Raise it, or let --overlong_samples drop such samples."
                 )
         if not images:
-            rows[0] = {
-                "input_ids": rows[0]["input_ids"] + [self.processor.image_token_id],
-                "labels": rows[0]["labels"] + [IGNORE_INDEX],
-                "owners": rows[0]["owners"] + [PADDING],
-            }
+            shortest = min(rows, key=lambda row: len(row["input_ids"]))  # where its tokens lengthen the batch least
+            shortest["input_ids"] = shortest["input_ids"] + [self.processor.image_token_id]
+            shortest["labels"] = shortest["labels"] + [IGNORE_INDEX]
+            shortest["owners"] = shortest["owners"] + [PADDING]
         batch = {
             "input_ids": _padded(rows, "input_ids", self.processor.tokenizer.pad_token_id),
             "labels": _padded(rows, "labels", IGNORE_INDEX),
@@ -188,7 +187,7 @@ def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProces
         by_grid = batch["patch_features"]
         inputs["patch_features"] = by_grid[PATCHES] if PATCHES in by_grid else by_grid[grid_name(grid)]
     is_image = batch["input_ids"] == processor.image_token_id
-    repeats = torch.where(is_image, num_image_tokens(grid), 1)
+    repeats = torch.where(is_image, num_image_tokens(grid), owners != PADDING)  # rows are padded anew
     padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
     for name, value in padding.items():
         inputs[name] = _repeated(batch[name], repeats, value)

@@ -128,6 +128,21 @@ def test_a_batch_of_text_has_the_loss_of_text_and_moves_no_projector(processor, 
     model.zero_grad()
 
 
+def test_the_blank_image_of_a_batch_of_text_is_in_its_shortest_sample(processor):
+    long, short = (conversation(0, num_images=0, num_turns=turns) for turns in (3, 1))
+    batch = collate(processor, long, short)
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [0, 9]
+    length = len(DecoCollator(processor).tokenize(long)["input_ids"])
+    assert batch["input_ids"].shape == (2, length)
+
+
+def test_a_batch_is_as_long_as_its_longest_sample_with_its_images(processor):
+    examples = conversation(0, num_images=2), conversation(0, num_images=0, num_turns=3)
+    collator = DecoCollator(processor)
+    batch = collate(processor, *examples)
+    assert batch["input_ids"].shape[1] == max(collator.count_tokens(collator.tokenize(row)) for row in examples)
+
+
 def test_mixed_batches_have_the_losses_of_their_samples(processor, model):
     examples = [conversation(0), conversation(1, num_images=0), conversation(2, num_images=2)]
     with torch.no_grad():
