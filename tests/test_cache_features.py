@@ -603,3 +603,10 @@ def test_the_model_takes_pooled_features_for_pixels(vision, grid):
 def test_pixels_and_features_together_are_refused(model):
     with pytest.raises(ValueError, match="pixel_values, as patch_features or as mm_encoder_outputs, one of them"):
         model(**tiny.batch(tiny.prompt(9)), pixel_values=tiny.pixels(1), patch_features=torch.zeros(1, 9, 32))
+
+
+def test_pooled_features_are_refused_by_projectors_that_read_patches():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = tiny.build_model(projector_type="qformer", projector_config=sizes)
+    with pytest.raises(ValueError, match="9 patch features do not fill a grid of 6 x 6 = 36 patches"):
+        model(**tiny.batch(tiny.prompt(9)), patch_features=torch.zeros(1, 9, 32))

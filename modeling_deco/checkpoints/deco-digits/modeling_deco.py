@@ -285,7 +285,8 @@ class DecoModel(DecoPreTrainedModel):
 
     def _grid_of(self, patch_features, pooled_grid_sizes):
         """The grid of features that came without pixels: that of the patches or, of fewer features, the pooled one."""
-        if patch_features.shape[1] == num_image_tokens(self.config.patch_grid):
+        is_patches = patch_features.shape[1] == num_image_tokens(self.config.patch_grid)
+        if is_patches or self.config.projector_type != "avg_pool":  # the others refuse what is pooled already
             return self.config.patch_grid
         return self.config.pooled_grid if pooled_grid_sizes is None else tuple(pooled_grid_sizes[0].tolist())
 
