@@ -118,6 +118,7 @@ def in_a_process(function) -> dict:
     sender.close()
     if not receiver.poll(SECONDS_PER_RUN):
         process.kill()
+        process.join()  # or the next run meets it on the GPU
         return {"failed": f"took more than {SECONDS_PER_RUN} s"}
     try:
         result = receiver.recv()
