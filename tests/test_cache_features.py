@@ -112,7 +112,6 @@ def test_batches_of_text_alone_have_the_losses_of_training_on_images(checkpoint,
     expected = run(checkpoint, data, tmp_path / "images", **settings)
     found = run(checkpoint, data, tmp_path / "cached", **settings, feature_cache=tmp_path / "features")
     torch.testing.assert_close(history(found), history(expected), atol=1e-6, rtol=1e-6)
-    assert not found.accelerator.unwrap_model(found.model).model.multi_modal_projector.linear_1.weight.grad
 
 
 @pytest.mark.parametrize("config", ["stage1.yaml", "stage2_lora.yaml"])

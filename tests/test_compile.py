@@ -40,6 +40,7 @@ def test_decoding_compiles_to_one_graph_that_serves_the_next_prompt_of_that_leng
     compiled = {**GREEDY, "cache_implementation": "static", "compile_config": compile_config}
     first, second = inputs_of(0), inputs_of(1)
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     assert torch.equal(model.generate(**first, **compiled), model.generate(**first, **GREEDY))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     with torch.compiler.set_stance("fail_on_recompile"):
