@@ -11,8 +11,6 @@ Prints a table and ends with one line of JSON, which is also written to results/
 """
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -23,7 +21,7 @@ from shapes import RESULTS, TEXT_CONFIGS, TokenTimes, build_config
 
 from modeling_deco import DecoForConditionalGeneration
 from modeling_deco.prompt_cache import PromptCache
-from modeling_deco.recipes.measure import environment, write_report
+from modeling_deco.recipes.measure import command, environment, write_report
 
 QUESTION_TOKENS, NUM_WORDS = 24, 32_000  # words have the ids below
 
@@ -91,7 +89,7 @@ def main(
         rows.append(row)
         typer.echo(f"{row['turn']:4}{row['prompt_tokens']:8}{without:9.3f}s{with_cache:9.3f}s{row['ratio']:7.1f}x")
     report = {
-        "command": shlex.join(["python", "benchmarks/chat.py", *sys.argv[1:]]),
+        "command": command(),
         "shape": shape,
         "vision_layers": model.config.vision_config.num_hidden_layers,
         "text_layers": model.config.text_config.num_hidden_layers,

@@ -31,7 +31,7 @@ import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
 from modeling_deco.configuration_deco import num_image_tokens
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.world import KINDS
-from modeling_deco.recipes.measure import environment, write_report
+from modeling_deco.recipes.measure import command, environment, write_report
 
 RESULTS = Path(__file__).with_name("results")
 SHOWN = ("colour", "read", "relation", "locate")  # existence and count are nearly solved at every grid
@@ -79,7 +79,7 @@ def main(
     """Accuracy of CHECKPOINTS at every grid."""
     results = {folder.name: evaluate(folder, grids, num_pictures) for folder in checkpoints}
     report = {
-        "command": "python benchmarks/elastic.py",
+        "command": command(),
         "num_pictures": num_pictures,
         "accuracy": results,
         "environment": environment("cpu", "trl"),

@@ -28,7 +28,7 @@ from trl import ModelConfig, TrlParser
 from modeling_deco.recipes import cache_features, sft
 from modeling_deco.recipes.data import build_data
 from modeling_deco.recipes.feature_cache import feature_shape, grid_name
-from modeling_deco.recipes.measure import environment, seconds, spread, take_turns, turns, write_report
+from modeling_deco.recipes.measure import command, environment, seconds, spread, take_turns, turns, write_report
 from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +132,7 @@ def main(
     saved_per_image = (per_step["images"]["median"] - per_step["features"]["median"]) / batch_size
     bytes_per_image = {grid_name(grid): 2 * math.prod(feature_shape(cache.config, grid_name(grid))) for grid in grids}
     report = {
-        "command": f"python benchmarks/feature_cache.py --shape {shape}",
+        "command": command(),
         "shape": shape,
         "batch_size": batch_size,
         "pooled_grid_size": 12,

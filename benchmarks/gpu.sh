@@ -11,7 +11,7 @@ OUT=${1:-benchmarks/results/cuda}
 LIMIT=${LIMIT:-470}  # seconds of all together
 "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
     { echo "There is no CUDA device: nothing was run."; exit 1; }
-mkdir -p "$OUT/compiled"
+mkdir -p "$OUT"
 
 NOT_RUN=()
 run() {  # NAME SECONDS COMMAND...
@@ -23,9 +23,12 @@ run() {  # NAME SECONDS COMMAND...
     grep -v '^{' "$OUT/$name.log" | tail -n 25
 }
 
-run inference 130 benchmarks/inference.py --shape 0.5b --shape 7b --batch-size 1 --batch-size 8 --grid 12 --grid 8 \
-    --new-tokens 33 --out "$OUT"
-run compiled 120 benchmarks/inference.py --shape 0.5b --variant default --variant compiled --grid 12 --new-tokens 33 \
+run inference 100 benchmarks/inference.py --shape 0.5b --shape 7b --variant default --batch-size 1 --batch-size 8 \
+    --grid 12 --grid 8 --new-tokens 33 --out "$OUT"
+# these two compile, which may take minutes
+run int8 100 benchmarks/inference.py --shape 0.5b --shape 7b --variant default --variant int8 --grid 12 --new-tokens 33 \
+    --out "$OUT/int8"
+run compiled 100 benchmarks/inference.py --shape 0.5b --variant default --variant compiled --grid 12 --new-tokens 33 \
     --out "$OUT/compiled"
 run training 150 benchmarks/training.py --shape 0.5b --projector avg_pool-144 --projector mlp-576 --repeats 1 \
     --num-steps 8 --out "$OUT/training.json"

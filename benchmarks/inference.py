@@ -17,8 +17,6 @@ Results are written after each shape and batch, to results/inference.json and .p
 
 import copy
 import json
-import shlex
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -36,7 +34,7 @@ from transformers import AutoConfig, CompileConfig, LlavaConfig, LlavaForConditi
 from modeling_deco import SHIPPED_CHECKPOINT, DecoForConditionalGeneration, num_image_tokens
 from modeling_deco.info import format_size
 from modeling_deco.quantization import Int8Linear, quantize_to_int8
-from modeling_deco.recipes.measure import environment, spread, synchronize, turns, write_report
+from modeling_deco.recipes.measure import command, environment, spread, synchronize, turns, write_report
 
 NUM_TEXT_TOKENS = 40
 
@@ -278,13 +276,13 @@ def main(
                 raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=f"--{name}")
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     report = {
-        "command": shlex.join(["python", "benchmarks/inference.py", *sys.argv[1:]]),
+        "command": command(),
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "text_tokens": NUM_TEXT_TOKENS,
         "repeats": repeats,
         "results": {},
-        "environment": environment(device),
+        "environment": environment(device, *(["torchao"] if device == "cuda" and "int8" in variants else [])),
     }
     for shape, batch_size in product(shapes, batch_sizes):
         torch.set_default_dtype(dtype)

@@ -26,7 +26,7 @@ from transformers.utils import is_torchvision_available
 
 from modeling_deco import DecoProcessor
 from modeling_deco.recipes.digits.tokenizer import build_tokenizer
-from modeling_deco.recipes.measure import environment, spread, turns, write_report
+from modeling_deco.recipes.measure import command, environment, spread, turns, write_report
 
 RESULTS = Path(__file__).with_name("results")
 SIDE, PATCH_SIZE = 336, 14  # CLIP ViT-L/14-336
@@ -109,7 +109,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for processor.json.")] = RESULTS,
 ) -> None:
     """Speed of the processors."""
-    report = {"command": "python benchmarks/processor.py", "backends": {}, "environment": environment("cpu", "pillow")}
+    report = {"command": command(), "backends": {}, "environment": environment("cpu", "pillow")}
     with tempfile.TemporaryDirectory() as folder:
         inputs = build_inputs(Path(folder), num_images, large)
         for backend in ("pil", "torchvision"):

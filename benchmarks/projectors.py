@@ -19,7 +19,7 @@ import typer
 
 from modeling_deco import DecoConfig
 from modeling_deco.modeling_deco import build_projector
-from modeling_deco.recipes.measure import environment, take_turns, write_report
+from modeling_deco.recipes.measure import command, environment, take_turns, write_report
 
 RESULTS = Path(__file__).with_name("results")
 PROJECTORS = ("mlp", "avg_pool", "qformer", "resampler", "c_abstractor", "d_abstractor")
@@ -63,7 +63,7 @@ def main(
             f"{row['forward_and_backward_ratio']:14.1f}"
         )
     report = {
-        "command": "python benchmarks/projectors.py",
+        "command": command(),
         "num_images": num_images,
         "projectors": measured,
         "environment": environment(device),

@@ -13,8 +13,6 @@ Writes results/scaling.json and .png, and ends with the JSON in one line.
 """
 
 import json
-import shlex
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_deco import DecoForConditionalGeneration, num_image_tokens
 from modeling_deco.info import kv_cache_bytes
-from modeling_deco.recipes.measure import environment, take_turns, write_report
+from modeling_deco.recipes.measure import command, environment, take_turns, write_report
 
 NUM_TEXT_TOKENS = 40
 GRIDS, NUMBERS = (1, 2, 4, 6, 8, 12, 16, 20, 24), (1, 2, 4, 8)
@@ -146,7 +144,7 @@ def main(
     with torch.device("meta"):
         counted = work_at_7b()
     report = {
-        "command": shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
+        "command": command(),
         "shape": shape,
         "layers": num_layers,
         "text_tokens": NUM_TEXT_TOKENS,

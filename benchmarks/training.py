@@ -33,7 +33,7 @@ from shapes import RESULTS, TEXT_CONFIGS, save_random_checkpoint
 
 from modeling_deco.recipes.data import build_data
 from modeling_deco.recipes.digits.world import write_llava_data
-from modeling_deco.recipes.measure import environment, peak_resident_bytes, spread, write_report
+from modeling_deco.recipes.measure import command, environment, peak_resident_bytes, spread, write_report
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 NUM_PICTURES, SECONDS_PER_RUN, WARM_UP_STEPS = 64, 180, 2
@@ -189,7 +189,7 @@ def main(
         raise typer.Exit(1)
     rows = {}
     report = {
-        "command": "python benchmarks/training.py",
+        "command": command(),
         "num_steps": num_steps,
         "repeats": repeats,
         "rows": rows,

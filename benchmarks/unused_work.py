@@ -25,7 +25,7 @@ from transformers import AutoModel, CLIPVisionConfig
 
 from modeling_deco import DecoForConditionalGeneration
 from modeling_deco.projectors import pool_patch_grid
-from modeling_deco.recipes.measure import environment, spread, turns, write_report
+from modeling_deco.recipes.measure import command, environment, spread, turns, write_report
 
 SIDE, PATCH_GRID, POOLED_GRID, OTHER_GRID = 336, (24, 24), (12, 12), (8, 8)
 QUESTION_TOKENS = 40
@@ -148,7 +148,7 @@ def main(
         },
     }
     report = {
-        "command": "python benchmarks/unused_work.py",
+        "command": command(),
         "vision_layers": vision_layers,
         "num_images": num_images,
         "savings": {},

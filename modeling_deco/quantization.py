@@ -49,6 +49,12 @@ class Int8Linear(nn.Module):
         # 7 bits: without VNNI, two products of 8 bits overflow the 16 bits that they are added in
         return torch.ops.quantized.linear_dynamic(features, self.packed, True)
 
+    def _apply(self, fn, recurse=True):
+        moved = fn(torch.empty(0))
+        if (moved.device.type, moved.dtype) != ("cpu", torch.float32):
+            raise RuntimeError("A model in int8 stays on the CPU and in float32; move it before.")
+        return super()._apply(fn, recurse)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         raise RuntimeError(f"{prefix.rstrip('.')} is in int8, which is for answering only; save the model before.")
 
@@ -72,13 +78,13 @@ def quantize_to_int8(model: nn.Module) -> nn.Module:
         is in bfloat16.
 
     Raises:
-        ValueError: on CUDA torchao is missing, or a part of the model is elsewhere (on a CPU, offloaded).
+        ValueError: on CUDA torchao is missing, or the model is spread over devices.
     """
-    devices = {parameter.device.type for parameter in model.parameters()}
-    if devices == {"cuda"}:
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) == 1 and min(devices).startswith("cuda"):
         return _quantize_tower_on_cuda(model)
     if devices != {"cpu"}:
-        raise ValueError(f"int8 needs a model on a CPU or on CUDA, not on {' and '.join(sorted(devices))}.")
+        raise ValueError(f"int8 needs a model on a CPU or on one CUDA device, not on {' and '.join(sorted(devices))}.")
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if _is_plain(child):

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import re
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -30,6 +32,12 @@ def environment(device: str | torch.device, *libraries: str) -> dict[str, str | 
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", *libraries)},
     }
+
+
+def command() -> str:
+    """The script that runs, from the folder above its own, with its options."""
+    script, *options = sys.argv
+    return shlex.join(["python", "/".join(Path(script).parts[-2:]), *options])
 
 
 def cpu_name() -> str:

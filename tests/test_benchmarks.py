@@ -278,7 +278,7 @@ def gpu_script(tmp_path):
 def test_the_script_for_gpus_asks_for_what_the_benchmarks_take(gpu_script, benchmark):
     result, asked = gpu_script("")
     assert result.returncode == 0, result.stdout
-    assert len(asked) == 9
+    assert len(asked) == 10
     for path, *arguments in asked:
         if path == "-m":
             continue
@@ -289,7 +289,7 @@ def test_the_script_for_gpus_asks_for_what_the_benchmarks_take(gpu_script, bench
 
 def test_the_script_for_gpus_goes_on_after_a_failure_and_names_it(gpu_script):
     result, asked = gpu_script('case "$1" in *training.py) echo "no memory"; exit 3;; esac')
-    assert len(asked) == 9
+    assert len(asked) == 10
     assert result.returncode == 1
     assert result.stdout.count("not run to the end") == 1
     assert "not run to the end: training: exit code 3, see" in result.stdout
@@ -302,7 +302,7 @@ def test_the_script_for_gpus_ends_in_time_and_names_what_it_left_out(gpu_script)
     assert time.monotonic() - began < 20
     assert len(asked) == 1
     assert "not run to the end: inference: exit code 124" in result.stdout
-    assert result.stdout.count("no time left") == 8
+    assert result.stdout.count("no time left") == 9
 
 
 def test_the_script_for_gpus_says_that_there_is_none(gpu_script):

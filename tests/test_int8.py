@@ -118,10 +118,18 @@ def test_such_a_model_is_not_saved_without_its_weights(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("move", [lambda model: model.to(torch.bfloat16), lambda model: model.half()])
+def test_such_a_model_is_not_moved_without_its_weights(move):
+    model = quantize_to_int8(tiny.build_model())
+    with pytest.raises(RuntimeError, match="stays on the CPU and in float32"):
+        move(model)
+    model.to("cpu").float()
+
+
 def test_a_model_on_no_device_is_refused():
     with torch.device("meta"):
         model = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="on a CPU or on CUDA, not on meta"):
+    with pytest.raises(ValueError, match="on a CPU or on one CUDA device, not on meta"):
         quantize_to_int8(nn.Sequential(model))
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from modeling_deco.recipes.measure import environment, spread, take_turns, write_report
+from modeling_deco.recipes.measure import command, environment, spread, take_turns, write_report
 
 
 def test_functions_take_turns_and_another_one_goes_first_each_time():
@@ -46,3 +46,8 @@ def test_the_environment_does_not_name_a_library_that_is_not_there():
 def test_a_report_is_written_into_a_folder_that_is_not_there_yet(tmp_path):
     write_report({"ratio": 0.5}, tmp_path / "results" / "report.json")
     assert json.loads((tmp_path / "results" / "report.json").read_text()) == {"ratio": 0.5}
+
+
+def test_the_command_is_the_one_that_was_typed(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/home/me/deco/benchmarks/chat.py", "--out", "my results"])
+    assert command() == "python benchmarks/chat.py --out 'my results'"
