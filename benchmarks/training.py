@@ -159,7 +159,7 @@ def draw(rows: dict[str, dict], path: Path) -> None:
             if unit == "peak GiB":
                 bars, errors = [row["peak_memory_gib"] for row in of_panel], None
             bars = axes.barh(names, bars, xerr=errors, color=[colours.get(name, "tab:orange") for name in names])
-            axes.set_yticks(names, [f"{name}\n(LLaVA)" if name == LLAVA else name for name in names])
+            axes.set_yticks(names, [f"{name} (LLaVA)" if name == LLAVA else name for name in names])
             axes.bar_label(bars, fmt="%.3g", padding=4)
             axes.margins(x=0.25)
             axes.set(title=f"{shape}, {stage}", xlabel=unit)

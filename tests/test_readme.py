@@ -6,6 +6,7 @@ Commands of programs that are not installed here are parsed where they are, by t
 """
 
 import argparse
+import json
 import re
 import runpy
 import shlex
@@ -25,7 +26,7 @@ import modeling_deco
 from modeling_deco.cli import app
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "MODEL_CARD.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "MODEL_CARD.md", "CONTRIBUTING.md", "benchmarks/SCALING.md")
 PROGRAMS = ("accelerate", "cat", "deco", "hf", "make", "pip", "printf", "python", "ray", "vllm")
 # which test reads the README's commands of a program that has an environment of its own
 ELSEWHERE = {"vllm serve": "test_vllm.py", "lmms_eval": "test_lmms_eval.py"}
@@ -182,7 +183,21 @@ def test_links_within_the_repository_lead_somewhere():
             if target.startswith("#"):
                 assert target[1:] in anchors, target
             elif not target.startswith("http"):
-                assert (ROOT / target).exists(), target
+                assert (ROOT / name).parent.joinpath(target).exists(), target
+
+
+def test_the_table_of_speed_is_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "inference.json").read_text())
+    table = []
+    for row in measured["results"]["0.5b, batch 1"]:
+        seconds = {name: times["median"] for name, times in row["seconds"].items()}
+        name = f"{row['model']}, {row['image_tokens']}" + (", int8" if row["variant"] == "int8" else "")
+        times = [f"{seconds[part]:.2f}" for part in ("vision_tower", "language_model", "first_token")]
+        ratios = [f"{row['first_token_speedup']:.2f}", f"{row['first_token_speedup_alike']:.2f}"]
+        ratios += [f"{row['prefill_over_limit']:.3f}", f"{row['decode_tokens_per_second']:.1f}"]
+        sizes = [f"{row['kv_cache_bytes'] / 1e6:.1f} MB", f"{row['peak_bytes'] / 1e9:.2f} GB"]
+        table.append("| " + " | ".join([name, *times, *ratios, *sizes]) + " |")
+    assert "\n".join(table) in (ROOT / "README.md").read_text()
 
 
 def test_the_first_thirty_lines_say_what_it_is_and_how_to_use_it():
