@@ -255,7 +255,7 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set(title=title, xlabel="seconds")
-    panels[0].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=120)
 
 
