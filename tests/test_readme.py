@@ -51,6 +51,12 @@ def of_program(*programs: str) -> list[str]:
     return [line for line in commands() if _program(line) in programs and not any(part in line for part in ELSEWHERE)]
 
 
+def of_python() -> list[str]:
+    """Commands of Python, by itself and on many processes; those of recipes/sft.py are in test_sft.py."""
+    lines = of_program("python") + [line for line in of_program("accelerate") if "launch -m modeling_deco" in line]
+    return [line for line in lines if "recipes/sft.py" not in line]
+
+
 def _program(line: str) -> str:
     """The one that gets what others pipe into it, without variables of the environment."""
     words = shlex.split(line.rpartition("|")[2] if line.startswith(("cat", "printf")) else line)
@@ -58,8 +64,8 @@ def _program(line: str) -> str:
 
 
 def test_every_command_has_a_test():
-    known = [*of_program("deco", "python", "make", "pip", "hf")]
-    known += [line for line in commands() if "recipes/sft.py" in line]  # test_sft.py
+    known = [*of_program("deco", "make", "pip", "hf"), *of_python()]
+    known += [line for line in commands() if "recipes/sft.py" in line]  # which test_sft.py has
     known += [line for line in commands() if any(part in line for part in (*ELSEWHERE, UNTESTED))]
     assert set(commands()) - set(known) == set()
     assert len(known) >= 50
@@ -84,9 +90,9 @@ class Understood(Exception):
     """The program has read its arguments, and would begin."""
 
 
-@pytest.mark.parametrize("line", [line for line in of_program("python") if "recipes/sft.py" not in line])
+@pytest.mark.parametrize("line", of_python())
 def test_a_command_of_python_is_understood(line, monkeypatch):
-    words = shlex.split(line)[1:]
+    words = shlex.split(line.replace("accelerate launch", "python"))[1:]
     if words[0] == "-m":
         words = words[1:]
         assert words[0].startswith("modeling_deco.")
@@ -94,6 +100,8 @@ def test_a_command_of_python_is_understood(line, monkeypatch):
     else:
         path = words[0]
     arguments = [word for word in words[1:] if word != "..." and not re.fullmatch(r"\[.*\]", word)]
+    if line.startswith("accelerate"):  # the YAML's precision is for GPUs
+        arguments += ["--use_cpu", "true", "--bf16", "false"]
 
     def after(parse):
         def parsed(*args, **kwargs):
@@ -117,6 +125,7 @@ def test_a_command_of_python_is_understood(line, monkeypatch):
     monkeypatch.setattr(typer, "run", run)
     monkeypatch.setattr(sys, "argv", [path, *arguments])
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / Path(path).parent)
     with pytest.raises(Understood):
         runpy.run_path(path, run_name="__main__")
 
