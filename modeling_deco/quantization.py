@@ -50,7 +50,7 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(features, self.packed, True)
 
     def _apply(self, fn, recurse=True):
-        moved = fn(torch.empty(0))
+        moved = fn(torch.empty(0, dtype=torch.float32, device="cpu"))
         if (moved.device.type, moved.dtype) != ("cpu", torch.float32):
             raise RuntimeError("A model in int8 stays on the CPU and in float32; move it before.")
         return super()._apply(fn, recurse)
