@@ -162,13 +162,13 @@ def test_what_is_in_4_bits_stays_so():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [3, 6, 12])
-def test_the_digits_checkpoint_loses_at_most_one_point(grid):
+def test_the_digits_checkpoint_loses_at_most_two_points(grid):
     plain = AutoModelForImageTextToText.from_pretrained(SHIPPED_CHECKPOINT)
     models = [plain, quantize_to_int8(copy.deepcopy(plain))]
     processor = AutoProcessor.from_pretrained(SHIPPED_CHECKPOINT)
     before, after = (accuracy_by_kind(model, processor, "test", 500, pooled_grid_size=grid) for model in models)
     for kind in before:
-        assert after[kind]["accuracy"] >= before[kind]["accuracy"] - 1
+        assert after[kind]["accuracy"] >= before[kind]["accuracy"] - 2
 
 
 @pytest.fixture
