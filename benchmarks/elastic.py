@@ -25,6 +25,7 @@ from typing import Annotated
 
 import typer
 from matplotlib.figure import Figure
+from shapes import RESULTS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
@@ -33,7 +34,6 @@ from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.world import KINDS
 from modeling_deco.recipes.measure import command, environment, write_report
 
-RESULTS = Path(__file__).with_name("results")
 SHOWN = ("colour", "read", "relation", "locate")  # existence and count are nearly solved at every grid
 
 

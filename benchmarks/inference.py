@@ -21,13 +21,12 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import torch
 import typer
 from matplotlib.figure import Figure
-from shapes import RESULTS, TEXT_CONFIGS, TensorBytes, TokenTimes, build_config
+from shapes import NUM_TEXT_TOKENS, RESULTS, TEXT_CONFIGS, TensorBytes, TokenTimes, build_config
 from torch import nn
 from transformers import AutoConfig, CompileConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
@@ -35,8 +34,6 @@ from modeling_deco import SHIPPED_CHECKPOINT, DecoForConditionalGeneration, num_
 from modeling_deco.info import format_size
 from modeling_deco.quantization import Int8Linear, quantize_to_int8
 from modeling_deco.recipes.measure import command, environment, spread, synchronize, turns, write_report
-
-NUM_TEXT_TOKENS = 40
 
 SHAPES = ("digits", *TEXT_CONFIGS)
 VARIANTS = ("default", "int8", "compiled")
@@ -153,7 +150,7 @@ class Subject:
             "batch_size": self.batch_size,
             "image_tokens": self.length - NUM_TEXT_TOKENS,
             "seconds": {name: spread(times) for name, times in timed.items()},
-            "decode_tokens_per_second": rounded(self.batch_size / median(self.decode_seconds[-rounds:])),
+            "decode_tokens_per_second": spread([self.batch_size / s for s in self.decode_seconds[-rounds:]])["median"],
             "prefill_over_limit": median_ratio(samples["prefill"], limit),
             "first_token_speedup": median_ratio(llava.first_token_seconds[-rounds:], first_token),
             "first_token_speedup_alike": median_ratio(llava_alike.first_token_seconds[-rounds:], first_token),
@@ -173,12 +170,8 @@ def tensors_of(parameter: torch.Tensor) -> list[torch.Tensor]:
     return [part for part in parts if part is not None]
 
 
-def rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    return rounded(median(a / b for a, b in zip(numerators, denominators, strict=True)))
+    return spread([a / b for a, b in zip(numerators, denominators, strict=True)])["median"]
 
 
 def peak_bytes(part: Callable) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
+from shapes import RESULTS
 from transformers import LlavaProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
 from transformers.utils import is_torchvision_available
@@ -28,7 +29,6 @@ from modeling_deco import DecoProcessor
 from modeling_deco.recipes.digits.tokenizer import build_tokenizer
 from modeling_deco.recipes.measure import command, environment, spread, turns, write_report
 
-RESULTS = Path(__file__).with_name("results")
 SIDE, PATCH_SIZE = 336, 14  # CLIP ViT-L/14-336
 QUESTION = "What is this?"
 

@@ -16,12 +16,12 @@ from typing import Annotated
 
 import torch
 import typer
+from shapes import RESULTS
 
 from modeling_deco import DecoConfig
 from modeling_deco.modeling_deco import build_projector
 from modeling_deco.recipes.measure import command, environment, take_turns, write_report
 
-RESULTS = Path(__file__).with_name("results")
 PROJECTORS = ("mlp", "avg_pool", "qformer", "resampler", "c_abstractor", "d_abstractor")
 
 

@@ -20,14 +20,13 @@ from typing import Annotated
 import torch
 import typer
 from matplotlib.figure import Figure
-from shapes import RESULTS, TEXT_CONFIGS, build_config
+from shapes import NUM_TEXT_TOKENS, RESULTS, TEXT_CONFIGS, build_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_deco import DecoForConditionalGeneration, num_image_tokens
 from modeling_deco.info import kv_cache_bytes
 from modeling_deco.recipes.measure import command, environment, take_turns, write_report
 
-NUM_TEXT_TOKENS = 40
 GRIDS, NUMBERS = (1, 2, 4, 6, 8, 12, 16, 20, 24), (1, 2, 4, 8)
 GRID = 12  # where something else varies
 
@@ -86,7 +85,7 @@ def work_at_7b() -> dict[str, dict]:
     model = DecoForConditionalGeneration(build_config("7b")).eval()
     config, rows = model.config, {}
     tower = count_flops(lambda: model.model.vision_tower(torch.empty(1, 3, 336, 336)))
-    for image_tokens in (64, 144, 576):
+    for image_tokens in (16, 64, 144, 576):
         length = NUM_TEXT_TOKENS + image_tokens
         embeds = torch.empty(1, length, config.text_config.hidden_size)
         prefill = count_flops(lambda: model.model.language_model(inputs_embeds=embeds, use_cache=True))  # noqa: B023

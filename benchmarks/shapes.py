@@ -17,6 +17,7 @@ from modeling_deco import DecoConfig, DecoProcessor
 from modeling_deco.recipes.digits.tokenizer import build_tokenizer
 
 RESULTS = Path(__file__).with_name("results")
+NUM_TEXT_TOKENS = 40  # of a prompt, beside its image
 
 # Decoders' published configurations: Qwen2.5-0.5B's and 1.5B's, and Llama-7B's, which is the default.
 _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}

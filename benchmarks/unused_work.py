@@ -19,7 +19,7 @@ from typing import Annotated
 
 import torch
 import typer
-from shapes import RESULTS, TensorBytes, build_config
+from shapes import NUM_TEXT_TOKENS, RESULTS, TensorBytes, build_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, CLIPVisionConfig
 
@@ -28,7 +28,6 @@ from modeling_deco.projectors import pool_patch_grid
 from modeling_deco.recipes.measure import command, environment, spread, turns, write_report
 
 SIDE, PATCH_GRID, POOLED_GRID, OTHER_GRID = 336, (24, 24), (12, 12), (8, 8)
-QUESTION_TOKENS = 40
 
 
 class OperatorsOutside(TorchDispatchMode):
@@ -64,7 +63,7 @@ def compare(runs: dict, repeats: int, device: str) -> dict[str, dict]:
 
 def rest_of_forward(model, pixel_values, repeats: int, device: str) -> dict:
     """Time and operators of a forward pass outside the model's parts."""
-    tokens = torch.full((len(pixel_values), QUESTION_TOKENS + POOLED_GRID[0] * POOLED_GRID[1]), 5, device=device)
+    tokens = torch.full((len(pixel_values), NUM_TEXT_TOKENS + POOLED_GRID[0] * POOLED_GRID[1]), 5, device=device)
     tokens[:, 4 : 4 + POOLED_GRID[0] * POOLED_GRID[1]] = model.config.image_token_id
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "logits_to_keep": 1}
     parts = [model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model, model.lm_head]
