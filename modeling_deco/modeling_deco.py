@@ -10,7 +10,7 @@ layer above the one that is read. Names of parameters are LLaVA's.
 import copy
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    Cache,
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import (  # private in part, seen in 5.17 to 5.23
@@ -60,6 +63,11 @@ _NOT_QUANTIZED = [
     "lm_head",
 ]
 
+# The language model's fields in both outputs. The key-value cache is `past_key_values` up to transformers 5.23, and
+# `cache` from 5.24 on, in the outputs as in the arguments.
+_LANGUAGE_MODEL_FIELDS = [field.name for field in fields(BaseModelOutputWithPast)]
+_CACHE = "cache" if "cache" in _LANGUAGE_MODEL_FIELDS else "past_key_values"
+
 IMAGE_INPUTS = ("pixel_values", "pooled_grid_sizes", "pixel_attention_mask", "spatial_shapes")  # one row per image
 
 _PUSH_ARGUMENTS = (
@@ -88,18 +96,13 @@ class DecoModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class DecoCausalLMOutputWithPast(ModelOutput):
+class DecoCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Outputs of `DecoForConditionalGeneration`.
 
     `loss` is a scalar where labels were given, `logits` is `(batch, sequence or logits_to_keep, vocab_size)`; the rest
     is `DecoModelOutputWithPast`'s.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor] | None = None
-    attentions: tuple[torch.FloatTensor] | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
 
@@ -115,7 +118,7 @@ class DecoPreTrainedModel(PreTrainedModel):
         "CAbstractorProjector",
         "DAbstractorProjector",
     ]
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [_CACHE]  # noqa: RUF012
 
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -354,7 +357,6 @@ class DecoModel(DecoPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pooled_grid_sizes: torch.LongTensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
@@ -401,20 +403,16 @@ class DecoModel(DecoPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_features)
 
+        if "past_key_values" in kwargs:
+            kwargs[_CACHE] = kwargs.pop("past_key_values")
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        return DecoModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=image_features,
-        )
+        outputs = {name: outputs.get(name) for name in _LANGUAGE_MODEL_FIELDS}
+        return DecoModelOutputWithPast(**outputs, image_hidden_states=image_features)
 
 
 class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
@@ -499,7 +497,6 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         pixel_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pooled_grid_sizes: torch.LongTensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
@@ -529,7 +526,6 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pooled_grid_sizes=pooled_grid_sizes,
             pixel_attention_mask=pixel_attention_mask,
@@ -545,14 +541,8 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        return DecoCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return DecoCausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Before 5.19 generate does not encode images ahead, and repeats pixel_values image by image: [A, A, B, B]
