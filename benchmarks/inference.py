@@ -42,7 +42,7 @@ VARIANTS = ("default", "int8", "compiled")
 def build(shape: str) -> tuple[DecoForConditionalGeneration, LlavaForConditionalGeneration]:
     """DeCo and LLaVA with the same random tensors, on the default device and in the default dtype."""
     if shape == "digits":
-        config = AutoConfig.from_pretrained(SHIPPED_CHECKPOINT)
+        config = AutoConfig.from_pretrained(SHIPPED_CHECKPOINT, trust_remote_code=False)
     else:
         config = build_config(shape)
     vision_config = config.vision_config.to_dict()

@@ -70,7 +70,7 @@ def measure(backend: str, inputs: dict[str, dict], repeats: int) -> dict[str, di
     with tempfile.TemporaryDirectory() as folder:
         config = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": SIDE}, "crop_size": SIDE}
         Path(folder, "preprocessor_config.json").write_text(json.dumps(config))
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend=backend)
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend=backend, trust_remote_code=False)
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = 10**6  # or it warns
     llava = LlavaProcessor(image_processor, tokenizer, PATCH_SIZE, "default", num_additional_image_tokens=1)

@@ -81,7 +81,7 @@ def save_random_checkpoint(
         pooled_grid_size=math.isqrt(int(num_tokens)),
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        AutoModelForImageTextToText.from_config(config, dtype=dtype).save_pretrained(folder)
+        AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False).save_pretrained(folder)
     side = config.vision_config.image_size
     image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     DecoProcessor(image_processor, tokenizer, config.pooled_grid_size).save_pretrained(folder)

@@ -108,7 +108,7 @@ def main(
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     whole = CLIPVisionConfig(**{**tower.config.to_dict(), "num_hidden_layers": vision_layers})
     with torch.device(device):
-        whole = AutoModel.from_config(whole).eval()
+        whole = AutoModel.from_config(whole, trust_remote_code=False).eval()
     pixel_values = torch.randn(1, 3, SIDE, SIDE, device=device)
     states = torch.randn(num_images, 577, tower.config.hidden_size, device=device)  # CLS and patches
     patches = states[:, 1:]

@@ -128,7 +128,7 @@ def _select_strategy(config: DecoConfig) -> str:
 
 
 def _llava_processor(source, config: DecoConfig) -> LlavaProcessor:
-    processor = DecoProcessor.from_pretrained(source.folder)
+    processor = DecoProcessor.from_pretrained(source.folder, trust_remote_code=False)
     return LlavaProcessor(
         image_processor=processor.image_processor,
         tokenizer=processor.tokenizer,

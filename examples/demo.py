@@ -26,8 +26,8 @@ def main() -> None:
     scene.image.resize((384, 384), resample=0).save(PICTURE)
     typer.echo(f"Drew held-out handwriting to {PICTURE}\n")
 
-    processor = AutoProcessor.from_pretrained(SHIPPED_CHECKPOINT)
-    model = AutoModelForImageTextToText.from_pretrained(SHIPPED_CHECKPOINT)
+    processor = AutoProcessor.from_pretrained(SHIPPED_CHECKPOINT, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(SHIPPED_CHECKPOINT, trust_remote_code=False)
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     one, other = (digit.value for digit in scene.digits[:2])
     questions = [

@@ -39,7 +39,7 @@ def load_config(model: str, revision: str | None = None) -> DecoConfig:
     if not path.is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
         raise ValueError(f"There is no folder {model}.")
     with _named_errors(model):
-        config = AutoConfig.from_pretrained(model, **_revisions(revision))
+        config = AutoConfig.from_pretrained(model, **_arguments(revision))
     if config.model_type != DecoConfig.model_type:
         raise ValueError(f"{model} is a {config.model_type!r} model, not a DeCo; deco convert makes one of a LLaVA.")
     return config
@@ -67,15 +67,16 @@ def load(
         arguments["device_map"] = "auto"
     load_config(model, revision)
     with _named_errors(model):
-        processor = AutoProcessor.from_pretrained(model, **_revisions(revision))
+        processor = AutoProcessor.from_pretrained(model, **_arguments(revision))
         if processor.chat_template is None:
             raise ValueError("it has no chat template.")
-        loaded = AutoModelForImageTextToText.from_pretrained(model, **_revisions(revision), **arguments)
+        loaded = AutoModelForImageTextToText.from_pretrained(model, **_arguments(revision), **arguments)
     return quantize_to_int8(loaded) if in_int8 else loaded, processor
 
 
-def _revisions(revision: str | None) -> dict[str, str]:
-    return {} if revision is None else {"revision": revision}
+def _arguments(revision: str | None) -> dict:
+    """Of every load. Where nothing says whether to trust a checkpoint's code, transformers asks on stdin."""
+    return {"trust_remote_code": False, **({} if revision is None else {"revision": revision})}
 
 
 @contextmanager
@@ -89,6 +90,8 @@ def _named_errors(model: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{model} needs code that comes with it, and such code is not run.") from error
         raise ValueError(f"{model} cannot be loaded: {one_line(error)}") from error
 
 

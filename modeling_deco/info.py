@@ -51,7 +51,7 @@ def describe(model: str, revision: str | None = None) -> dict:
     """
     config = load_config(model, revision)
     with torch.device("meta"):
-        empty = AutoModelForImageTextToText.from_config(config)
+        empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     in_language_layers = {id(layer.weight) for layer in _linears(empty.model.language_model)}
     num_quantized = sum(weight.numel() for weight in empty.parameters() if id(weight) in in_language_layers)
     parameters = {

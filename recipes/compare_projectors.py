@@ -124,7 +124,7 @@ def training_args_of(args: CompareArguments, run: Run) -> DecoSFTConfig:
 def build_model(args: CompareArguments, run: Run) -> tuple[DecoForConditionalGeneration, DecoProcessor]:
     """The backbones' vision tower and language model with a fresh projector, and their processor."""
     warm = DecoForConditionalGeneration.from_pretrained(args.backbones, dtype=torch.float32)
-    processor = DecoProcessor.from_pretrained(args.backbones)
+    processor = DecoProcessor.from_pretrained(args.backbones, trust_remote_code=False)
     processor.pooled_grid_size = run.pooled_grid_size
     model = DecoForConditionalGeneration(config_of(args, run))
     model.model.vision_tower.load_state_dict(warm.model.vision_tower.state_dict())

@@ -178,8 +178,8 @@ def plot_relevance_grid(folders: dict[str, Path], max_digits: int = 4) -> Figure
         axes.imshow(scene.image, interpolation="nearest")
         axes.set_title(f"What colour is the {digit.value}?\n{digit.value} {digit.colour}.", fontsize=9)
     for row, (name, folder) in zip(grid[1:], folders.items(), strict=True):
-        model = AutoModelForImageTextToText.from_pretrained(folder)
-        processor = AutoProcessor.from_pretrained(folder)
+        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         for axes, scene, digit in zip(row, scenes, asked, strict=True):
             question, answer = f"What colour is the {digit.value}?", f"{digit.value} {digit.colour}."
             relevance = explain(model, processor, scene.image, question, answer).average([digit.colour])

@@ -115,7 +115,7 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
                 f"{name} has a projector, and --projector_type is of a new one, between two backbones; see "
                 f"--vision_model_name_or_path."
             )
-        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
+        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=False)
         if config.model_type != "deco":
             raise ValueError(
                 f"{name} is a {config.model_type!r} model, not DeCo. Convert a LLaVA checkpoint by deco convert; put "
@@ -129,7 +129,9 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
             quantization_config=quantization_config,
             **grid,
         )
-        processor = DecoProcessor.from_pretrained(name, revision=model_args.model_revision, **grid)
+        processor = DecoProcessor.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=False, **grid
+        )
     if args.chat_template is not None:
         template = CHAT_TEMPLATES.get(args.chat_template) or Path(args.chat_template).read_text(encoding="utf-8")
         processor.chat_template = template
@@ -158,7 +160,7 @@ def merge_adapter(adapter_dir: str, revision: str = "main") -> None:
         adapter_dir: of the adapter and its processor.
         revision: of that model on the Hub.
     """
-    processor = DecoProcessor.from_pretrained(adapter_dir)
+    processor = DecoProcessor.from_pretrained(adapter_dir, trust_remote_code=False)
     model = DecoForConditionalGeneration.from_pretrained(
         PeftConfig.from_pretrained(adapter_dir).base_model_name_or_path,
         revision=revision,

@@ -124,8 +124,8 @@ def main(
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
     quantization = {"quantization_config": nf4_config()} if in_4bit else {}
-    loaded = AutoModelForImageTextToText.from_pretrained(model, **quantization)
-    processor = AutoProcessor.from_pretrained(model)
+    loaded = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=False, **quantization)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     if torch.cuda.is_available():
         loaded = loaded.to("cuda")
     if in_int8:

@@ -87,8 +87,8 @@ def main(
     """Print how often MODEL's relevance points at the digit that was asked about."""
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
-    loaded = AutoModelForImageTextToText.from_pretrained(model)
-    processor = AutoProcessor.from_pretrained(model)
+    loaded = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     if torch.cuda.is_available():
         loaded = loaded.to("cuda")
     result = pointing_game(loaded, processor, num_pictures, pooled_grid_size, split, seed)

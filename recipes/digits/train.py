@@ -79,7 +79,7 @@ def build_model(
 ) -> DecoForConditionalGeneration:
     """The trained tower under a fresh projector and a fresh four-layer Llama of width 128 (heads of 32)."""
     tokenizer = processor.tokenizer
-    if AutoConfig.from_pretrained(tower_dir).model_type == "deco":
+    if AutoConfig.from_pretrained(tower_dir, trust_remote_code=False).model_type == "deco":
         vision_tower = DecoModel.from_pretrained(tower_dir).vision_tower
     else:
         vision_tower = CLIPVisionModel.from_pretrained(tower_dir)

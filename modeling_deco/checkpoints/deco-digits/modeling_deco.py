@@ -224,9 +224,9 @@ class DecoModel(DecoPreTrainedModel):
 
     def __init__(self, config: DecoConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = build_projector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_image_features(
@@ -447,18 +447,20 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             dtype: of all parts; `"auto"` takes the language model's.
             config_kwargs: more fields of `DecoConfig`.
         """
-        text_model = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, dtype=dtype)
+        text_model = AutoModelForCausalLM.from_pretrained(
+            text_model_name_or_path, dtype=dtype, trust_remote_code=False
+        )
         if image_token_id is None:
             # imported here, since its module imports the one whose import registers this class
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, trust_remote_code=False)
             tokenizer.add_tokens("<image>", special_tokens=True)
             image_token_id = tokenizer.convert_tokens_to_ids("<image>")
         if image_token_id >= text_model.config.get_text_config().vocab_size:
             text_model.resize_token_embeddings(image_token_id + 1, pad_to_multiple_of=64)
 
-        vision_config = AutoConfig.from_pretrained(vision_model_name_or_path)
+        vision_config = AutoConfig.from_pretrained(vision_model_name_or_path, trust_remote_code=False)
         vision_config = getattr(vision_config, "vision_config", vision_config)
         config = cls.config_class(
             vision_config=vision_config,
@@ -471,7 +473,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             model = cls(config)
         # the config's tower, without the layers above the one that is read: their weights are reported as unexpected
         model.model.vision_tower = AutoModel.from_pretrained(
-            vision_model_name_or_path, config=config.vision_config, dtype=text_model.dtype
+            vision_model_name_or_path, config=config.vision_config, dtype=text_model.dtype, trust_remote_code=False
         )
         model.model.language_model = text_model.base_model
         model.lm_head = text_model.get_output_embeddings()

@@ -83,10 +83,10 @@ class DecoProcessor(ProcessorMixin):
     ) -> "DecoProcessor":
         """The processor that goes with `DecoForConditionalGeneration.from_vision_text_pretrained`: the vision tower's
         image processor, and the language model's tokenizer with `"<image>"` added where it is missing."""
-        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, trust_remote_code=False)
         tokenizer.add_tokens("<image>", special_tokens=True)
-        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path)
-        vision_config = AutoConfig.from_pretrained(vision_model_name_or_path)
+        image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, trust_remote_code=False)
+        vision_config = AutoConfig.from_pretrained(vision_model_name_or_path, trust_remote_code=False)
         patch_size = getattr(vision_config, "vision_config", vision_config).patch_size
         return cls(image_processor, tokenizer, pooled_grid_size, chat_template, patch_size=patch_size)
 
