@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 
 from ..configuration_deco import DecoConfig
+from ..loading import check_is_deco
 from ..processing_deco import DecoProcessor
 from .checkpoints import check_shapes, parameter_shapes
 from .errors import ConversionError
@@ -78,11 +79,10 @@ def _llava_name(key: str) -> str:
 
 def _read_config(source) -> DecoConfig:
     raw_config = source.read_config()
-    if raw_config.get("model_type") != "deco":
-        raise ConversionError(
-            f"model_type {raw_config.get('model_type')!r} in config.json of {source.name} is not 'deco'; "
-            f"`deco export` reads DeCo checkpoints."
-        )
+    try:
+        check_is_deco(raw_config.get("model_type"), source.name)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
     if raw_config.get("quantization_config"):
         raise ConversionError(
             f"config.json of {source.name} has a quantization_config; export the float checkpoint of before."

@@ -3,16 +3,13 @@
 """Load a model for answering, and stream its answers: what the command line, the page and the server share."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
@@ -23,26 +20,11 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from .configuration_deco import DecoConfig
-from .errors import one_line
+from .loading import checkpoint_name, load_config, named_errors
 from .quantization import nf4_config, quantize_to_int8
 
 if TYPE_CHECKING:
     from .prompt_cache import PromptCache
-
-
-def load_config(model: str, revision: str | None = None) -> DecoConfig:
-    """The config of a DeCo checkpoint, a folder or Hub id. Raises a ValueError where there is none."""
-    path = Path(model).expanduser()
-    if path.is_file():
-        raise ValueError(f"{model} is a file; a model is a folder or a Hub id.")
-    if not path.is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
-        raise ValueError(f"There is no folder {model}.")
-    with _named_errors(model):
-        config = AutoConfig.from_pretrained(model, **_arguments(revision))
-    if config.model_type != DecoConfig.model_type:
-        raise ValueError(f"{model} is a {config.model_type!r} model, not a DeCo; deco convert makes one of a LLaVA.")
-    return config
 
 
 def load(
@@ -66,39 +48,18 @@ def load(
     if torch.cuda.is_available() and find_spec("accelerate") is not None:
         arguments["device_map"] = "auto"
     load_config(model, revision)
-    with _named_errors(model):
-        processor = AutoProcessor.from_pretrained(model, **_arguments(revision))
+    path = checkpoint_name(model)
+    with named_errors(model):
+        processor = AutoProcessor.from_pretrained(path, **_arguments(revision))
         if processor.chat_template is None:
             raise ValueError("it has no chat template.")
-        loaded = AutoModelForImageTextToText.from_pretrained(model, **_arguments(revision), **arguments)
+        loaded = AutoModelForImageTextToText.from_pretrained(path, **_arguments(revision), **arguments)
     return quantize_to_int8(loaded) if in_int8 else loaded, processor
 
 
 def _arguments(revision: str | None) -> dict:
     """Of every load. Where nothing says whether to trust a checkpoint's code, transformers asks on stdin."""
     return {"trust_remote_code": False, **({} if revision is None else {"revision": revision})}
-
-
-@contextmanager
-def _named_errors(model: str) -> Iterator[None]:
-    """What libraries say of a checkpoint, as one line that names it: they raise errors of many kinds, and some name
-    neither model nor file."""
-    try:
-        yield
-    except ImportError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        if "trust_remote_code" in str(error):
-            raise ValueError(f"{model} needs code that comes with it, and such code is not run.") from error
-        raise ValueError(f"{model} cannot be loaded: {one_line(error)}") from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error is a lack of memory, of a GPU or of this machine."""
-    is_named_so = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return is_named_so or "can't allocate memory" in str(error)  # a plain RuntimeError, on CPUs
 
 
 def encode(processor: ProcessorMixin, messages: list, pooled_grid_size=None) -> BatchFeature:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from .configuration_deco import DecoConfig, num_image_tokens
-from .inference import load_config
+from .loading import checkpoint_name, load_config
 
 # NF4 as `deco ask --4bit` makes it: 4 bits, and a float32 scale for each block of 64 weights.
 _NF4_BYTES = 0.5 + 4 / 64
@@ -125,6 +125,7 @@ def _count(*modules: nn.Module) -> int:
 
 def _read_card(model: str, revision: str | None) -> dict:
     """The metadata of the model card, or nothing where there is none."""
+    model = checkpoint_name(model)
     path = Path(model, "README.md")
     if not Path(model).is_dir():
         try:

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
 from .configuration_deco import num_image_tokens
-from .inference import is_out_of_memory
+from .loading import is_out_of_memory
 from .modeling_deco import IMAGE_INPUTS
 
 # arguments of `generate` that are not about what the model computes of a prompt

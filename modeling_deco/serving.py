@@ -31,6 +31,7 @@ from transformers.utils.import_utils import is_serve_available
 from .errors import one_line
 from .images import UNTRUSTED_LIMITS, ImageError, ImageLimits, read_image
 from .inference import encode, load
+from .loading import check_is_deco
 from .prompt_cache import PromptCache
 from .sockets import bind
 
@@ -562,8 +563,7 @@ def build_app(
     Raises:
         ValueError: the model is not DeCo, or it has no chat template.
     """
-    if model.config.model_type != "deco":
-        raise ValueError(f"{name!r} is a {model.config.model_type!r} model, not DeCo.")
+    check_is_deco(model.config.model_type, name)
     if processor.chat_template is None:
         raise ValueError(f"{name!r} has no chat template.")
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "modeling-deco"}

@@ -26,12 +26,13 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_deco import DecoForConditionalGeneration, DecoProcessor
 from modeling_deco.conversion.processing import VICUNA_CHAT_TEMPLATE, pad_to_square
+from modeling_deco.loading import load_config
 from modeling_deco.recipes.data import load_data
 from modeling_deco.recipes.plots import plot_training
 from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
@@ -115,12 +116,7 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
                 f"{name} has a projector, and --projector_type is of a new one, between two backbones; see "
                 f"--vision_model_name_or_path."
             )
-        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=False)
-        if config.model_type != "deco":
-            raise ValueError(
-                f"{name} is a {config.model_type!r} model, not DeCo. Convert a LLaVA checkpoint by deco convert; put "
-                f"a vision tower before a language model by --vision_model_name_or_path."
-            )
+        load_config(name, model_args.model_revision)
         model = DecoForConditionalGeneration.from_pretrained(
             name,
             revision=model_args.model_revision,

@@ -64,7 +64,7 @@ def test_json_reports_the_budget_that_was_used(scene, picture):
             r"'4,4' is neither a number .* nor ROWSxCOLS",
         ),
         (["{picture}", "Is there a 7?", "--model", "no/such/model"], r"no/such/model"),
-        (["{picture}", "Is there a 7?", "--model", "/no/folder"], r"There is no folder /no/folder\."),
+        (["{picture}", "Is there a 7?", "--model", "/no/folder"], r"There is no folder /no/folder;"),
         (
             ["{picture}", "Is there a 7?", "--model", "{picture}"],
             r"\.png is a file; a model is a folder or a Hub id\.",
@@ -265,7 +265,7 @@ def test_another_model_is_refused_before_it_answers(picture, tmp_path):
     transformers.LlavaConfig().save_pretrained(tmp_path)
     result = ask(picture, "Is there a 7?", "--model", str(tmp_path))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.endswith("is a 'llava' model, not a DeCo; deco convert makes one of a LLaVA.\n")
+    assert "is a 'llava' model, not a DeCo. deco convert makes one of a LLaVA" in result.stderr
 
 
 def test_a_reader_who_leaves_is_no_error(picture):

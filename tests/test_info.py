@@ -121,4 +121,4 @@ def test_another_model_is_refused_by_name(tmp_path):
     tiny.build_model().config.text_config.save_pretrained(tmp_path)
     result = info(tmp_path)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "is a 'llama' model, not a DeCo; deco convert makes one of a LLaVA." in result.stderr
+    assert "is a 'llama' model, not a DeCo. deco convert makes one of a LLaVA" in result.stderr

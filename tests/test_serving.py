@@ -855,7 +855,7 @@ def test_an_address_that_is_not_ours_is_refused(address, message):
 
 
 def test_a_model_that_is_not_there_is_an_error_before_the_port_opens():
-    with pytest.raises(ValueError, match=r"^There is no folder no/such/model\.$"):
+    with pytest.raises(ValueError, match=r"^There is no folder no/such/model; a Hub id would be owner/name"):
         serve("no/such/model", port=0)
 
 
@@ -866,7 +866,7 @@ def test_an_empty_api_key_is_no_key():
 
 def test_a_model_that_is_not_deco_is_refused(shipped):
     llava = SimpleNamespace(config=SimpleNamespace(model_type="llava"))
-    with pytest.raises(ValueError, match="'mine' is a 'llava' model, not DeCo"):
+    with pytest.raises(ValueError, match="mine is a 'llava' model, not a DeCo"):
         build_app(llava, shipped[1], "mine")
 
 

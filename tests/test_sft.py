@@ -684,7 +684,7 @@ def test_a_llava_checkpoint_is_refused_with_what_to_do(data, tmp_path):
     from transformers import LlavaConfig
 
     LlavaConfig().save_pretrained(tmp_path / "llava")
-    with pytest.raises(ValueError, match=r"is a 'llava' model, not DeCo\. Convert a LLaVA checkpoint by deco convert"):
+    with pytest.raises(ValueError, match=r"is a 'llava' model, not a DeCo\. deco convert makes one of a LLaVA"):
         run(tmp_path / "llava", data, tmp_path / "out")
 
 

@@ -81,7 +81,7 @@ def chat(
 
 def _take(conversation: "Conversation", line: str) -> bool:
     """On a terminal what goes wrong is said, and the conversation goes on."""
-    from ..inference import is_out_of_memory
+    from ..loading import is_out_of_memory
 
     try:
         return conversation.take(line)

@@ -46,7 +46,7 @@ def one_line_errors(command: str) -> Iterator[None]:
         report(command, error)
         raise typer.Exit(2) from None
     except (MemoryError, RuntimeError) as error:
-        from ..inference import is_out_of_memory
+        from ..loading import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
