@@ -24,20 +24,24 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .inference import check_length, encode
+from .modeling_deco import IMAGE_INPUTS
 from .projectors import pool_patch_grid
 from .quantization import Int8Linear
 
 METHODS = ("gae", "attention")
 LEVELS = ("patch", "query", "both")
 
-# What computes attention in a projector, and gives its weights as second output (seen in 5.17 to 5.23).
+# What computes attention in a projector, and gives its weights as second output (private, seen in transformers 5.19 to
+# 5.24).
 _ATTENTION_CLASSES = {"qformer": "Blip2QFormerMultiHeadAttention", "resampler": "Idefics2PerceiverAttention"}
 _POOLING = ("avg_pool", "mlp")
 
@@ -173,11 +177,11 @@ def explain(
 ) -> Relevance:
     """Relevance maps for the tokens of an answer about one image.
 
-    The prompt is the chat template's for one user turn of image and question. One forward pass over prompt and answer
-    is differentiated for one token at a time, with respect to activations: parameters may be frozen or quantized and
-    their `.grad` is not touched. Attention is eager during that pass, dropout off, and both are put back, also after
-    an error; so is `no_grad` or `inference_mode` around the call. Memory does not grow with the number of tokens,
-    save for the maps themselves.
+    The prompt is the chat template's for one user turn of image and question. The image is encoded once, for the
+    answer and for its maps. The forward pass over image, prompt and answer is differentiated for one token at a time,
+    with respect to activations: parameters may be frozen or quantized and their `.grad` is not touched. Attention is
+    eager during that pass, dropout off, and both are put back, also after an error; so is `no_grad` or
+    `inference_mode` around the call. Memory does not grow with the number of tokens, save for the maps themselves.
 
     Args:
         model: a `DecoForConditionalGeneration`, as it is or wrapped by PEFT.
@@ -187,7 +191,7 @@ def explain(
         pooled_grid_size: token budget; default: the processor's.
         method: `"gae"`, or `"attention"`, a baseline without gradients: attention averaged over heads and layers of
             the language model, then the pooling matrix, or the averaged attention of queries to patches.
-        generate_kwargs: of `model.generate`.
+        generate_kwargs: of `model.generate`; with a `streamer` the answer is there before its maps.
 
     Returns:
         `Relevance` with one entry per token, special tokens left out.
@@ -214,9 +218,9 @@ def explain(
         inputs = encode(processor, [{"role": "user", "content": content}], pooled_grid_size).to(deco.device)
         check_length(deco, inputs)
         prompt_ids, tokenizer = inputs["input_ids"][0].tolist(), processor.tokenizer
+        image = _encode_image(deco, inputs, method)
         if answer is None:
-            generated = deco.generate(**inputs, **generate_kwargs)
-            answer_ids = generated[0, len(prompt_ids) :].tolist()
+            answer_ids = _generate(deco, inputs, image, generate_kwargs)
         else:
             answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
         if deco.config.image_token_id in answer_ids:
@@ -226,7 +230,8 @@ def explain(
             raise ValueError("The answer is empty: it has no token to explain.")
         token_ids = [answer_ids[index] for index in explained]
 
-        run = _run(deco, inputs, [*prompt_ids, *answer_ids], [len(prompt_ids) + index for index in explained], method)
+        targets = [len(prompt_ids) + index for index in explained]
+        run = _run(deco, image, [*prompt_ids, *answer_ids], targets, method)
         explain_token = _explain_by_gae if method == "gae" else _explain_by_attention
         maps = [explain_token(run, index) for index in range(len(explained))]
 
@@ -284,6 +289,13 @@ class _ProjectorCall:
     image_features: torch.Tensor | None = None  # (1, num_queries, text_hidden_size)
     attentions: list[torch.Tensor] = field(default_factory=list)  # (1, heads, num_queries, keys)
     is_cross: list[bool] = field(default_factory=list)  # whether an attention's keys come from elsewhere
+
+
+class _EncodedImage(NamedTuple):
+    """The image's part of a forward pass, with its graph."""
+
+    outputs: BaseModelOutputWithPooling
+    call: _ProjectorCall
 
 
 @dataclass(frozen=True)
@@ -346,20 +358,34 @@ def _with_sub_configs(config) -> Iterator:
             yield from _with_sub_configs(getattr(config, name))
 
 
-def _run(deco, inputs, sequence: list[int], targets: list[int], method: str) -> _Run:
-    """The forward pass over `sequence`, of which the tokens at `targets` are explained."""
-    positions = [target - 1 for target in targets]
-    input_ids = torch.tensor([sequence[: targets[-1]]], device=deco.device)
-    names = ("pixel_values", "pooled_grid_sizes", "pixel_attention_mask", "spatial_shapes")
-    image_inputs = {name: inputs[name] for name in names if name in inputs}
+def _encode_image(deco, inputs, method: str) -> _EncodedImage:
+    """The vision tower's pass over the image, and the projector's."""
+    image_inputs = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
     # with this, activations have a graph though all parameters be frozen
     image_inputs["pixel_values"] = image_inputs["pixel_values"].clone().requires_grad_(method == "gae")
     with torch.set_grad_enabled(method == "gae"), _eager_attention(deco):
         with _recorded(deco.model.multi_modal_projector, deco.config.projector_type) as call:
-            image_outputs = deco.model.get_image_features(**image_inputs, output_attentions=True, return_dict=True)
+            outputs = deco.model.get_image_features(**image_inputs, output_attentions=True, return_dict=True)
+    return _EncodedImage(outputs, call)
+
+
+def _generate(deco, inputs, image: _EncodedImage, generate_kwargs: dict) -> list[int]:
+    """The token ids of the model's answer about an image that has been encoded."""
+    text_inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
+    features = [features.detach() for features in image.outputs.pooler_output]
+    encoded = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+    generated = deco.generate(**text_inputs, mm_encoder_outputs=encoded, **generate_kwargs)
+    return generated[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _run(deco, image: _EncodedImage, sequence: list[int], targets: list[int], method: str) -> _Run:
+    """The language model's pass over `sequence`, of which the tokens at `targets` are explained."""
+    positions = [target - 1 for target in targets]
+    input_ids = torch.tensor([sequence[: targets[-1]]], device=deco.device)
+    with torch.set_grad_enabled(method == "gae"), _eager_attention(deco):
         outputs = deco(
             input_ids=input_ids,
-            mm_encoder_outputs={"image": image_outputs},
+            mm_encoder_outputs={"image": image.outputs},
             logits_to_keep=torch.tensor(positions),
             output_attentions=True,
             use_cache=False,
@@ -367,10 +393,10 @@ def _run(deco, inputs, sequence: list[int], targets: list[int], method: str) -> 
         )
         tokens = [sequence[target] for target in targets]
         margins = [_margin(logits, token) for logits, token in zip(outputs.logits[0], tokens, strict=True)]
-    num_prefix_tokens = deco.config.num_prefix_tokens
+    call, num_prefix_tokens = image.call, deco.config.num_prefix_tokens
     run = _Run(
         projector_type=deco.config.projector_type,
-        tower=_check_layers(image_outputs.attentions, deco.config.vision_config, "vision tower"),
+        tower=_check_layers(image.outputs.attentions, deco.config.vision_config, "vision tower"),
         projector=call,
         language=_check_layers(outputs.attentions, deco.config.text_config, "language model"),
         patches=slice(num_prefix_tokens, num_prefix_tokens + call.patch_features.shape[1]),

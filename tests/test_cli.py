@@ -100,6 +100,23 @@ def test_relevance_is_drawn_and_the_answer_is_the_one_without_it(scene, picture,
     assert {path.name for path in tmp_path.iterdir()} == {"digits.png", "relevance.png"}
 
 
+@pytest.mark.parametrize("relevance", [False, True])
+def test_a_question_looks_at_its_picture_once(picture, tmp_path, relevance):
+    calls = []
+
+    def count(module, args, output):
+        if type(module).__name__ == "CLIPVisionModel":
+            calls.append(1)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        arguments = ["--relevance", str(tmp_path / "map.png")] if relevance else []
+        assert ask(picture, "Is there a 7?", *arguments).exit_code == 0
+    finally:
+        hook.remove()
+    assert len(calls) == 1
+
+
 def test_json_names_the_drawing(picture, tmp_path):
     drawing = str(tmp_path / "relevance.png")
     arguments = ("--relevance", drawing, "--pooled-grid-size", "3x4", "--json")

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Siglip2ImageProcessorPil,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor
 from modeling_deco.relevance import (
@@ -319,6 +320,69 @@ def test_a_generated_answer_is_explained_like_the_same_answer_given():
     generated = explain_answer(model, processor, answer=None, max_new_tokens=4, do_sample=False, **IN_WORDS)
     assert len(generated.tokens) == 4
     assert_same(generated, explain_answer(model, processor, generated.answer))
+
+
+@pytest.fixture
+def tower_calls():
+    """A list that grows with each call of a model's vision tower, and what attaches it."""
+    calls, handles = [], []
+
+    def count(model):
+        hook = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+        handles.append(hook)
+        return calls
+
+    yield count
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("method", ["gae", "attention"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"answer": ANSWER}, {"max_new_tokens": 3, **IN_WORDS}, {"max_new_tokens": 3, "num_beams": 2, **IN_WORDS}],
+    ids=["given", "greedy", "beams"],
+)
+def test_the_image_is_encoded_once_for_answer_and_maps(tower_calls, method, kwargs):
+    model, processor = build()
+    calls = tower_calls(model)
+    explain_answer(model, processor, **{"answer": None, **kwargs}, method=method)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_answer_is_what_the_model_generates(projector, num_beams):
+    model, processor = build(projector)
+    content = [{"type": "image", "image": tiny.picture(0)}, {"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    arguments = {"max_new_tokens": 5, "num_beams": num_beams, **IN_WORDS}
+    expected = model.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :].tolist()
+    found = explain_answer(model, processor, answer=None, **arguments)
+    assert [token for (token,) in found.token_ids] == [token for token in expected if token != 2]
+
+
+def test_a_streamer_gets_the_answer_before_the_maps_are_computed(monkeypatch):
+    model, processor = build()
+    events = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: events.append("map") or grad(*args, **kwargs))
+
+    class Streamer(BaseStreamer):
+        def put(self, ids):
+            events.append("token")
+
+        def end(self):
+            events.append("end")
+
+    explain_answer(model, processor, answer=None, max_new_tokens=2, streamer=Streamer(), **IN_WORDS)
+    assert events == ["token"] * 3 + ["end"] + ["map"] * 2  # the prompt, too, is put
 
 
 def test_special_tokens_are_not_explained():
