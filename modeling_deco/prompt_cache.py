@@ -3,15 +3,14 @@
 """Keys and values of earlier prompts and answers, for the prompts that begin with them: the next turn of a
 conversation runs neither the vision tower nor the language model on what came before."""
 
-from copy import copy
+from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import blake2b
 from threading import Lock
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
 from .configuration_deco import num_image_tokens
@@ -20,6 +19,9 @@ from .modeling_deco import IMAGE_INPUTS
 
 # arguments of `generate` that are not about what the model computes of a prompt
 _BESIDE_THE_PROMPT = {"generation_config", "logits_processor", "stopping_criteria", "streamer"}
+
+# layers whose whole state is one key and one value per token, as long as no sliding window is full
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class PromptCache:
@@ -35,7 +37,8 @@ class PromptCache:
 
     Args:
         model: a `DecoForConditionalGeneration`, whose weights stay as they are (or call `clear`).
-        max_bytes: of keys and values kept between calls, on the model's devices. The longest unused go first.
+        max_bytes: of keys and values kept between calls, on the model's devices. Least recently used entries are evicted
+            first.
     """
 
     def __init__(self, model: PreTrainedModel, max_bytes: float = 2**30):
@@ -43,6 +46,10 @@ class PromptCache:
         self.max_bytes = max_bytes
         self._entries: list[_Entry] = []  # the last is the latest
         self._lock = Lock()
+
+    @property
+    def _text_config(self):
+        return self.model.config.get_text_config(decoder=True)
 
     @property
     def num_bytes(self) -> int:
@@ -81,8 +88,10 @@ class PromptCache:
         """The prompt that is asked, or None where this is not for us."""
         config = self.model.config
         others = {name: value for name, value in inputs.items() if name not in _BESIDE_THE_PROMPT}
-        # private, seen in transformers 5.17 to 5.23: with the model's defaults for what a request does not say
-        generation_config, others = self.model._prepare_generation_config(inputs.get("generation_config"), **others)
+        # as `generate` does: arguments count before the given config, and that before the model's
+        generation_config = deepcopy(inputs.get("generation_config")) or GenerationConfig()
+        generation_config.update(**self.model.generation_config.to_dict(), defaults_only=True)
+        others = generation_config.update(**others)
         mask = others.pop("attention_mask", None)
         is_plain = (
             "input_ids" in others
@@ -92,12 +101,14 @@ class PromptCache:
             and generation_config.num_return_sequences in (None, 1)
             and generation_config.use_cache is not False
             and generation_config.cache_implementation is None
-            and generation_config.prefill_chunk_size is None  # 5.17 begins at the first token, whatever is cached
+            and generation_config.prefill_chunk_size is None
             and not generation_config.return_dict_in_generate
         )
         # whose frequencies depend on the longest position of a call, so that the same token's keys do, too
-        rope = str(getattr(config.get_text_config(), "rope_parameters", None))
+        rope = str(getattr(self._text_config, "rope_parameters", None))
         if not is_plain or "dynamic" in rope or "longrope" in rope or len(inputs["input_ids"]) != 1:
+            return None
+        if not set(getattr(self._text_config, "layer_types", None) or ()) <= _LAYER_TYPES:
             return None
         token_ids = inputs["input_ids"][0].cpu()
         pixels = [
@@ -121,24 +132,22 @@ class PromptCache:
             lengths = [entry.shared_length(prompt) for entry in self._entries]
             length = max(lengths, default=0)
             if length == 0:
-                return DynamicCache(config=self.model.config.get_text_config(decoder=True)), 0
+                return DynamicCache(config=self._text_config), 0
             entry = self._entries[lengths.index(length)]
             # What goes on from an entry replaces it, whose memory is so free as soon as it is copied into the longer
             # one. From where a prompt only begins alike, its own conversation may yet go on.
             if length >= entry.num_prompt_tokens - 1:
                 self._entries.remove(entry)
-        # No tensor is changed in place: a layer's update concatenates, and a crop is a view.
-        cache = copy(entry.cache)
-        cache.layers = [copy(layer) for layer in cache.layers]
-        cache.crop(length - cache.get_seq_length())
-        return cache, length
+        states = [(keys[..., :length, :], values[..., :length, :]) for keys, values in entry.states]
+        return DynamicCache(states, config=self._text_config), length  # which copies them
 
     def _keep(self, cache: DynamicCache, prompt: "_Prompt", token_ids: torch.LongTensor) -> None:
-        length = _whole_length(cache)
-        if length is None:
+        states = [(keys, values) for keys, values, *_ in cache]
+        length = _whole_length(states)
+        if length != cache.get_seq_length():  # of a sliding window that has been filled there are fewer states
             return
         token_ids = token_ids[:length]  # the last one has not been run; of a broken answer all are unknown
-        entry = _Entry(token_ids, prompt.images, cache, min(len(prompt.token_ids), length))
+        entry = _Entry(token_ids, prompt.images, states, min(len(prompt.token_ids), length))
         if entry.num_bytes > self.max_bytes:
             return
         with self._lock:
@@ -167,7 +176,7 @@ class _Entry:
 
     token_ids: torch.LongTensor  # (sequence,), on the CPU
     images: list[_Image]
-    cache: DynamicCache
+    states: list[tuple[torch.Tensor, torch.Tensor]]  # per layer, each (1, heads, sequence, head_dim)
     num_prompt_tokens: int
 
     def shared_length(self, prompt: _Prompt) -> int:
@@ -182,20 +191,15 @@ class _Entry:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)  # of which a view may show a part
+        # a tensor may be a view of a larger storage
+        return sum(tensor.untyped_storage().nbytes() for layer in self.states for tensor in layer)
 
 
-def _whole_length(cache: DynamicCache) -> int | None:
-    """Tokens in a cache that can be cropped exactly; None of any other, and of one that an error left half updated."""
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-        return None
-    if not all(layer.is_initialized for layer in cache.layers):
-        return None
-    # of a sliding window that has been filled there are fewer states than tokens
-    lengths = {(layer.get_seq_length(),) for layer in cache.layers}
-    lengths |= {tensor.shape[-2:-1] for layer in cache.layers for tensor in (layer.keys, layer.values)}
-    return lengths.pop()[0] if len(lengths) == 1 else None
+def _whole_length(states: list[tuple[torch.Tensor | None, torch.Tensor | None]]) -> int | None:
+    """Tokens that every layer has keys and values of; None where they differ, as after an error in between."""
+    # a layer that has not run has no tensors, or empty ones of one dimension
+    lengths = {() if tensor is None else tuple(tensor.shape[-2:-1]) for layer in states for tensor in layer}
+    return lengths.pop()[0] if len(lengths) == 1 and () not in lengths else None
 
 
 def _digest(tensors: list[torch.Tensor]) -> bytes:

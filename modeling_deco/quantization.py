@@ -25,14 +25,23 @@ class Int8Linear(nn.Module):
     """A linear layer on a CPU with int8 weights, one scale per output, and inputs rounded to 7 bits as they come, one
     scale for all: as PyTorch's `quantize_dynamic`, which is deprecated, by the same kernels (FBGEMM).
 
-    torchao, its successor, computes these products of bytes on CPUs without VNNI more slowly than in float32.
+    torchao, its successor, computes these products of bytes on CPUs without VNNI more slowly than in float32. So does
+    PyTorch's `onednn.qlinear`, which needs no quantized tensor, than these kernels (seen in PyTorch 2.13 and 2.14).
 
     Attributes:
         nbytes: what its weights, scales and bias take.
+
+    Raises:
+        ValueError: PyTorch has dropped `quantize_per_channel`, which it has announced; the message says what to install.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
+        if not hasattr(torch, "quantize_per_channel"):
+            raise ValueError(
+                f"int8 on a CPU needs torch.quantize_per_channel, which PyTorch {torch.__version__} does not have: "
+                f"pip install 'torch<=2.14.1'"
+            )
         weight = linear.weight.detach().float()
         scales = weight.abs().amax(1).double().clamp(min=torch.finfo(torch.float32).tiny) / 127
         zeros = torch.zeros(len(weight), dtype=torch.long)

@@ -77,6 +77,20 @@ def test_answers_stay_near():
     assert 0 < (found - expected).norm() / expected.norm() < 0.1
 
 
+def test_a_model_in_training_mode_answers_without_dropout():
+    model = tiny.build_model().train()
+    quantize_to_int8(model)
+    assert [name for name, module in model.named_modules() if module.training] == []
+
+
+def test_a_pytorch_without_the_kernels_tensors_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.delattr(torch, "quantize_per_channel")
+    with pytest.raises(
+        ValueError, match=r"torch.quantize_per_channel, which PyTorch 2\.\S+ does not have: pip install"
+    ):
+        quantize_to_int8(nn.Sequential(nn.Linear(4, 4)))
+
+
 def test_llava_takes_it_as_well():
     config = LlavaConfig(vision_config=tiny.VISION_CONFIGS["clip"], text_config=tiny.TEXT_CONFIGS["llama"])
     model = LlavaForConditionalGeneration(config)

@@ -155,6 +155,25 @@ def test_images_of_siglip_2_with_their_own_shapes():
     assert ran.images == [1]
 
 
+@pytest.mark.parametrize("name", ["pixel_values", "pixel_attention_mask", "spatial_shapes"])
+def test_a_picture_is_the_same_where_each_of_its_tensors_is(name):
+    model, ran = build(vision="siglip2")
+    image_processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=36)
+    processor = DecoProcessor(image_processor, tiny.build_tokenizer(), 2, tiny.CHAT_TEMPLATE)
+    model.config.pooled_grid_size = 2
+    prompts = cache_of(model, ran)
+    inputs = inputs_of(user(tiny.picture(2, 30, 80), "what"), processor=processor)
+    same(prompts, inputs)
+    changed = {
+        "pixel_values": inputs["pixel_values"] + 1,
+        "pixel_attention_mask": inputs["pixel_attention_mask"] * (torch.arange(36) < 30),
+        "spatial_shapes": inputs["spatial_shapes"].flip(1),
+    }
+    assert not torch.equal(changed[name], inputs[name])
+    same(prompts, {**inputs, name: changed[name]})
+    assert ran.images == [1]
+
+
 def test_another_question_about_the_same_picture_runs_no_tower(model, ran):
     prompts = cache_of(model, ran)
     same(prompts, inputs_of(QUESTION))
@@ -317,6 +336,21 @@ def test_without_room_nothing_is_kept(model, ran):
     for _ in range(2):
         same(prompts, inputs_of(QUESTION))
         assert (ran.images, prompts.num_bytes) == ([1], 0)
+
+
+def test_a_cache_that_generate_leaves_as_views_counts_their_whole_storages(model, monkeypatch):
+    generate = type(model).generate
+
+    def leave_views(self, past_key_values=None, cache=None, **inputs):  # as transformers 5.24 does on CUDA
+        given = {name: value for name, value in (("past_key_values", past_key_values), ("cache", cache)) if value}
+        sequences = generate(self, **inputs, **given)
+        next(iter(given.values())).crop(-3)
+        return sequences[:, :-3]
+
+    monkeypatch.setattr(type(model), "generate", leave_views)
+    prompts = PromptCache(model)
+    prompts.generate(**inputs_of(QUESTION))
+    assert prompts.num_bytes == ANSWERED  # and not three tokens less
 
 
 # --- what cannot be continued exactly --------------------------------------------------------------------------------
@@ -642,6 +676,30 @@ def test_threads_may_share_it(model):
         thread.join()
     assert len(found) == 16
     assert all(answer == expected[index] for (_, index), answer in found.items())
+
+
+def test_entries_change_under_the_lock_alone(model):
+    prompts, unlocked = PromptCache(model, 2 * ANSWERED), []
+
+    class Entries(list):
+        def change(self, method, *arguments):
+            if not prompts._lock.locked():
+                unlocked.append(method)
+            return getattr(list, method)(self, *arguments)
+
+        def append(self, entry):
+            return self.change("append", entry)
+
+        def remove(self, entry):
+            return self.change("remove", entry)
+
+        def __delitem__(self, index):
+            return self.change("__delitem__", index)
+
+    prompts._entries = Entries()
+    for picture in (CAT, DOG, tiny.picture(2), tiny.picture(2)):  # the third evicts, the fourth replaces
+        prompts.generate(**inputs_of(user(picture, "what is this ?")))
+    assert (len(prompts._entries), unlocked) == (2, [])
 
 
 def test_a_stream_takes_a_cache(model, ran):
