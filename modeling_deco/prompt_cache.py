@@ -37,8 +37,8 @@ class PromptCache:
 
     Args:
         model: a `DecoForConditionalGeneration`, whose weights stay as they are (or call `clear`).
-        max_bytes: of keys and values kept between calls, on the model's devices. Least recently used entries are evicted
-            first.
+        max_bytes: of keys and values kept between calls, on the model's devices. Least recently used entries are
+            evicted first.
     """
 
     def __init__(self, model: PreTrainedModel, max_bytes: float = 2**30):

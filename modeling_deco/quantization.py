@@ -32,7 +32,7 @@ class Int8Linear(nn.Module):
         nbytes: what its weights, scales and bias take.
 
     Raises:
-        ValueError: PyTorch has dropped `quantize_per_channel`, which it has announced; the message says what to install.
+        ValueError: PyTorch has no `quantize_per_channel`, whose removal is announced; it says what to install.
     """
 
     def __init__(self, linear: nn.Linear):
