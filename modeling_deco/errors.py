@@ -2,8 +2,79 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors as users are told of them."""
 
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
 
 def one_line(error: object) -> str:
     """An error's text in one line of at most 300 characters."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 300 else line[:297] + "..."
+
+
+def tell(line: str) -> None:
+    """Write a line to stderr. Where stderr takes nothing (a full disk, a reader who has left), there is no other place
+    to say so, and the program goes on to its exit code."""
+    with suppress(
+        OSError, ValueError, AttributeError
+    ):  # a closed file is a ValueError, and closed before Python, None
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+def run(name: str, main: Callable[[], object], bad_input: tuple[type[Exception], ...] = ()) -> NoReturn:
+    """Run a program and end its process: with exit code 0, 1 for what failed on the way, or 2 for bad input.
+
+    An error that is known by its kind is one line on stderr, and others keep their traceback. An output that cannot be
+    written is an error of the first kind, though Python finds it out after the last line of the program.
+
+    Args:
+        name: how the line begins, as in `"deco"`.
+        main: the program. It may raise `SystemExit`, as typer does.
+        bad_input: the errors that mean bad input. All others of `OSError` are of what failed on the way.
+    """
+    _open_closed_streams()
+    code = 0
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code or 0
+        if not isinstance(code, int):
+            tell(str(code))
+            code = 1
+    except BrokenPipeError:  # whoever read the output has left
+        code = 1
+    except bad_input as error:
+        tell(f"{name}: {one_line(error)}")
+        code = 2
+    except OSError as error:
+        tell(f"{name}: {one_line(error) if error.filename else _unwritten(error)}")
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError) as error:
+            if stream is sys.stdout and code == 0:
+                code = 1
+                if not isinstance(error, BrokenPipeError):
+                    tell(f"{name}: {_unwritten(error)}")
+            with suppress(OSError, ValueError):  # what is left of it would fail again when Python exits
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def _unwritten(error: Exception) -> str:
+    return f"the output cannot be written: {getattr(error, 'strerror', None) or one_line(error)}"
+
+
+def _open_closed_streams() -> None:
+    """Put the null device where stdin, stdout or stderr is closed (`>&-`): the next file that is opened would take the
+    number, and whatever a library prints would be written into it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..errors import run
 from . import ask, chat, convert, info, page, serve
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -38,3 +39,8 @@ app.command()(serve.serve)
 app.command()(page.page)
 app.command(no_args_is_help=True)(convert.convert)
 app.command(no_args_is_help=True)(convert.export)
+
+
+def main() -> None:
+    """The `deco` command."""
+    run("deco", lambda: app(prog_name="deco"))

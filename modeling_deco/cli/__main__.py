@@ -1,5 +1,5 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-from . import app
+from . import main
 
-app(prog_name="deco")
+main()

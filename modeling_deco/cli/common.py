@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import tell
+
 MODEL_HELP = "Folder or Hub id of a DeCo checkpoint; by default the shipped one, which knows digits"
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")]
 PooledGridSize = Annotated[
@@ -56,7 +58,7 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 def report(command: str, error: object) -> None:
     """One line on stderr."""
-    typer.echo(f"deco {command}: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+    tell(f"deco {command}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def quiet_transformers() -> None:

@@ -3,7 +3,6 @@
 """`deco convert` and `deco export`: LLaVA checkpoints to DeCo checkpoints, and back."""
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,13 @@ from typing import Annotated
 
 import typer
 
+from ..errors import tell
 from .common import Revision, parse_grid_option, quiet_transformers, report
+
+
+class _Stderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(self.format(record))
 
 
 @contextmanager
@@ -20,7 +25,7 @@ def _conversion(command: str) -> Iterator[None]:
     from .. import conversion
 
     quiet_transformers()
-    logger, handler = logging.getLogger(conversion.__name__), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger(conversion.__name__), _Stderr()
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
