@@ -26,7 +26,14 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_deco.DecoForConditionalGeneration",
     "AutoProcessor": "processing_deco.DecoProcessor",
 }
-_REMOTE_CODE_FILES = ("configuration_deco.py", "hub.py", "modeling_deco.py", "processing_deco.py", "projectors.py")
+_REMOTE_CODE_FILES = (
+    "configuration_deco.py",
+    "hub.py",
+    "modeling_deco.py",
+    "pixels.py",
+    "processing_deco.py",
+    "projectors.py",
+)
 
 _USAGE = """\
 ```python

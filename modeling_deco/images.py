@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 
 from .errors import one_line
+from .pixels import open_image, to_rgb
 
 
 class ImageError(ValueError):
@@ -148,53 +148,23 @@ def _data_of_url(url: str, limits: ImageLimits) -> bytes:
 
 
 def _decode(file: Path | BinaryIO, limits: ImageLimits) -> Image.Image:
-    Image.init()
-    formats = [name for name in Image.ID if name != "EPS"]  # PostScript is a program, and would be run
     try:
-        with Image.open(file, formats=formats) as image:
+        with open_image(file) as image:
             width, height = image.size
             if width * height > limits.max_pixels:
                 raise ImageError(f"its {width} x {height} pixels are more than the {limits.max_pixels:,} allowed")
             image.load()
-            return _to_rgb(_upright(image))
+            return to_rgb(image)
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise ImageError("its content is no picture that Pillow knows") from error
+        raise ImageError(str(error)) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"it has more than the {limits.max_pixels:,} pixels allowed") from error
     except Exception as error:  # decoders raise many kinds on broken files
         if isinstance(error, OSError) and error.strerror:  # the file system's
             raise
         raise ImageError(f"it is broken ({one_line(error)})") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # of malformed EXIF data, which are no reason to refuse the pixels
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip them at 255
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
-    if image.mode == "LAB":
-        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    if image.mode.lower() in ("la", "pa", "rgba") or "transparency" in image.info:
-        image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_8_bit(grey: np.ndarray) -> np.ndarray:
-    if np.issubdtype(grey.dtype, np.floating):
-        grey = np.nan_to_num(grey, posinf=255.0)
-        grey = (grey * 255 if grey.max(initial=0) <= 1 else grey).round()
-    elif grey.dtype.itemsize == 2 or grey.max(initial=0) > 255:  # 16 bit, which older Pillows read as 32
-        grey = grey // 257
-    return grey.clip(0, 255).astype(np.uint8)
 
 
 # --- downloads -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.image_utils import ImageInput, make_flat_list_of_images
@@ -14,6 +15,7 @@ from transformers.tokenization_utils_base import TextInput
 
 from .configuration_deco import num_image_tokens, parse_grid
 from .hub import AUTO_MAP, copy_remote_code, upload
+from .pixels import channels_first, read_image
 
 
 class DecoProcessorKwargs(ProcessingKwargs, total=False):
@@ -116,7 +118,14 @@ class DecoProcessor(ProcessorMixin):
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if images is not None:
-            images = _read_images(images, self.image_processor.fetch_images)
+            options = kwargs | (kwargs.get("images_kwargs") or {})
+            channels = options.get("input_data_format")
+            do_rescale = options.get("do_rescale")
+            images = read_images(
+                images,
+                None if channels is None else str(getattr(channels, "value", channels)).removeprefix("channels_"),
+                keep_floats=not (self.image_processor.do_rescale if do_rescale is None else do_rescale),
+            )
             if len(make_flat_list_of_images(images)) == 0:  # of a batch of texts alone
                 images = None
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -146,7 +155,7 @@ class DecoProcessor(ProcessorMixin):
             merged_kwargs["images_kwargs"]["pooled_grid_size"] = pooled_grid_size  # for _process_images
         return merged_kwargs
 
-    def _process_images(self, images, pooled_grid_size=None, **kwargs):
+    def _process_images(self, images, pooled_grid_size=None, input_data_format=None, **kwargs):
         image_inputs = self.image_processor(images, **kwargs)
         num_images = len(make_flat_list_of_images(images))
         grids = _grids_per_image(self.pooled_grid_size if pooled_grid_size is None else pooled_grid_size, num_images)
@@ -231,27 +240,45 @@ def _refuse_larger_grids(grids, image_inputs, patch_size):
             )
 
 
-def _read_images(images, fetch):
-    """`images` with paths, URLs and lazily opened files decoded, nesting kept."""
+def read_images(images, channels: str | None = None, keep_floats: bool = False):
+    """Read and normalize the pictures of a nested list by `pixels.read_image`, nesting kept.
+
+    Args:
+        images: one picture or nested lists of them; an array or a tensor with a fourth dimension in front is a list.
+        channels: `"first"` or `"last"`: where arrays have their channels, if their shape does not tell.
+        keep_floats: arrays and tensors of floating point are the model's own values: they stay as they are, with their
+            three channels first.
+
+    Raises:
+        ValueError: a picture cannot be read; the message has its number, its name and the reason.
+    """
     position = 0
 
     def read(image):
         nonlocal position
-        if isinstance(image, (list, tuple)):
+        if isinstance(image, (list, tuple)) or getattr(image, "ndim", None) == 4:
             return [read(entry) for entry in image]
         position += 1
         try:
-            image = fetch(image)
-            if hasattr(image, "load"):  # PIL decodes late: a truncated file fails here, with its name
-                image.load()
+            is_float = "float" in str(getattr(image, "dtype", ""))
+            return _model_values(image, channels) if keep_floats and is_float else read_image(image, channels)
         except Exception as error:  # of many kinds, by decoders and by downloads
             name = repr(image if isinstance(image, str) else getattr(image, "filename", None) or type(image).__name__)
             name = name if len(name) <= 120 else name[:117] + "..."
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise ValueError(f"Image {position} ({name}) cannot be read: {reason}") from error
-        return image
 
     return read(images)
+
+
+def _model_values(array, channels):
+    """An array or tensor `(3, height, width)` of values that are not to be scaled."""
+    if array.ndim == 3:
+        if not channels_first(array.shape, channels):
+            array = array.transpose(2, 0, 1) if isinstance(array, np.ndarray) else array.permute(2, 0, 1)
+        if array.shape[0] == 3:
+            return array
+    raise ValueError(f"its shape {tuple(array.shape)} is not (3, height, width), as do_rescale=False needs it")
 
 
 __all__ = ["DecoProcessor"]

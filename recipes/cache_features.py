@@ -32,6 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from trl import ModelConfig, TrlParser
 
 from modeling_deco.errors import one_line
+from modeling_deco.processing_deco import read_images
 from modeling_deco.projectors import pool_patch_grid
 from modeling_deco.recipes.data import load_data
 from modeling_deco.recipes.feature_cache import (
@@ -214,7 +215,7 @@ def _write_shards(cache: FeatureCache, shards: list[int], model, processor, imag
         images,
         batch_sampler=batches,
         num_workers=training_args.dataloader_num_workers,
-        collate_fn=lambda images: dict(processor.image_processor(images, return_tensors="pt")),
+        collate_fn=lambda images: dict(processor.image_processor(read_images(images), return_tensors="pt")),
     )
     batches = iter(tqdm(loader, desc="images", unit="batch", disable=training_args.process_index != 0 or None))
     for shard in shards:

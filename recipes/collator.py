@@ -17,6 +17,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from modeling_deco import DecoProcessor, num_image_tokens
 from modeling_deco.configuration_deco import parse_grid
+from modeling_deco.processing_deco import read_images
 from modeling_deco.recipes.feature_cache import PATCHES, FeatureCache, grid_name
 
 IGNORE_INDEX = -100
@@ -92,7 +93,8 @@ class DecoCollator:
         }
         if self.feature_cache is not None:
             return batch | {"patch_features": self.feature_cache.read(images)}
-        return batch | dict(self.processor.image_processor(images or [Image.new("RGB", (8, 8))], return_tensors="pt"))
+        images = read_images(images or [Image.new("RGB", (8, 8))])
+        return batch | dict(self.processor.image_processor(images, return_tensors="pt"))
 
     def tokenize(self, example: dict[str, Any]) -> dict[str, list[int]]:
         """`input_ids`, `labels` and `owners` of one conversation, images as one placeholder each."""

@@ -25,6 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_deco import num_image_tokens
 from modeling_deco.configuration_deco import parse_grid
+from modeling_deco.pixels import NORMALIZATION
 
 MANIFEST = "cache.json"
 COMMAND = "python -m modeling_deco.recipes.cache_features"
@@ -73,7 +74,8 @@ def fingerprint(model, processor, args) -> dict[str, Any]:
         "vision tower": {name: value for name, value in config.items() if name not in _NO_MATTER}
         | {"weights": _digest(tower)},
         # PIL and torchvision do not resize alike, and to_dict() has one name for both
-        "image preprocessing": json.loads(image_processor.to_json_string()) | {"type": type(image_processor).__name__},
+        "image preprocessing": json.loads(image_processor.to_json_string())
+        | {"type": type(image_processor).__name__, "normalization": NORMALIZATION},
     }
     return json.loads(json.dumps(parts))
 

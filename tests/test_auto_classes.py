@@ -17,7 +17,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor
 from modeling_deco.hub import AUTO_MAP
 
-CODE_FILES = {"configuration_deco.py", "hub.py", "modeling_deco.py", "processing_deco.py", "projectors.py"}
+CODE_FILES = {
+    "configuration_deco.py",
+    "hub.py",
+    "modeling_deco.py",
+    "pixels.py",
+    "processing_deco.py",
+    "projectors.py",
+}
 
 # --- registered by import --------------------------------------------------------------------------------------------
 

@@ -328,7 +328,14 @@ def test_shipped_card_is_the_model_card():
 
 
 def test_shipped_remote_code_is_the_packages_code():
-    for name in ("configuration_deco.py", "hub.py", "modeling_deco.py", "processing_deco.py", "projectors.py"):
+    for name in (
+        "configuration_deco.py",
+        "hub.py",
+        "modeling_deco.py",
+        "pixels.py",
+        "processing_deco.py",
+        "projectors.py",
+    ):
         assert (SHIPPED_CHECKPOINT / name).read_text() == (ROOT / "modeling_deco" / name).read_text(), name
 
 

@@ -2,9 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is learned, position by position, and how images take their tokens."""
 
+import io
+
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
 pytest.importorskip("trl")
@@ -219,3 +223,24 @@ def test_text_and_images_that_do_not_match_are_refused(processor):
     example["messages"][0]["content"][-1]["text"] = "what is <image> ?"
     with pytest.raises(ValueError, match="'sample-0': 3 <image> for 2 images"):
         DecoCollator(processor)([example])
+
+
+def test_pictures_of_data_sets_have_the_pixels_that_they_have_at_inference(processor):
+    """Pictures of a data set come undecoded or as Pillow opens them: on their side, with alpha, with 16 bits."""
+    picture = tiny.picture(0)
+    clear = picture.copy()
+    clear.putalpha(0)
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    picture.transpose(Image.Transpose.ROTATE_90).save(turned, "PNG", exif=exif)
+    grey = np.asarray(picture.convert("L"))
+    given = {
+        "transparent": (clear, Image.new("RGB", picture.size, "white")),
+        "turned": (Image.open(turned), picture),
+        "undecoded": ({"bytes": turned.getvalue(), "path": None}, picture),
+        "16 bit": (Image.fromarray(grey.astype(np.uint16) * 257), Image.fromarray(grey).convert("RGB")),
+    }
+    for name, (image, seen) in given.items():
+        batch = collate(processor, {**conversation(0), "images": [image]})
+        expected = processor.image_processor(seen, return_tensors="pt")["pixel_values"]
+        assert torch.equal(batch["pixel_values"], expected), name

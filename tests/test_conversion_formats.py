@@ -835,7 +835,7 @@ def test_the_folder_answers_where_the_package_is_not_installed(name, converted, 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_code_travels_along(name, converted):
     folder = converted(name).destination
-    for module in ("configuration_deco", "hub", "modeling_deco", "processing_deco", "projectors"):
+    for module in ("configuration_deco", "hub", "modeling_deco", "pixels", "processing_deco", "projectors"):
         assert (folder / f"{module}.py").exists()
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForImageTextToText"] == "modeling_deco.DecoForConditionalGeneration"

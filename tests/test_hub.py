@@ -33,7 +33,14 @@ from modeling_deco.hub import AUTO_MAP, base_models
 
 ROOT = Path(__file__).parents[1]
 REPO = "someone/deco"
-CODE_FILES = {"configuration_deco.py", "hub.py", "modeling_deco.py", "processing_deco.py", "projectors.py"}
+CODE_FILES = {
+    "configuration_deco.py",
+    "hub.py",
+    "modeling_deco.py",
+    "pixels.py",
+    "processing_deco.py",
+    "projectors.py",
+}
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from modeling_deco import images
 from modeling_deco.images import ImageError, ImageLimits, read_image
+from modeling_deco.pixels import to_rgb
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -72,7 +73,7 @@ def test_a_mode_of_files_is_read(mode, colour, expected, file_format):
 
 @pytest.mark.parametrize("mode", ["YCbCr", "La", "PA", "RGBX", "RGBa", "HSV", "I;16L", "I;16N"])
 def test_a_mode_that_files_do_not_come_in_is_converted(mode):
-    assert images._to_rgb(Image.new(mode, (4, 3))).mode == "RGB"
+    assert to_rgb(Image.new(mode, (4, 3))).mode == "RGB"
 
 
 def test_all_modes_of_pillow_are_tried_here():
