@@ -32,6 +32,7 @@ from transformers import AutoConfig, CompileConfig, LlavaConfig, LlavaForConditi
 
 from modeling_deco import SHIPPED_CHECKPOINT, DecoForConditionalGeneration, num_image_tokens
 from modeling_deco.info import format_size
+from modeling_deco.modeling_deco import CACHE_NAME
 from modeling_deco.quantization import Int8Linear, quantize_to_int8
 from modeling_deco.recipes.measure import command, environment, spread, synchronize, turns, write_report
 
@@ -155,7 +156,7 @@ class Subject:
             "first_token_speedup": median_ratio(llava.first_token_seconds[-rounds:], first_token),
             "first_token_speedup_alike": median_ratio(llava_alike.first_token_seconds[-rounds:], first_token),
             "kv_cache_bytes": sum(
-                layer.keys.nbytes + layer.values.nbytes for layer in self.parts["prefill"]().past_key_values.layers
+                layer.keys.nbytes + layer.values.nbytes for layer in self.parts["prefill"]()[CACHE_NAME].layers
             ),
             "weights_bytes": weights,
             "peak_bytes": weights + peak_bytes(self.parts["prefill"]),

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_deco import DecoForConditionalGeneration, num_image_tokens
 from modeling_deco.info import kv_cache_bytes
+from modeling_deco.modeling_deco import CACHE_NAME
 from modeling_deco.recipes.measure import command, environment, take_turns, write_report
 
 GRIDS, NUMBERS = (1, 2, 4, 6, 8, 12, 16, 20, 24), (1, 2, 4, 8)
@@ -36,10 +37,10 @@ def decode(model, cache_length: int, batch_size: int):
     hidden_size = model.config.text_config.hidden_size
     language_model = model.model.language_model
     prompt = torch.randn(batch_size, cache_length, hidden_size, dtype=model.dtype, device=model.device)
-    cache = language_model(inputs_embeds=prompt, use_cache=True).past_key_values
+    cache = language_model(inputs_embeds=prompt, use_cache=True)[CACHE_NAME]
 
     def step():
-        states = language_model(inputs_embeds=prompt[:, :1], past_key_values=cache).last_hidden_state
+        states = language_model(inputs_embeds=prompt[:, :1], **{CACHE_NAME: cache}).last_hidden_state
         model.lm_head(states)
         cache.crop(-1)
 

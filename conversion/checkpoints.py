@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, LlavaConfig
 
-from ..configuration_deco import DecoConfig, parse_grid
+from ..configuration_deco import DecoConfig, check_grid, fit_grid
 from ..modeling_deco import DecoForConditionalGeneration
 from .errors import ConversionError
 from .files import read_json, refusing
@@ -166,10 +166,12 @@ def _read_original(source: Source, raw_config: dict, pooled_grid_size, vision_to
     checkpoint.sources["vision_tower"] = checkpoint.image_processor = tower
     _read_tower(checkpoint, tower, is_trained=bool(raw_config.get("unfreeze_mm_vision_tower")))
 
+    grid_name = "--pooled-grid-size"
     if _is_average_pooling(checkpoint):
         checkpoint.format += " with AvgPoolProjector"
         checkpoint.is_trained_pooled = True
         if pooled_grid_size is None:
+            grid_name = f"The grid of query_num in config.json of {source.name}"
             pooled_grid_size = _grid_of_query_num(raw_config, source)
     checkpoint.image_aspect_ratio = raw_config.get("image_aspect_ratio")
     if raw_config.get("mm_use_im_patch_token"):  # in the order in which the original code adds them
@@ -179,6 +181,7 @@ def _read_original(source: Source, raw_config: dict, pooled_grid_size, vision_to
     select_feature = str(raw_config.get("mm_vision_select_feature", "patch"))
     checkpoint.config = _build_config(
         pooled_grid_size,
+        grid_name,
         vision_config=_read_vision_config(tower),
         text_config=_text_config(raw_config, checkpoint),
         image_token_id=0,  # until the tokenizer has one
@@ -399,11 +402,15 @@ def _text_config(raw_config: dict, checkpoint: LlavaCheckpoint) -> dict:
     return {"model_type": _TEXT_MODELS[raw_config["model_type"]], **fields}
 
 
-def _build_config(pooled_grid_size, **fields) -> DecoConfig:
+def _build_config(pooled_grid_size, grid_name="--pooled-grid-size", **fields) -> DecoConfig:
+    patch_grid = DecoConfig(**fields, pooled_grid_size=1).patch_grid
     if pooled_grid_size is None:
-        patch_grid = DecoConfig(**fields, pooled_grid_size=1).patch_grid
-        pooled_grid_size = [min(12, side) for side in patch_grid]
-    rows, cols = parse_grid(pooled_grid_size)
+        rows, cols = fit_grid((12, 12), patch_grid)
+    else:
+        try:
+            rows, cols = check_grid(pooled_grid_size, patch_grid, name=grid_name)
+        except ValueError as error:
+            raise ConversionError(str(error)) from None
     return DecoConfig(**fields, pooled_grid_size=rows if rows == cols else [rows, cols])
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeCo: LLaVA with its patch grid pooled before the projector.
 
-It differs from transformers' LLaVA (modeling_llava.py, 5.23) in four places: patches are pooled to a grid before the
+It differs from transformers' LLaVA (modeling_llava.py, 5.24) in four places: patches are pooled to a grid before the
 MLP; the grid is an argument of each call; the patch grid is read from the pixels' shape; and the vision tower has no
 layer above the one that is read. Names of parameters are LLaVA's.
 """
@@ -36,7 +36,7 @@ from transformers.utils import (  # private in part, seen in 5.17 to 5.23
     torch_compilable_check,
 )
 
-from .configuration_deco import DecoConfig, num_image_tokens
+from .configuration_deco import DecoConfig, check_grid, fit_grid, num_image_tokens
 from .hub import base_models, model_card, upload
 from .projectors import (
     AvgPoolProjector,
@@ -66,7 +66,7 @@ _NOT_QUANTIZED = [
 # The language model's fields in both outputs. The key-value cache is `past_key_values` up to transformers 5.23, and
 # `cache` from 5.24 on, in the outputs as in the arguments.
 _LANGUAGE_MODEL_FIELDS = [field.name for field in fields(BaseModelOutputWithPast)]
-_CACHE = "cache" if "cache" in _LANGUAGE_MODEL_FIELDS else "past_key_values"
+CACHE_NAME = "cache" if "cache" in _LANGUAGE_MODEL_FIELDS else "past_key_values"
 
 IMAGE_INPUTS = ("pixel_values", "pooled_grid_sizes", "pixel_attention_mask", "spatial_shapes")  # one row per image
 
@@ -118,7 +118,7 @@ class DecoPreTrainedModel(PreTrainedModel):
         "CAbstractorProjector",
         "DAbstractorProjector",
     ]
-    _skip_keys_device_placement = [_CACHE]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE_NAME]  # noqa: RUF012
 
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -244,7 +244,8 @@ class DecoModel(DecoPreTrainedModel):
                 `width / patch_size`. From SigLIP 2's own image processor, `(num_images, max_num_patches, 3 *
                 patch_size ** 2)` with `pixel_attention_mask` and `spatial_shapes` (one patch grid per image).
             pooled_grid_sizes: `(num_images, 2)`, the grid `[rows, cols]` that each image is pooled to. Default: the
-                config's grid for all, and then nothing here depends on data (`torch.compile(fullgraph=True)`).
+                config's grid for all, and then nothing here depends on data (`torch.compile(fullgraph=True)`); where
+                `spatial_shapes` are given, of at most an image's own patches.
 
         Returns:
             The vision tower's output, its `pooler_output` replaced by a list with one `(rows * cols,
@@ -252,17 +253,18 @@ class DecoModel(DecoPreTrainedModel):
             `output_hidden_states=True` is given.
 
         Raises:
-            ValueError: a grid is larger than the patch grid, or there is not one grid per image.
+            ValueError: a grid of `pooled_grid_sizes` is larger than the image's patch grid, or there is not one grid
+                per image.
         """
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        # an index selects the one state that is kept where transformers knows that (5.19), and is plainly true before
+        # an index selects the one state that is kept where transformers knows that, and is plainly true in 5.19
         keep_hidden_states = kwargs.pop("output_hidden_states", False)
         tower_inputs, patch_grids = self._tower_inputs(pixel_values, pixel_attention_mask, spatial_shapes)
         image_outputs = self.vision_tower(
             **tower_inputs, return_dict=True, output_hidden_states=keep_hidden_states or -1, **kwargs
         )
-        if not keep_hidden_states:  # before 5.19 all come, and would live while the language model runs
+        if not keep_hidden_states:  # in 5.19 all come, and would live while the language model runs
             num_others = len(image_outputs.hidden_states) - 1
             image_outputs.hidden_states = (*[None] * num_others, image_outputs.hidden_states[-1])
         # hidden_states[-1], not last_hidden_state, which SigLIP and DINOv2 normalize
@@ -293,6 +295,31 @@ class DecoModel(DecoPreTrainedModel):
             return self.config.patch_grid
         return self.config.pooled_grid if pooled_grid_sizes is None else tuple(pooled_grid_sizes[0].tolist())
 
+    def image_grids(
+        self, patch_grids: list[tuple[int, int]], pooled_grid_sizes: torch.LongTensor | None = None
+    ) -> list[tuple[int, int]]:
+        """The grid `(rows, cols)` that each image is pooled to.
+
+        Args:
+            patch_grids: `(rows, cols)` of each image's patches, as SigLIP 2 gives them to pictures of any shape.
+            pooled_grid_sizes: as in `get_image_features`.
+
+        Raises:
+            ValueError: a grid that was asked for is larger than the image's patches, or there is not one per image.
+        """
+        if pooled_grid_sizes is None:
+            grid, is_free = self.config.pooled_grid, self.config.takes_any_grid
+            return [fit_grid(grid, patch_grid) if is_free else grid for patch_grid in patch_grids]
+        if len(pooled_grid_sizes) != len(patch_grids):
+            raise ValueError(
+                f"pooled_grid_sizes has {len(pooled_grid_sizes)} grids for {len(patch_grids)} images; give each one."
+            )
+        grids = zip(pooled_grid_sizes.tolist(), patch_grids, strict=True)
+        return [
+            check_grid(grid, patch_grid, of=f"image {index}", name="pooled_grid_sizes")
+            for index, (grid, patch_grid) in enumerate(grids, start=1)
+        ]
+
     def _project(self, patch_features, patch_grids, pooled_grid_sizes):
         """Pool and project; of images with different grids those that share theirs go in one call."""
         if isinstance(patch_grids, tuple) and pooled_grid_sizes is None:  # one grid for all: no loop over images
@@ -300,14 +327,7 @@ class DecoModel(DecoPreTrainedModel):
         num_images = patch_features.shape[0]
         if isinstance(patch_grids, tuple):
             patch_grids = [patch_grids] * num_images
-        if pooled_grid_sizes is None:
-            pooled_grids = [self.config.pooled_grid] * num_images
-        else:
-            pooled_grids = [tuple(grid) for grid in pooled_grid_sizes.tolist()]
-        if len(pooled_grids) != num_images:
-            raise ValueError(
-                f"pooled_grid_sizes has {len(pooled_grids)} grids for {num_images} images; give each one."
-            )
+        pooled_grids = self.image_grids(patch_grids, pooled_grid_sizes)
         groups = {}
         for index, grids in enumerate(zip(patch_grids, pooled_grids, strict=True)):
             groups.setdefault(grids, []).append(index)
@@ -404,7 +424,7 @@ class DecoModel(DecoPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_features)
 
         if "past_key_values" in kwargs:
-            kwargs[_CACHE] = kwargs.pop("past_key_values")
+            kwargs[CACHE_NAME] = kwargs.pop("past_key_values")
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -545,36 +565,6 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             )
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DecoCausalLMOutputWithPast(loss=loss, logits=logits, **others)
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        # Before 5.19 generate does not encode images ahead, and repeats pixel_values image by image: [A, A, B, B]
-        # where a prompt with two images needs [A, B, A, B]. Here images are repeated prompt by prompt.
-        per_image = {}
-        if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
-            per_image = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
-            is_placeholder = self.model.find_placeholders(input_ids, model_kwargs.get("inputs_embeds"))
-            order = self._images_by_prompt(is_placeholder, per_image, expand_size)
-            per_image = {name: value[order] for name, value in per_image.items()}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **per_image}
-
-    def _images_by_prompt(self, is_placeholder, per_image, expand_size):
-        """Indices that repeat the images of each prompt together, `expand_size` times."""
-        num_images = len(per_image["pixel_values"])
-        if "pooled_grid_sizes" in per_image:
-            tokens = per_image["pooled_grid_sizes"].prod(-1).tolist()
-        else:
-            tokens = [self.config.num_image_tokens] * num_images
-        order, image = [], 0
-        for missing in is_placeholder.sum(-1).tolist():
-            first = image
-            while missing > 0 and image < num_images:
-                missing -= tokens[image]
-                image += 1
-            order += list(range(first, image)) * expand_size
-        return order
 
 
 def build_projector(config: DecoConfig) -> nn.Module:

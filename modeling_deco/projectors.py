@@ -27,7 +27,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .configuration_deco import num_image_tokens, parse_grid
+from .configuration_deco import check_grid, num_image_tokens, parse_grid
 
 
 def pool_patch_grid(
@@ -47,19 +47,11 @@ def pool_patch_grid(
         ValueError: the tokens do not fill the patch grid, or the pooled grid is larger than it.
     """
     patch_grid = _find_patch_grid(patch_features, patch_grid)
-    _check_is_smaller(pooled_grid, patch_grid)
+    check_grid(pooled_grid, patch_grid, of="the image")
     if tuple(pooled_grid) == patch_grid:
         return patch_features
     patch_map = _to_map(patch_features, patch_grid)
     return _from_map(nn.functional.adaptive_avg_pool2d(patch_map, pooled_grid))
-
-
-def _check_is_smaller(pooled_grid: tuple[int, int], patch_grid: tuple[int, int]) -> None:
-    if pooled_grid[0] > patch_grid[0] or pooled_grid[1] > patch_grid[1]:
-        raise ValueError(
-            f"A pooled grid of {pooled_grid[0]} x {pooled_grid[1]} is larger than the image's {patch_grid[0]} x "
-            f"{patch_grid[1]} patches; choose a pooled_grid_size of at most that."
-        )
 
 
 def _find_patch_grid(patch_features: torch.Tensor, patch_grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -372,7 +364,7 @@ class CAbstractorProjector(nn.Module):
         patch_map = _to_map(patch_features, _find_patch_grid(patch_features, patch_grid))
         patch_map = self.before(self.positions(patch_map))  # (images, hidden, patch_rows, patch_cols)
         pooled_grid = pooled_grid or self.pooled_grid
-        _check_is_smaller(pooled_grid, patch_map.shape[-2:])
+        check_grid(pooled_grid, patch_map.shape[-2:], of="the image")
         pooled_map = nn.functional.adaptive_avg_pool2d(patch_map, pooled_grid)
         return self.readout.project(_from_map(self.after(pooled_map)))
 
@@ -462,7 +454,7 @@ class DAbstractorProjector(QueryProjector):
         """See the module's docstring; the pooled grid can only be the module's."""
         self.check_grids(patch_features, patch_grid, pooled_grid)
         patch_grid = _find_patch_grid(patch_features, patch_grid)
-        _check_is_smaller(self.pooled_grid, patch_grid)
+        check_grid(self.pooled_grid, patch_grid, of="the image")
         patch_map = self.positions(_to_map(self.input_proj(patch_features), patch_grid))
         outputs = self.decoder(
             inputs_embeds=self.query_tokens.expand(len(patch_features), -1, -1),

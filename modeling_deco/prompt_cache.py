@@ -15,7 +15,7 @@ from transformers.generation import GenerationMode
 
 from .configuration_deco import num_image_tokens
 from .loading import is_out_of_memory
-from .modeling_deco import IMAGE_INPUTS
+from .modeling_deco import CACHE_NAME, IMAGE_INPUTS
 
 # arguments of `generate` that are not about what the model computes of a prompt
 _BESIDE_THE_PROMPT = {"generation_config", "logits_processor", "stopping_criteria", "streamer"}
@@ -74,7 +74,7 @@ class PromptCache:
                 if num_seen == len(prompt.images):
                     del inputs[name]
         try:
-            sequences = self.model.generate(**inputs, past_key_values=cache)
+            sequences = self.model.generate(**inputs, **{CACHE_NAME: cache})
         except Exception as error:
             if is_out_of_memory(error):
                 self.clear()

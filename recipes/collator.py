@@ -174,8 +174,9 @@ def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProces
 
     Args:
         batch: from `DecoCollator`, on any device.
-        pooled_grid_size: an int (square) or `[rows, cols]`; None stands for the processor's, and then the result has
-            no `pooled_grid_sizes` and its graph is static.
+        pooled_grid_size: an int (square) or `[rows, cols]`; None stands for the processor's (of
+            SigLIP 2's pictures in their own shape: at most their own patches), and then the result has no
+            `pooled_grid_sizes` and its graph is static.
 
     Returns:
         The model's inputs with `labels`. `attention_mask` is `(batch, sequence)`; where turns are independent it is
@@ -184,18 +185,22 @@ def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProces
     """
     inputs = {name: value for name, value in batch.items() if name not in ("owners", "sample_ids")}
     owners = batch["owners"]
-    grid = processor.pooled_grid_size if pooled_grid_size is None else pooled_grid_size
+    is_image = batch["input_ids"] == processor.image_token_id
+    repeats = (owners != PADDING).long()  # rows are padded anew
     if "patch_features" in batch:
+        grid = processor.pooled_grid_size if pooled_grid_size is None else pooled_grid_size
         by_grid = batch["patch_features"]
         inputs["patch_features"] = by_grid[PATCHES] if PATCHES in by_grid else by_grid[grid_name(grid)]
-    is_image = batch["input_ids"] == processor.image_token_id
-    repeats = torch.where(is_image, num_image_tokens(grid), owners != PADDING)  # rows are padded anew
+        grids = [parse_grid(grid)] * int(is_image.sum())
+    else:
+        grids = processor.image_grids(batch, pooled_grid_size)
+    repeats[is_image] = torch.tensor([num_image_tokens(grid) for grid in grids], device=repeats.device)
     padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
     for name, value in padding.items():
         inputs[name] = _repeated(batch[name], repeats, value)
     owners = _repeated(owners, repeats, PADDING)
     if pooled_grid_size is not None:
-        inputs["pooled_grid_sizes"] = torch.tensor([parse_grid(grid)] * int(is_image.sum()), device=owners.device)
+        inputs["pooled_grid_sizes"] = torch.tensor(grids, device=owners.device)
     if (owners > SHARED).any():
         inputs["attention_mask"], inputs["position_ids"] = _independent(owners)
     else:

@@ -25,7 +25,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from modeling_deco.configuration_deco import num_image_tokens, parse_grid
+from modeling_deco.configuration_deco import check_grid, num_image_tokens
 from modeling_deco.hub import base_models, model_card
 from modeling_deco.recipes.collator import DecoCollator, expand_images
 from modeling_deco.recipes.feature_cache import CacheError, FeatureCache
@@ -193,12 +193,7 @@ class DecoSFTTrainer(SFTTrainer):
                 f"grid; avg_pool and c_abstractor take any."
             )
         for side in args.pooled_grid_sizes or ():
-            rows, cols = parse_grid(side)
-            patch_rows, patch_cols = model.config.patch_grid
-            if rows > patch_rows or cols > patch_cols:
-                raise ValueError(
-                    f"pooled_grid_sizes has {side}, but the vision tower gives {patch_rows} x {patch_cols} patches."
-                )
+            check_grid(side, model.config.patch_grid, name="pooled_grid_sizes")
 
     # --- batches -----------------------------------------------------------------------------------------------------
 

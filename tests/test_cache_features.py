@@ -469,7 +469,7 @@ def test_images_that_a_transform_changes_are_refused(cached, tmp_path):
     [
         ({"freeze": "language_model"}, "The run trains the vision tower, whose features change"),
         ({"streaming": True}, "not with --streaming"),
-        ({"shard_gigabytes": 1e-9, "pooled_grid_sizes": [2, 7]}, "7 x 7 is larger than the image's 6 x 6 patches"),
+        ({"shard_gigabytes": 1e-9, "pooled_grid_sizes": [2, 7]}, "7 x 7 is larger than the 6 x 6 patches"),
     ],
 )
 def test_what_cannot_be_cached_is_refused(settings, message, checkpoint, data, tmp_path):

@@ -57,7 +57,10 @@ def test_json_reports_the_budget_that_was_used(scene, picture):
     ("arguments", "message"),
     [
         (["missing.png", "Is there a 7?"], r"The image 'missing\.png' cannot be read: there is no such file"),
-        (["{picture}", "Is there a 7?", "--pooled-grid-size", "13"], r"13 x 13 is larger than .* 12 x 12 patches"),
+        (
+            ["{picture}", "Is there a 7?", "--pooled-grid-size", "13"],
+            r"13 x 13 is larger than the 12 x 12 patches of image 1",
+        ),
         (["{picture}", "Is there a 7?", "--pooled-grid-size", "0"], r"pooled_grid_size must be .* got \[0, 0\]"),
         (
             ["{picture}", "Is there a 7?", "--pooled-grid-size", "4,4"],

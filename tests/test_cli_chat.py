@@ -110,7 +110,7 @@ def test_the_budget_changes_within_the_conversation(scenes, monkeypatch):
         ("/image missing.png", r"The image 'missing\.png' cannot be read: there is no such file"),
         ("/pooled-grid-size", r"The pooled grid size '' is neither a number"),
         ("/pooled-grid-size 0", r"pooled_grid_size must be a positive int"),
-        ("/pooled-grid-size 13", r"13 x 13 is larger than the grid of 12 x 12 patches"),
+        ("/pooled-grid-size 13", r"13 x 13 is larger than the 12 x 12 patches"),
         ("/help me", None),
         ("/unknown", r"'/unknown' is not a command; /help lists them"),
     ],

@@ -10,6 +10,7 @@ import tiny
 import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
+from transformers import Siglip2ImageProcessorPil
 
 pytest.importorskip("trl")
 
@@ -114,6 +115,18 @@ def test_images_take_the_tokens_of_the_grid(grid, processor, model):
 
 def test_the_models_own_grid_adds_no_input(processor):
     assert "pooled_grid_sizes" not in collate(processor, conversation(0))
+
+
+def test_pictures_in_their_own_shape_take_at_most_their_own_patches():
+    processor = tiny_training.build_processor()
+    processor.image_processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=40)
+    flat = {**conversation(0), "images": [tiny.picture(0, 10, 150)]}  # 2 x 20 patches, and so 2 x 3 tokens
+    batch = collate(processor, flat, conversation(1, num_images=2), conversation(2, num_images=0))
+    placeholders = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
+    assert placeholders == [6, 2 * 9, 0]
+    batch.pop("labels")
+    logits = tiny.build_model("siglip2")(**batch).logits  # which takes as many
+    assert logits.isfinite().all()
 
 
 def test_a_batch_of_text_has_the_loss_of_text_and_moves_no_projector(processor, model):

@@ -144,7 +144,7 @@ def test_seeds_are_finished_one_after_the_other(backbones, tmp_path):
     [
         ({"projectors": {"perceiver": {}}}, "projector_type must be one of .* got 'perceiver'"),
         ({"projectors": {"qformer": {"depth": 3}}}, "got 'depth'"),
-        ({"pooled_grid_sizes": [13]}, "pooled_grid_size=13 asks for 13 x 13 cells"),
+        ({"pooled_grid_sizes": [13]}, "pooled_grid_size=13: 13 x 13 is larger than the"),
         ({"training": {"max_steps": 2, "learning_rates": 1}}, "training has learning_rates, which is no field"),
         ({"training": {"max_steps": 2, "seed": 1}}, "training has seed, which the comparison sets itself"),
         ({"training": {"bf16": False}}, "training needs max_steps of at least 1, got None"),

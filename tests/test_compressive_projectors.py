@@ -246,7 +246,7 @@ def test_pictures_of_another_size(projector_type):
 @pytest.mark.parametrize("projector_type", ["c_abstractor", "d_abstractor"])
 def test_a_grid_larger_than_the_patches_is_refused(projector_type):
     model = fresh_model(projector_type, pooled_grid_size=6)
-    with pytest.raises(ValueError, match="A pooled grid of 6 x 6 is larger than the image's 4 x 6 patches"):
+    with pytest.raises(ValueError, match="6 x 6 is larger than the 4 x 6 patches of the image"):
         model.get_image_features(pixels(1, height=16))
 
 

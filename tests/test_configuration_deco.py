@@ -34,7 +34,7 @@ def config_of_tower(given, **kwargs):
 )
 @pytest.mark.parametrize("vision", tiny.VISION_CONFIGS)
 def test_a_grid_larger_than_the_patches_is_refused(vision, grid, asked_for):
-    message = f"pooled_grid_size={grid} asks for {asked_for} cells, but the vision tower gives 6 x 6 patches"
+    message = f"pooled_grid_size={grid}: {asked_for} is larger than the 6 x 6 patches of the vision tower"
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny.build_config(vision, pooled_grid_size=grid)
 
@@ -105,7 +105,7 @@ def test_an_unknown_vision_tower_is_refused_with_those_that_are_known(model_type
 def test_a_grid_that_was_set_too_large_is_not_saved(tmp_path):
     config = tiny.build_config()
     config.pooled_grid_size = 8
-    with pytest.raises(ValueError, match="pooled_grid_size=8 asks for 8 x 8 cells, but the vision tower gives 6 x 6"):
+    with pytest.raises(ValueError, match="pooled_grid_size=8: 8 x 8 is larger than the 6 x 6 patches"):
         config.save_pretrained(tmp_path)
 
 

@@ -54,7 +54,7 @@ def test_an_iterator_that_is_closed_stops_generation(loaded):
 
 def test_an_error_of_generation_is_raised_where_the_answer_is_read(loaded):
     model, processor = loaded
-    with pytest.raises(ValueError, match=r"7 x 7 is larger than the image's 6 x 6"):
+    with pytest.raises(ValueError, match=r"7 x 7 is larger than the 6 x 6"):
         list(stream(model, processor, ask(tiny.picture(0)), pooled_grid_size=7))
 
 

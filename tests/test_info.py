@@ -16,6 +16,7 @@ from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig
 from modeling_deco.cli import app
 from modeling_deco.inference import nf4_config
 from modeling_deco.info import describe, kv_cache_bytes
+from modeling_deco.modeling_deco import CACHE_NAME
 
 
 def info(*arguments):
@@ -44,7 +45,7 @@ def test_the_cache_is_as_large_as_the_one_that_a_model_fills(text):
     model = tiny.build_model(text=text)
     text_config = model.config.text_config
     cache = DynamicCache(config=text_config)
-    model.model.language_model(torch.ones(1, 9, dtype=torch.long), past_key_values=cache)
+    model.model.language_model(torch.ones(1, 9, dtype=torch.long), **{CACHE_NAME: cache})
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert kv_cache_bytes(text_config, 9, torch.float32) == held
 

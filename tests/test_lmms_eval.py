@@ -478,7 +478,7 @@ def test_what_exceeds_the_language_models_length_is_warned_of(lm, warned):
         ({"pooled_grid_size": "4,4"}, r"'4,4' is neither a number \(8\) nor ROWSxCOLS \(8x12\)"),
         ({"pooled_grid_size": "[4,4]"}, r"'\[4,4\]' is neither a number \(8\) nor ROWSxCOLS \(8x12\)"),
         ({"pooled_grid_size": 0}, r"pooled_grid_size must be .* got \[0, 0\]"),
-        ({"pooled_grid_size": "2x7"}, r"asks for 2 x 7 cells, but the vision tower gives 6 x 6 patches"),
+        ({"pooled_grid_size": "2x7"}, r"2 x 7 is larger than the 6 x 6 patches"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(deco, checkpoint, arguments, message):

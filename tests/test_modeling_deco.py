@@ -16,6 +16,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, Siglip2Imag
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_deco import DecoForConditionalGeneration, DecoModel
+from modeling_deco.modeling_deco import CACHE_NAME
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
@@ -290,11 +291,21 @@ def test_siglip2_generates_from_its_own_inputs_at_mixed_grids(siglip2):
         assert torch.equal(together[index, -8:], siglip2.generate(torch.tensor([ids]), **inputs, **GREEDY)[0, -8:])
 
 
-def test_a_grid_larger_than_one_of_the_images_of_siglip2_is_refused(siglip2):
+def test_each_image_of_siglip2_is_pooled_to_at_most_its_own_patches(siglip2):
     inputs = naflex_inputs(tiny.picture(0, 60, 40), tiny.picture(1, 10, 150))
     assert inputs["spatial_shapes"].tolist()[1] == [2, 20]
-    with pytest.raises(ValueError, match="A pooled grid of 3 x 3 is larger than the image's 2 x 20 patches"):
-        siglip2.get_image_features(**inputs)
+    features = siglip2.get_image_features(**inputs)
+    assert [len(image) for image in features.pooler_output] == [9, 6]
+    patches = features.hidden_states[-1][1, :40].view(2, 20, 32)  # row by row; 3 windows of 7, 8 and 7 columns
+    pooled = torch.stack([patches[:, i:j].mean(1) for i, j in ((0, 7), (6, 14), (13, 20))], dim=1).flatten(0, 1)
+    expected = siglip2.model.multi_modal_projector.project(pooled)
+    torch.testing.assert_close(features.pooler_output[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_grid_asked_of_siglip2_that_is_larger_than_one_of_the_images_is_refused(siglip2):
+    inputs = naflex_inputs(tiny.picture(0, 60, 40), tiny.picture(1, 10, 150))
+    with pytest.raises(ValueError, match="3 x 3 is larger than the 2 x 20 patches of image 2"):
+        siglip2.get_image_features(**inputs, pooled_grid_sizes=grids((3, 3), (3, 3)))
 
 
 # --- images and prompts ----------------------------------------------------------------------------------------------
@@ -564,7 +575,7 @@ def test_a_conversation_is_continued_from_its_cache(model):
     first = batch(prompt(9, "what ?"))
     outputs = model.generate(**first, pixel_values=pixels(1), **GREEDY, return_dict_in_generate=True)
     longer = torch.cat([outputs.sequences, torch.tensor([prompt("a red dog ?")[1:]])], dim=1)
-    found = model.generate(longer, past_key_values=outputs.past_key_values, **GREEDY)
+    found = model.generate(longer, **{CACHE_NAME: outputs[CACHE_NAME]}, **GREEDY)
     assert torch.equal(found, model.generate(longer, pixel_values=pixels(1), **GREEDY))
 
 
@@ -653,12 +664,12 @@ def test_an_image_without_a_placeholder_is_an_error(model):
 
 @pytest.mark.parametrize(("grid", "asked_for"), [((7, 7), "7 x 7"), ((1, 7), "1 x 7"), ((7, 1), "7 x 1")])
 def test_a_grid_larger_than_the_patches_is_an_error(grid, asked_for, model):
-    with pytest.raises(ValueError, match=f"A pooled grid of {asked_for} is larger than the image's 6 x 6 patches"):
+    with pytest.raises(ValueError, match=f"{asked_for} is larger than the 6 x 6 patches of image 1; "):
         model(**batch(prompt(grid[0] * grid[1])), pixel_values=pixels(1), pooled_grid_sizes=grids(grid))
 
 
 def test_an_image_smaller_than_the_grid_of_the_config_is_an_error(model):
-    with pytest.raises(ValueError, match="A pooled grid of 3 x 3 is larger than the image's 2 x 6 patches"):
+    with pytest.raises(ValueError, match="3 x 3 is larger than the 2 x 6 patches of the image"):
         model(**batch(prompt(9)), pixel_values=pixels(1, 8, 24))
 
 

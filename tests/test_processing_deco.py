@@ -167,10 +167,22 @@ def test_the_patch_grids_of_an_image_processor_that_names_them_count():
     """SigLIP 2's (NaFlex) gives flat patches, and says how many rows and columns of them there are."""
     image_processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=36)
     processor = DecoProcessor(image_processor, tiny.build_tokenizer(), pooled_grid_size=3, patch_size=4)
-    rows, cols = processor(images=tiny.picture(0), return_tensors="pt")["spatial_shapes"][0].tolist()
+    rows, cols = image_processor(tiny.picture(0), return_tensors="pt")["spatial_shapes"][0].tolist()
     processor(images=tiny.picture(0), pooled_grid_size=[rows, cols])
     with pytest.raises(ValueError, match=f"{rows + 1} x {cols} is larger than the {rows} x {cols} patches of image 1"):
         processor(images=tiny.picture(0), pooled_grid_size=[rows + 1, cols])
+
+
+def test_by_default_a_flat_picture_in_its_own_shape_takes_as_many_placeholders_as_it_has_patches():
+    image_processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=40)
+    processor = DecoProcessor(image_processor, tiny.build_tokenizer(), pooled_grid_size=3, patch_size=4)
+    sizes = [(60, 40), (10, 150), (150, 10)]
+    pictures = [tiny.picture(index, *size) for index, size in enumerate(sizes)]
+    outputs = processor(images=[[picture] for picture in pictures], text=["<image> a"] * 3, padding=True)
+    assert [tuple(shape) for shape in outputs["spatial_shapes"][1:]] == [(2, 20), (20, 2)]
+    assert [list(ids).count(tiny.IMAGE_TOKEN_ID) for ids in outputs["input_ids"]] == [9, 6, 6]
+    assert "pooled_grid_sizes" not in outputs
+    assert processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens == [9, 6, 6]
 
 
 @pytest.mark.parametrize("num_grids", [1, 3])

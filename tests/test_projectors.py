@@ -117,7 +117,7 @@ def test_images_do_not_mix():
 
 @pytest.mark.parametrize(("pooled_grid", "message"), [((7, 6), "7 x 6"), ((6, 7), "6 x 7"), ((1, 7), "1 x 7")])
 def test_a_grid_larger_than_the_patches_is_refused(pooled_grid, message):
-    with pytest.raises(ValueError, match=f"{message} is larger than the image's 6 x 6 patches"):
+    with pytest.raises(ValueError, match=f"{message} is larger than the 6 x 6 patches of the image"):
         pool_patch_grid(random_patches((6, 6)), (6, 6), pooled_grid)
 
 

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor
 from modeling_deco.inference import encode, stream
+from modeling_deco.modeling_deco import CACHE_NAME
 from modeling_deco.prompt_cache import PromptCache
 
 
@@ -385,7 +386,7 @@ def test_sliding_layers_among_others_are_not_continued_beyond_their_window():
 
 
 def prefilled(model):
-    return model(**inputs_of(QUESTION), use_cache=True).past_key_values
+    return model(**inputs_of(QUESTION), use_cache=True)[CACHE_NAME]
 
 
 SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -520,7 +521,7 @@ def test_a_prompt_of_embeddings_alone_is_left_alone(model):
 
 def test_a_cache_of_the_caller_is_left_alone(model):
     inputs = inputs_of(QUESTION)
-    found = PromptCache(model).generate(**inputs, past_key_values=DynamicCache())
+    found = PromptCache(model).generate(**inputs, **{CACHE_NAME: DynamicCache()})
     assert found.tolist() == model.generate(**inputs).tolist()
 
 
@@ -652,7 +653,7 @@ def test_grids_that_are_not_one_per_image_are_the_model_s_error(model):
 def test_a_grid_that_is_too_large_is_the_model_s_error_and_the_conversation_goes_on(model, ran):
     prompts = cache_of(model, ran)
     conversation = second_turn(prompts)
-    with pytest.raises(ValueError, match=r"7 x 7 is larger than the image's 6 x 6"):
+    with pytest.raises(ValueError, match=r"7 x 7 is larger than the 6 x 6"):
         prompts.generate(**inputs_of(*conversation, user(DOG, "what"), grid=[[3, 3], [7, 7]]))
     same(prompts, inputs_of(*conversation))
     assert ran.images == []

@@ -658,7 +658,7 @@ def test_attention_without_graph_is_refused():
         ({"max_new_tokens": 3}, "An answer is given, so that max_new_tokens would have no effect"),
         ({"answer": None, "num_return_sequences": 2}, "num_return_sequences cannot be given"),
         ({"answer": "a <image> red"}, "The answer holds '<image>', which stands for an image"),
-        ({"pooled_grid_size": 7}, "7 x 7 is larger than the image's 6 x 6 patches"),
+        ({"pooled_grid_size": 7}, "7 x 7 is larger than the 6 x 6 patches"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(kwargs, message):

@@ -499,7 +499,7 @@ def test_a_body_that_is_no_request_is_400_and_one_line(port, body):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_grid_that_only_the_model_can_judge_is_400_too(port, shipped, monkeypatch, streamed):
     monkeypatch.setattr(shipped[1], "patch_size", None)  # as in folders of before it was there
-    with pytest.raises(openai.BadRequestError, match="13 x 13 is larger than the image's 12 x 12 patches"):
+    with pytest.raises(openai.BadRequestError, match="13 x 13 is larger than the 12 x 12 patches"):
         ask(port, about(PICTURE), stream=streamed, extra_body={"pooled_grid_size": 13})
 
 

@@ -622,7 +622,7 @@ def test_model_and_data_have_no_default(capsys):
             {"freeze": ["tower"]},
             r"freeze names 'tower'; the parts are vision_tower, multi_modal_projector, language_model",
         ),
-        ({"pooled_grid_sizes": [2, 7]}, "pooled_grid_sizes has 7, but the vision tower gives 6 x 6 patches"),
+        ({"pooled_grid_sizes": [2, 7]}, "pooled_grid_sizes=7: 7 x 7 is larger than the 6 x 6 patches"),
         ({"pooled_grid_sizes": [0]}, "positive int"),
         ({"pooled_grid_sizes": [1, 2], "pooled_grid_weights": [1.0]}, "1 numbers for 2 pooled_grid_sizes"),
     ],

@@ -220,8 +220,8 @@ def test_what_was_cached_for_another_grid_is_not_taken(name, answers, batches, t
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("too large a grid", "A pooled grid of 13 x 13 is larger than the 12 x 12 patches of image 1"),
-        ("too small an image", "A pooled grid of 6 x 6 is larger than the 5 x 12 patches of image 1"),
+        ("too large a grid", "13 x 13 is larger than the 12 x 12 patches of image 1"),
+        ("too small an image", "6 x 6 is larger than the 5 x 12 patches of image 1"),
         ("no grid", "pooled_grid_size must be a positive int .* got 0"),
     ],
 )

@@ -179,12 +179,7 @@ class Conversation:
         self.messages, self.pictures = [*messages, answered], []
 
     def _check_grid(self, grid: list[int]) -> list[int]:
-        from ..configuration_deco import parse_grid
+        from ..configuration_deco import check_grid
 
-        rows, cols = parse_grid(grid)
-        patch_rows, patch_cols = self.model.config.patch_grid
-        if rows > patch_rows or cols > patch_cols:
-            raise ValueError(
-                f"/pooled-grid-size {rows} x {cols} is larger than the grid of {patch_rows} x {patch_cols} patches."
-            )
+        check_grid(grid, self.model.config.patch_grid, name="/pooled-grid-size")
         return grid

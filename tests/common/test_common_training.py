@@ -15,6 +15,7 @@ from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMi
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 from modeling_deco import DecoForConditionalGeneration, DecoModel
+from modeling_deco.modeling_deco import CACHE_NAME
 
 pytestmark = pytest.mark.enable_socket  # processes meet at localhost
 
@@ -43,8 +44,8 @@ class DecoWithImagesForConditionalGeneration(DecoForConditionalGeneration):
 
 def _put_an_image_first(model, args, kwargs):
     input_ids = args[0] if args else kwargs["input_ids"]
-    past_key_values = kwargs.get("past_key_values")
-    if past_key_values is not None and past_key_values.get_seq_length() > 0:  # decoding: the image was in the prompt
+    cache = kwargs.get(CACHE_NAME)
+    if cache is not None and cache.get_seq_length() > 0:  # decoding: the image was in the prompt
         return args, kwargs
     config = model.config
     input_ids = input_ids.masked_fill(input_ids == config.image_token_id, config.text_config.eos_token_id)

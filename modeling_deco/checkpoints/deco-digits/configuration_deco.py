@@ -57,6 +57,37 @@ def num_image_tokens(pooled_grid_size) -> int:
     return rows * cols
 
 
+def check_grid(
+    pooled_grid_size, patch_grid: tuple[int, int], of: str = "the vision tower", name: str = "pooled_grid_size"
+) -> tuple[int, int]:
+    """The one check that a pooled grid is not larger than the patch grid.
+
+    Args:
+        pooled_grid_size: an int (square) or `[rows, cols]`.
+        patch_grid: `(rows, cols)`.
+        of: whose patches they are, for the message: the vision tower's, or those of a numbered image.
+        name: what the grid was given as, for the message: a field, an argument, an option.
+
+    Returns:
+        `(rows, cols)` of the pooled grid.
+
+    Raises:
+        ValueError: the grid is malformed, or has more rows or columns than there are patches.
+    """
+    (rows, cols), (patch_rows, patch_cols) = parse_grid(pooled_grid_size), patch_grid
+    if rows > patch_rows or cols > patch_cols:
+        raise ValueError(
+            f"{name}={pooled_grid_size!r}: {rows} x {cols} is larger than the {patch_rows} x {patch_cols} patches of "
+            f"{of}; choose at most {patch_rows} x {patch_cols}."
+        )
+    return rows, cols
+
+
+def fit_grid(pooled_grid: tuple[int, int], patch_grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid of an image for which none was asked: the default one, of at most its own patches."""
+    return min(pooled_grid[0], patch_grid[0]), min(pooled_grid[1], patch_grid[1])
+
+
 @strict
 class DecoConfig(PreTrainedConfig):
     """Configuration of a DeCo model: a vision tower, a projector that pools patches, a language model.
@@ -143,12 +174,7 @@ class DecoConfig(PreTrainedConfig):
                 f"image_token_id={self.image_token_id} is not in the vocabulary of text_config "
                 f"(vocab_size={vocab_size}); it must be 0 to {vocab_size - 1}."
             )
-        (rows, cols), (patch_rows, patch_cols) = self.pooled_grid, self.patch_grid
-        if rows > patch_rows or cols > patch_cols:
-            raise ValueError(
-                f"pooled_grid_size={self.pooled_grid_size} asks for {rows} x {cols} cells, but the vision tower gives "
-                f"{patch_rows} x {patch_cols} patches; choose at most that."
-            )
+        (rows, cols), (patch_rows, patch_cols) = check_grid(self.pooled_grid_size, self.patch_grid), self.patch_grid
         if self.projector_type == "mlp" and (rows, cols) != (patch_rows, patch_cols):
             raise ValueError(
                 f"projector_type='mlp' does not compress: pooled_grid_size must be the patch grid "

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 
-from .configuration_deco import num_image_tokens, parse_grid
+from .configuration_deco import check_grid, fit_grid, num_image_tokens, parse_grid
 from .hub import AUTO_MAP, copy_remote_code, upload
 from .pixels import channels_first, read_image
 
@@ -104,7 +105,8 @@ class DecoProcessor(ProcessorMixin):
             images: one image, a list, or one list per text: PIL images, arrays, tensors, paths, URLs, base64.
             text: one text or a list, with one `image_token` for each image.
             pooled_grid_size: token budget of this call: an int (square) or `[rows, cols]` for all images, or one
-                `[rows, cols]` per image in a list or a `(num_images, 2)` tensor. Default: the processor's own.
+                `[rows, cols]` per image in a list or a `(num_images, 2)` tensor. Default: the processor's own; of
+                pictures that keep their shape (SigLIP 2 NaFlex), at most their own patches.
 
         Returns:
             `input_ids` and `attention_mask` `(batch, sequence)`, the image processor's `pixel_values` `(num_images, 3,
@@ -155,27 +157,59 @@ class DecoProcessor(ProcessorMixin):
             merged_kwargs["images_kwargs"]["pooled_grid_size"] = pooled_grid_size  # for _process_images
         return merged_kwargs
 
+    def image_grids(self, image_inputs: dict, pooled_grid_size=None) -> list[tuple[int, int]]:
+        """The grid `(rows, cols)` that each image is pooled to.
+
+        Args:
+            image_inputs: the image processor's, pixels, or SigLIP 2's patches with the shapes of their grids.
+            pooled_grid_size: as in `__call__`.
+
+        Raises:
+            ValueError: a grid is malformed or (where the patch grid is known) larger than the image's patch grid.
+        """
+        patch_grids = self._patch_grids(image_inputs)
+        if pooled_grid_size is None and image_inputs.get("spatial_shapes") is not None:
+            return [fit_grid(parse_grid(self.pooled_grid_size), patch_grid) for patch_grid in patch_grids]
+        grids = _grids_per_image(
+            self.pooled_grid_size if pooled_grid_size is None else pooled_grid_size, len(patch_grids)
+        )
+        for index, (grid, patch_grid) in enumerate(zip(grids, patch_grids, strict=True), start=1):
+            if patch_grid is not None:
+                check_grid(grid, patch_grid, of=f"image {index}")
+        return grids
+
+    def _patch_grids(self, image_inputs) -> list[tuple[int, int] | None]:
+        """Of each image, None where no `patch_size` is known."""
+        if image_inputs.get("spatial_shapes") is not None:
+            return [(int(rows), int(cols)) for rows, cols in image_inputs["spatial_shapes"]]
+        if self.patch_size is None:
+            return [None] * len(image_inputs["pixel_values"])
+        sizes = [image.shape[-2:] for image in image_inputs["pixel_values"]]
+        return [(height // self.patch_size, width // self.patch_size) for height, width in sizes]
+
     def _process_images(self, images, pooled_grid_size=None, input_data_format=None, **kwargs):
         image_inputs = self.image_processor(images, **kwargs)
-        num_images = len(make_flat_list_of_images(images))
-        grids = _grids_per_image(self.pooled_grid_size if pooled_grid_size is None else pooled_grid_size, num_images)
-        if self.patch_size is not None:
-            _refuse_larger_grids(grids, image_inputs, self.patch_size)
+        grids = self.image_grids(image_inputs, pooled_grid_size)
         if pooled_grid_size is not None:
             image_inputs["pooled_grid_sizes"] = torch.tensor(grids)  # (num_images, 2)
-        return image_inputs, [self.replace_image_token(image_inputs, index) for index in range(num_images)]
+        return image_inputs, [self.image_token * num_image_tokens(grid) for grid in grids]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholders that stand for an image: as many as its grid has cells."""
-        grids = image_inputs.get("pooled_grid_sizes")
-        grid = self.pooled_grid_size if grids is None else grids[image_idx].tolist()
-        return self.image_token * num_image_tokens(grid)
+        grids = self.image_grids(image_inputs, image_inputs.get("pooled_grid_sizes"))
+        return self.image_token * num_image_tokens(grids[image_idx])
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Tokens per image of the given sizes (vLLM asks): the size does not matter, only the grid."""
+        """Tokens per image of the given sizes `(height, width)` (vLLM asks)."""
         if image_sizes is None:
             return MultiModalData()
-        grids = _grids_per_image(kwargs.get("pooled_grid_size") or self.pooled_grid_size, len(image_sizes))
+        pooled_grid_size = kwargs.get("pooled_grid_size")
+        if pooled_grid_size is None and hasattr(self.image_processor, "max_num_patches"):
+            # SigLIP 2's gives each picture patches in its own shape, which black ones of the same sizes have too
+            blank = [Image.new("RGB", (width, height)) for height, width in image_sizes]
+            grids = self.image_grids(self.image_processor(blank, return_tensors="pt")) if blank else []
+        else:
+            grids = _grids_per_image(pooled_grid_size or self.pooled_grid_size, len(image_sizes))
         return MultiModalData(
             num_image_tokens=[num_image_tokens(grid) for grid in grids], num_image_patches=[1] * len(image_sizes)
         )
@@ -224,20 +258,6 @@ def _grids_per_image(pooled_grid_size, num_images: int) -> list[tuple[int, int]]
             f"one [rows, cols] per image."
         )
     return [parse_grid(grid.tolist() if isinstance(grid, torch.Tensor) else grid) for grid in pooled_grid_size]
-
-
-def _refuse_larger_grids(grids, image_inputs, patch_size):
-    """`image_inputs` are the image processor's: pixels, or SigLIP 2's patches with the shapes of their grids."""
-    patch_grids = image_inputs.get("spatial_shapes")
-    if patch_grids is None:
-        sizes = [image.shape[-2:] for image in image_inputs["pixel_values"]]
-        patch_grids = [(height // patch_size, width // patch_size) for height, width in sizes]
-    for index, ((rows, cols), (patch_rows, patch_cols)) in enumerate(zip(grids, patch_grids, strict=True)):
-        if rows > patch_rows or cols > patch_cols:
-            raise ValueError(
-                f"A pooled grid of {rows} x {cols} is larger than the {patch_rows} x {patch_cols} patches of image "
-                f"{index + 1}; choose a pooled_grid_size of at most that."
-            )
 
 
 def read_images(images, channels: str | None = None, keep_floats: bool = False):

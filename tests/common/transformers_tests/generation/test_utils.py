@@ -7,6 +7,8 @@ import torch
 from parameterized import parameterized
 from tiny import randomize
 
+from modeling_deco.modeling_deco import CACHE_NAME
+
 
 class GenerationTesterMixin:
     max_new_tokens = 5
@@ -104,7 +106,7 @@ class GenerationTesterMixin:
         rest = {
             "input_ids": first.sequences,
             "attention_mask": torch.cat([inputs["attention_mask"], new_mask], dim=1),
-            "past_key_values": first.past_key_values,
+            CACHE_NAME: first[CACHE_NAME],
         }
         output = self._generate(model, rest, max_new_tokens=self.max_new_tokens - 2)
         self._assert_greedy(model, inputs, output.sequences)
@@ -131,4 +133,4 @@ class GenerationTesterMixin:
             assert output.attentions[step][0].shape == (2, config.num_attention_heads, new, seen)
             assert len(output.hidden_states[step]) == config.num_hidden_layers + 1
             assert output.hidden_states[step][0].shape == (2, new, config.hidden_size)
-        assert output.past_key_values.get_seq_length() == prompt_length + self.max_new_tokens - 1
+        assert output[CACHE_NAME].get_seq_length() == prompt_length + self.max_new_tokens - 1
