@@ -8,10 +8,10 @@ import torch
 from huggingface_hub import hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from .configuration_deco import DecoConfig, num_image_tokens
-from .loading import checkpoint_name, load_config
+from .loading import check_weights, checkpoint_name, empty_model, find_adapter, load_config
 
 # NF4 as `deco ask --4bit` makes it: 4 bits, and a float32 scale for each block of 64 weights.
 _NF4_BYTES = 0.5 + 4 / 64
@@ -36,22 +36,37 @@ def format_size(num_bytes: float) -> str:
 
 
 def describe(model: str, revision: str | None = None) -> dict:
-    """Token flow, parameters by part, memory by grid and dtype, and licence of a DeCo checkpoint.
+    """What `describe_config` says of a DeCo checkpoint, and its licence. Its weights are all there, by their names and
+    shapes; they are not read.
 
     Args:
-        model: folder or Hub id.
+        model: folder or Hub id. Of an adapter it is the base model that is described.
         revision: branch, tag or commit on the Hub.
 
-    Returns:
-        A dict for JSON. Memory is in bytes: `weights` by dtype, where `"4bit"` has the language model's layers in NF4
-        and the rest in 16 bits, and per grid `kv_cache`, what one image adds to it. Activations come on top of both.
-
     Raises:
-        ValueError: there is no such checkpoint, or it is not a DeCo.
+        ValueError: there is no such checkpoint, it is not a DeCo, or its weights are not those of its config.
     """
-    config = load_config(model, revision)
-    with torch.device("meta"):
-        empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    config, adapter = load_config(model, revision), find_adapter(model, revision)
+    check_weights(model, revision, config)
+    card = _read_card(model, revision)
+    return {
+        "model": model,
+        "adapter_of": None if adapter is None else adapter.base,
+        "license": card.get("license"),
+        "base_model": card.get("base_model"),
+        **describe_config(config),
+    }
+
+
+def describe_config(config: DecoConfig) -> dict:
+    """Token flow, parameters by part, memory by grid and dtype.
+
+    Returns:
+        A dict for JSON. Grids are `[rows, cols]`. Memory is in bytes: `weights` by dtype, where `"4bit"` has the
+        language model's layers in NF4 and the rest in 16 bits, and per grid `kv_cache`, what one image adds to it.
+        Activations come on top of both.
+    """
+    empty = empty_model(config)
     in_language_layers = {id(layer.weight) for layer in _linears(empty.model.language_model)}
     num_quantized = sum(weight.numel() for weight in empty.parameters() if id(weight) in in_language_layers)
     parameters = {
@@ -62,11 +77,7 @@ def describe(model: str, revision: str | None = None) -> dict:
     total = sum(parameters.values())
     tower, text = config.vision_config, config.text_config
     rows, cols = config.patch_grid
-    card = _read_card(model, revision)
     return {
-        "model": model,
-        "license": card.get("license"),
-        "base_model": card.get("base_model"),
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
         "quantization": (getattr(config, "quantization_config", None) or {}).get("quant_method"),
         "vision_tower": {
@@ -77,7 +88,7 @@ def describe(model: str, revision: str | None = None) -> dict:
         "patch_size": tower.patch_size,
         "patch_grid": [rows, cols],
         "projector_type": config.projector_type,
-        "pooled_grid_size": config.pooled_grid_size,
+        "pooled_grid_size": list(config.pooled_grid),
         "num_image_tokens": config.num_image_tokens,
         "takes_any_grid": config.takes_any_grid,
         "language_model": {
@@ -108,8 +119,7 @@ def describe(model: str, revision: str | None = None) -> dict:
 
 def _grids(config: DecoConfig) -> list[list[int]]:
     """The config's grid, and where it is free, squares up to the patch grid and the patch grid itself."""
-    default = config.pooled_grid_size
-    grids = {(default, default) if isinstance(default, int) else tuple(default)}
+    grids = {config.pooled_grid}
     if config.takes_any_grid:
         grids |= {(side, side) for side in _SIDES if side <= min(config.patch_grid)} | {config.patch_grid}
     return [list(grid) for grid in sorted(grids, key=num_image_tokens)]

@@ -5,6 +5,8 @@
 import json
 import os
 import sys
+import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -14,14 +16,20 @@ import typer
 from .. import SHIPPED_CHECKPOINT
 from .common import (
     MODEL_HELP,
+    Device,
+    DType,
     In4Bit,
     InInt8,
     MaxNewTokens,
     PooledGridSize,
     Revision,
+    Seed,
+    System,
+    Temperature,
     one_line_errors,
     parse_grid_option,
     quiet_transformers,
+    write,
 )
 
 
@@ -36,11 +44,16 @@ def ask(
     revision: Revision = None,
     pooled_grid_size: PooledGridSize = None,
     max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    system: System = None,
+    device: Device = None,
+    dtype: DType = "auto",
+    in_4bit: In4Bit = False,
+    in_int8: InInt8 = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with the answer and its cost.")
     ] = False,
-    in_4bit: In4Bit = False,
-    in_int8: InInt8 = False,
     relevance: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw what each word of the answer rests on.")
     ] = None,
@@ -49,7 +62,7 @@ def ask(
         typer.Option(metavar="patch|query|both", help="Over the patches (default), the image tokens, or both."),
     ] = None,
 ):
-    """Answer QUESTION about one or several images.
+    """Answer QUESTION about one or several images; the answer is written as it comes.
 
     \b
     deco ask digits.png "What colour is the 7?"
@@ -62,52 +75,65 @@ def ask(
         if not images or not question.strip():
             raise ValueError('It takes an image and a question: deco ask digits.png "Read the digits."')
         if relevance is not None:
-            relevance_level = _check_relevance(relevance, relevance_level, images)
+            relevance_level = _check_relevance(relevance, relevance_level, images, system)
         elif relevance_level is not None:
             raise ValueError("--relevance-level has no effect without --relevance.")
         grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
+        if images.count("-") > 1:
+            raise ValueError("stdin (-) holds one image, and - is given more than once.")
 
         from ..images import read_image
 
-        if images.count("-") > 1:
-            raise ValueError("stdin (-) holds one image, and - is given more than once.")
-        pictures = [read_image(sys.stdin.buffer if image == "-" else image) for image in images]
+        pictures = [read_image(sys.stdin.buffer if image == "-" else os.path.expanduser(image)) for image in images]
 
-        from ..configuration_deco import num_image_tokens
-        from ..inference import load, stream
+        from ..configuration_deco import parse_grid
+        from ..inference import encode, load, sampling, stream, stream_call, with_system
 
         quiet_transformers()
-        loaded, processor = load(model, revision=revision, in_4bit=in_4bit, in_int8=in_int8)
-        figure = None
-        if relevance is not None:
+        loaded, processor = load(
+            model, revision=revision, device=device, dtype=dtype, in_4bit=in_4bit, in_int8=in_int8
+        )
+        start = time.perf_counter()
+        content = [{"type": "image", "image": picture} for picture in pictures]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        inputs = encode(processor, with_system(processor, messages, system), grid)
+        budget = {"max_new_tokens": max_new_tokens}
+        if relevance is None:
+            pieces = stream(loaded, processor, inputs, **budget, temperature=temperature, seed=seed)
+        else:
             from ..relevance import explain, plot_relevance
 
-            explained = explain(
-                loaded, processor, pictures[0], question, pooled_grid_size=grid, max_new_tokens=max_new_tokens
-            )
-            answer, figure = explained.answer, plot_relevance(explained, relevance_level)
-        else:
-            content = [{"type": "image", "image": picture} for picture in pictures]
-            messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-            pieces = stream(loaded, processor, messages, pooled_grid_size=grid, max_new_tokens=max_new_tokens)
-            answer = "".join(pieces).strip()
-    if as_json:
-        grid = grid or processor.pooled_grid_size
-        result = {"answer": answer, "question": question, "images": images, "model": model}
-        result |= {"pooled_grid_size": grid, "num_image_tokens": len(images) * num_image_tokens(grid)}
-        result |= {} if relevance is None else {"relevance": str(relevance)}
-        answer = json.dumps(result)
-    typer.echo(answer)
-    if figure is not None:
-        with one_line_errors("ask"):
-            _save_figure(figure, relevance)
+            arguments = {"pooled_grid_size": grid, **budget, **sampling(temperature)}
+            call = partial(explain, loaded, processor, pictures[0], question, **arguments)
+            pieces = stream_call(call, processor, seed=seed)
+        answer, explained = write(pieces, quiet=as_json)
+        if not answer:
+            typer.echo("(no answer)", err=True)
+        if as_json:
+            result = {
+                "answer": answer,
+                "question": question,
+                "images": images,
+                "model": model,
+                "pooled_grid_size": list(parse_grid(grid or processor.pooled_grid_size)),
+                "num_image_tokens": int((inputs["input_ids"] == processor.image_token_id).sum()),
+                "num_prompt_tokens": inputs["input_ids"].shape[1],
+                "seconds": time.perf_counter() - start,
+            }
+            if relevance is not None:
+                result["relevance"] = str(relevance)
+            typer.echo(json.dumps(result))
+        if relevance is not None:
+            _save_figure(plot_relevance(explained, relevance_level), relevance)
 
 
-def _check_relevance(path: Path, level: str | None, images: list[str]) -> str:
+def _check_relevance(path: Path, level: str | None, images: list[str], system: str | None) -> str:
     """The level to draw. Raises a ValueError where the picture could not be drawn, or not be written."""
     levels = ("patch", "query", "both")  # relevance.LEVELS, without torch
     if len(images) > 1:
         raise ValueError(f"--relevance explains an answer about one image, got {len(images)}.")
+    if system is not None:
+        raise ValueError("--relevance explains an answer to a question alone, without --system.")
     if level not in (None, *levels):
         raise ValueError(f"--relevance-level must be one of {', '.join(levels)}, got {level!r}.")
     if path.suffix.lower() != ".png":

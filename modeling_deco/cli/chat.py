@@ -3,6 +3,8 @@
 """`deco chat`: a conversation about pictures in the terminal."""
 
 import math
+import os
+import shlex
 import sys
 from contextlib import suppress
 from typing import Annotated
@@ -12,16 +14,22 @@ import typer
 from .. import SHIPPED_CHECKPOINT
 from .common import (
     OUT_OF_MEMORY,
+    Device,
+    DType,
     In4Bit,
     InInt8,
     MaxNewTokens,
     Model,
     PooledGridSize,
     Revision,
+    Seed,
+    System,
+    Temperature,
     one_line_errors,
     parse_grid_option,
     quiet_transformers,
     report,
+    write,
 )
 
 COMMANDS = """\
@@ -40,6 +48,11 @@ def chat(
     revision: Revision = None,
     pooled_grid_size: PooledGridSize = None,
     max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    system: System = None,
+    device: Device = None,
+    dtype: DType = "auto",
     in_4bit: In4Bit = False,
     in_int8: InInt8 = False,
 ):
@@ -58,13 +71,13 @@ def chat(
 
         from ..images import read_image
 
-        pictures = [read_image(name) for name in image or []]
+        pictures = [read_image(os.path.expanduser(name)) for name in image or []]
 
         from ..inference import load
 
         quiet_transformers()
-        loaded = load(model, revision=revision, in_4bit=in_4bit, in_int8=in_int8)
-        conversation = Conversation(*loaded, grid, max_new_tokens)
+        loaded = load(model, revision=revision, device=device, dtype=dtype, in_4bit=in_4bit, in_int8=in_int8)
+        conversation = Conversation(*loaded, grid, max_new_tokens, temperature, seed, system)
         conversation.pictures += pictures
     is_interactive = sys.stdin.isatty()
     if is_interactive:
@@ -116,13 +129,26 @@ def _read_line(is_interactive: bool) -> str | None:
 class Conversation:
     """Messages so far, pictures for the next question, and the token budget."""
 
-    def __init__(self, model, processor, pooled_grid_size: list[int] | None, max_new_tokens: int):
+    def __init__(
+        self,
+        model,
+        processor,
+        pooled_grid_size: list[int] | None,
+        max_new_tokens: int,
+        temperature: float | None = None,
+        seed: int | None = None,
+        system: str | None = None,
+    ):
+        from ..inference import with_system
         from ..prompt_cache import PromptCache
 
         self.model, self.processor = model, processor
         self.prompt_cache = PromptCache(model, math.inf)  # of one conversation: `clear` when it ends
         self.pooled_grid_size, self.max_new_tokens = pooled_grid_size, max_new_tokens
-        self.messages, self.pictures = [], []
+        self.temperature, self.seed = temperature, seed
+        question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        with_system(processor, [question], system)  # refused before the first question
+        self.system, self.messages, self.pictures = system, [], []
 
     def take(self, line: str) -> bool:
         """Obey a command or answer a question; whether the conversation goes on."""
@@ -133,7 +159,7 @@ class Conversation:
 
             if not argument:
                 raise ValueError("/image needs a path or URL: /image digits.png")
-            picture = read_image(argument)
+            picture = read_image(_path(argument))
             self.pictures.append(picture)
             typer.echo(f"{picture.width} x {picture.height} pixels; ask about it.", err=True)
         elif command == "/pooled-grid-size":
@@ -156,26 +182,26 @@ class Conversation:
 
     def answer(self, question: str) -> None:
         """Write the answer as it comes. A question that fails or is stopped before its answer begins is forgotten."""
-        from ..inference import stream
+        from ..inference import stream, with_system
 
         content = [{"type": "image", "image": picture} for picture in self.pictures]
         messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-        budget = {"pooled_grid_size": self.pooled_grid_size, "max_new_tokens": self.max_new_tokens}
-        pieces = stream(self.model, self.processor, messages, **budget, prompt_cache=self.prompt_cache)
-        answer = ""
-        try:
-            for piece in pieces:
-                typer.echo(piece if answer else piece.lstrip(), nl=False)
-                answer += piece
-        except KeyboardInterrupt:
-            pieces.close()
-            if not sys.stdin.isatty():
-                raise typer.Exit(130) from None
+        pieces = stream(
+            self.model,
+            self.processor,
+            with_system(self.processor, messages, self.system),
+            pooled_grid_size=self.pooled_grid_size,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            prompt_cache=self.prompt_cache,
+        )
+        answer, _ = write(pieces, stoppable=sys.stdin.isatty())
+        self.seed = None  # what is drawn goes on from there
         if not answer:
             typer.echo("(no answer)", err=True)
             return
-        typer.echo()
-        answered = {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
+        answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         self.messages, self.pictures = [*messages, answered], []
 
     def _check_grid(self, grid: list[int]) -> list[int]:
@@ -183,3 +209,11 @@ class Conversation:
 
         check_grid(grid, self.model.config.patch_grid, name="/pooled-grid-size")
         return grid
+
+
+def _path(argument: str) -> str:
+    """A path or URL as it was typed: with `~`, in quotes, or with spaces escaped as a shell does."""
+    if not os.path.exists(argument):
+        with suppress(ValueError):  # more than one word, or a quote without its end
+            (argument,) = shlex.split(argument)
+    return os.path.expanduser(argument)

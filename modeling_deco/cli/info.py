@@ -34,7 +34,7 @@ def _to_text(about: dict) -> str:
     from ..info import format_size
 
     tower, text, parameters = about["vision_tower"], about["language_model"], about["parameters"]
-    patches, pooled = ("{} x {}".format(*_pair(grid)) for grid in (about["patch_grid"], about["pooled_grid_size"]))
+    patches, pooled = ("{} x {}".format(*grid) for grid in (about["patch_grid"], about["pooled_grid_size"]))
     stored = ", ".join(name for name in (about["dtype"], about["quantization"]) if name)
     lines = [
         about["model"],
@@ -45,6 +45,8 @@ def _to_text(about: dict) -> str:
         "",
         f"licence     {about['license'] or 'not stated'}",
     ]
+    if about["adapter_of"]:
+        lines.append(f"adapter of  {about['adapter_of']}")
     if about["base_model"]:
         bases = about["base_model"]
         lines.append(f"base model  {bases if isinstance(bases, str) else ', '.join(bases)}")
@@ -76,10 +78,6 @@ def _to_text(about: dict) -> str:
 
 # The key-value cache has the type of activations: 16 bit beside weights in 4.
 _CACHE_OF = {"float32": "float32", "16bit": "16bit", "4bit": "16bit"}
-
-
-def _pair(grid: int | list[int]) -> list[int]:
-    return [grid, grid] if isinstance(grid, int) else grid
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
