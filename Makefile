@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # The tests are many small models: two single-threaded workers beat one with two threads.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow test-common test-page quality style build clean
+.PHONY: help demo test test-slow test-common test-newest test-page quality style build clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -36,6 +36,9 @@ test-common: $(VENV)/dev.stamp ## transformers' own test suites, from its source
 	$(BIN)/python tests/common/fetch.py
 	$(PYTEST) --numprocesses 2 tests/common
 
+test-newest: ## a small set of tests on the newest releases that pip installs, without constraints
+	$(PYTHON) tests/newest.py
+
 test-page: $(VENV)/dev.stamp ## the page of `deco page` in Debian's Chromium, which root installs; SCREENSHOTS=docs renews the pictures
 	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 || { echo "Install chromium, or run this as root."; exit 1; }; \
 		apt-get update -qq && apt-get install -qq --no-install-recommends chromium > /dev/null; }
@@ -54,4 +57,4 @@ build: $(VENV)/dev.stamp ## wheel and source distribution
 	$(BIN)/python -m build
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .cache demo
+	rm -rf $(VENV) .venv-newest build dist *.egg-info .cache demo

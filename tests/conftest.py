@@ -18,6 +18,12 @@ def pytest_runtest_setup():
     disable_socket(allow_unix_socket=True)
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow") or item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture
 def loopback():
     """Servers of this machine may be connected to; nothing else. The next test's setup blocks them again."""

@@ -159,6 +159,7 @@ def ask(folder):
     return pipe(text=conversation(), return_full_text=False)[0]["generated_text"]
 
 
+@pytest.mark.newest
 def test_the_pipeline_answers_as_model_and_processor_do(answer, checkpoint):
     model, processor = (
         AutoModelForImageTextToText.from_pretrained(checkpoint),
@@ -190,6 +191,7 @@ def folders(tmp_path_factory, model):
     return folders
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("part", ["config", "model", "model with head", "processor"])
 def test_every_saved_folder_holds_the_code(part, folders):
     assert {path.name for path in folders[part].glob("*.py")} == CODE_FILES
@@ -382,6 +384,7 @@ def test_auto_model_reads_every_folder_with_a_model(part, folders, expected, rem
     assert remote.run(load_base_model, folders[part], expected) == "DecoModel"
 
 
+@pytest.mark.newest
 def test_auto_model_for_image_text_to_text_reads_the_model(folders, expected, remote):
     assert remote.run(load_model, folders["model with head"], expected) == "DecoForConditionalGeneration"
 
@@ -390,6 +393,7 @@ def test_auto_processor_reads_the_processor(folders, remote):
     assert remote.run(load_processor, folders["processor"]) == ["DecoProcessor", 3, 6]
 
 
+@pytest.mark.newest
 def test_the_pipeline_reads_a_checkpoint(checkpoint, picture, answer, remote):
     assert remote.run(ask_by_pipeline, checkpoint, picture) == answer
 
@@ -405,6 +409,7 @@ def test_two_pipelines_are_read_in_one_process(checkpoint, picture, answer, remo
     assert remote.run(ask_by_pipelines, checkpoint, tmp_path / "other", picture) == [answer] * 3
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("order", [("model", "processor"), ("processor", "model")], ids=" ".join)
 def test_a_folder_saved_again_works_again(order, checkpoint, picture, answer, expected, remote, tmp_path):
     remote.run(save_again, checkpoint, tmp_path, *order)

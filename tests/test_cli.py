@@ -41,6 +41,7 @@ def ask(*arguments):
     return CliRunner().invoke(app, ["ask", *arguments])
 
 
+@pytest.mark.newest
 def test_the_answer_alone_goes_to_stdout(scene, picture):
     digit = scene.digits[0]
     result = ask(picture, f"What colour is the {digit.value}?")

@@ -60,6 +60,7 @@ def test_the_answer_and_its_end_are_learned_and_nothing_else(num_images, expecte
     assert (labels[batch["attention_mask"][0] == 0] == IGNORE_INDEX).all()
 
 
+@pytest.mark.newest
 def test_every_answer_of_a_conversation_is_learned(processor):
     batch = collate(processor, conversation(0, num_turns=2))
     learned = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX]
@@ -160,6 +161,7 @@ def test_a_batch_is_as_long_as_its_longest_sample_with_its_images(processor):
     assert batch["input_ids"].shape[1] == max(collator.count_tokens(collator.tokenize(row)) for row in examples)
 
 
+@pytest.mark.newest
 def test_mixed_batches_have_the_losses_of_their_samples(processor, model):
     examples = [conversation(0), conversation(1, num_images=0), conversation(2, num_images=2)]
     with torch.no_grad():

@@ -85,6 +85,7 @@ def build_alone(projector_type, patch_grid=(4, 6), grid=(2, 3)):
 # --- in models -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("projector_type", SIZES)
 def test_models_are_saved_and_loaded_by_every_class(projector_type, tmp_path):
     model, inputs = fresh_model(projector_type), inputs_of(projector_type)

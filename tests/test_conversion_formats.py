@@ -214,6 +214,7 @@ def test_a_model_converted_at_a_smaller_grid_is_llava_when_asked_for_the_patch_g
     assert torch.equal(logits_of(model, {**inputs, "pooled_grid_sizes": grids}), logits_of(llava, inputs))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("grid", "rows_and_cols"), [([2, 3], (2, 3)), (4, (4, 4)), (1, (1, 1))])
 def test_a_pooled_grid_pools_as_the_authors_do(grid, rows_and_cols, tmp_path, vision_tower):
     llava = OriginalLlava()
@@ -255,6 +256,7 @@ def test_a_siglip_tower_with_all_of_its_tokens(tmp_path):
     assert_equals_llava_hf(load_deco(tmp_path / "deco"), tmp_path / "source")
 
 
+@pytest.mark.newest
 def test_qwen2_with_tied_embeddings(tmp_path):
     text_config = {**tiny.TEXT_CONFIGS["qwen2"], "vocab_size": PADDED_VOCAB_SIZE, "tie_word_embeddings": True}
     model = llava_sources.build_hf_model(text_config=text_config, tie_word_embeddings=True)
@@ -316,6 +318,7 @@ def test_the_tower_that_the_config_names_needs_no_argument(tmp_path, vision_towe
     assert_equals_original(load_deco(tmp_path / "deco"), llava)
 
 
+@pytest.mark.newest
 def test_mistral_inside_llava_hf(tmp_path):
     text_config = {**tiny.TEXT_CONFIGS["mistral"], "vocab_size": PADDED_VOCAB_SIZE}
     llava_sources.write_hf_saved(tmp_path / "source", llava_sources.build_hf_model(text_config=text_config))
@@ -394,6 +397,7 @@ def test_a_given_dtype_is_every_tensors(name, dtype, tmp_path):
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "deco").dtype == getattr(torch, dtype)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", ["llava-hf on the Hub", "llava-hf of 4.52", "original, one .bin", "LoRA, .bin"])
 def test_the_folder_loads_in_its_own_dtype(name, converted):
     conversion = converted(name)
@@ -560,6 +564,7 @@ def test_other_kinds_of_lora_are_merged_right_or_refused(choices, tmp_path, visi
     assert_equals_original(load_deco(tmp_path / "deco"), llava, atol=1e-4)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*layers\.1\.mlp\..*_proj"])
 def test_lora_on_some_layers_leaves_the_others(targets, tmp_path, vision_tower):
     llava = OriginalLlava()

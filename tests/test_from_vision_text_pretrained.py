@@ -169,6 +169,7 @@ def test_all_parts_have_one_dtype(dtype, found, join):
     assert {parameter.dtype for parameter in join(dtype=dtype).parameters()} == {found}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("vision", VISION_SOURCES)
 def test_the_joined_model_answers_the_same_after_saving_and_loading(vision, join, tmp_path):
     model = join(vision)

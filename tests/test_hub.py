@@ -101,6 +101,7 @@ def test_pushes_in_any_order_make_a_complete_repository(order, hub, model, talki
     pipeline("image-text-to-text", model=REPO)
 
 
+@pytest.mark.newest
 def test_model_and_processor_together_are_one_commit(hub, model, talking_processor):
     model.push_to_hub(REPO, processor=talking_processor)
     assert len(list(hub.snapshot(REPO).parent.iterdir())) == 1
@@ -116,6 +117,7 @@ def test_arguments_of_a_push_reach_the_hub(hub, model):
     assert hub.messages == ["Try"]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("part", ["model", "processor", "config"])
 def test_saving_with_a_push_uploads_what_it_writes_and_no_other_file(part, hub, model, talking_processor, tmp_path):
     (tmp_path / "optimizer.pt").write_text("of the training run")

@@ -37,6 +37,7 @@ def in_integers(linear, features):
     return (((rounded - zero) @ weight.T) * scale * scales + bias).float()
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("shape", [(5, 48), (2, 7, 48)])
 def test_a_layer_computes_in_integers(shape):
     torch.manual_seed(0)

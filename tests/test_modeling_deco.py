@@ -91,6 +91,7 @@ def test_logits_at_the_patch_grid_are_those_of_llava(case, llava_and_deco):
     assert (deco(**inputs).logits - llava(**inputs).logits).abs().max() == 0
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("case", LLAVA_PROMPTS)
 def test_generation_at_the_patch_grid_is_that_of_llava(case, llava_and_deco):
     llava, deco = llava_and_deco
@@ -98,6 +99,7 @@ def test_generation_at_the_patch_grid_is_that_of_llava(case, llava_and_deco):
     assert torch.equal(deco.generate(**inputs, **GREEDY), llava.generate(**inputs, **GREEDY))
 
 
+@pytest.mark.newest
 def test_loss_and_gradients_at_the_patch_grid_are_those_of_llava(llava_and_deco):
     llava, deco = llava_and_deco
     inputs = llava_inputs("left-padded batch")
@@ -437,6 +439,7 @@ def test_of_the_towers_hidden_states_only_the_last_is_kept(model):
     assert torch.equal(outputs.hidden_states[-1], last)
 
 
+@pytest.mark.newest
 def test_all_hidden_states_of_the_tower_come_on_request(model):
     outputs = model.get_image_features(pixels(1), output_hidden_states=True)
     assert isinstance(outputs, BaseModelOutputWithPooling)
@@ -501,6 +504,7 @@ def test_each_sequence_of_a_prompt_sees_its_own_images(case, mode, model):
     assert torch.equal(found, generate_from_embeddings(model, prompts, images_of, **options))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("mode", SEVERAL_SEQUENCES)
 @torch.no_grad()
 def test_each_sequence_of_a_prompt_sees_its_own_images_at_mixed_grids(mode, model):
@@ -531,6 +535,7 @@ GENERATION_MODES = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.skipif(
     not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"), reason="this transformers cuts no images"
 )
@@ -571,6 +576,7 @@ def test_the_tower_does_not_run_without_images(model):
     assert num_tower_calls(model, lambda: model.generate(**batch(prompt("what is this ?")), **GREEDY)) == 0
 
 
+@pytest.mark.newest
 def test_a_conversation_is_continued_from_its_cache(model):
     first = batch(prompt(9, "what ?"))
     outputs = model.generate(**first, pixel_values=pixels(1), **GREEDY, return_dict_in_generate=True)
@@ -589,6 +595,7 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.newest
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # its heir is not in 5.17
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):

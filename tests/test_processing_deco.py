@@ -61,6 +61,7 @@ def test_the_grid_of_the_processor_is_the_default(given):
     assert placeholders_of_each_image(processor, **TWO) == [expected, expected]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("grid", "expected"),
     [(2, [[2, 2], [2, 2]]), ([2, 3], [[2, 3], [2, 3]]), ([[2, 3], [5, 5]], [[2, 3], [5, 5]])],
@@ -115,6 +116,7 @@ def test_images_alone_need_no_text(processor):
     assert set(inputs) == {"pixel_values", "pooled_grid_sizes"}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("grid", "expected"), [(None, [9, 9]), (2, [4, 4]), ([2, 3], [6, 6]), ([[1, 2], [3, 3]], [2, 9])], ids=str
 )
@@ -206,6 +208,7 @@ def test_a_tokenizer_without_the_image_token_is_refused():
         DecoProcessor(tiny.build_image_processor(), tokenizer)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("num_images", "text", "num_tokens"),
     [(2, "<image> what", 1), (1, "<image> <image>", 2), (0, "<image>", 1), (1, "what", 0)],
@@ -224,6 +227,7 @@ def test_images_of_one_text_are_not_taken_for_another(processor):
         processor(images=images, text=["<image> what", "<image> is"])
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("max_length", "left"), [(3, 2), (9, 8)])
 def test_a_text_that_is_cut_inside_an_image_is_refused(max_length, left, processor):
     message = f"Text 1 was cut to {max_length} tokens, which leaves {left} of its 9 image placeholders"
@@ -306,6 +310,7 @@ def conversation(*images):
     return [{"role": "user", "content": content}]
 
 
+@pytest.mark.newest
 def test_a_chat_template_puts_placeholders_for_the_images_of_the_conversation():
     processor = tiny.build_processor(chat_template=tiny.CHAT_TEMPLATE)
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}

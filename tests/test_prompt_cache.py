@@ -114,6 +114,7 @@ def second_turn(prompts, first=QUESTION, grid=None) -> list[dict]:
 # --- what is not run again -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("grid", "num_image_tokens"), [(None, 9), (1, 1), ([2, 4], 8)])
 def test_the_next_turn_runs_its_own_tokens_alone_and_no_image(model, ran, grid, num_image_tokens):
     prompts = cache_of(model, ran)
@@ -123,6 +124,7 @@ def test_the_next_turn_runs_its_own_tokens_alone_and_no_image(model, ran, grid, 
     assert (ran.images, ran.tokens[0]) == ([], 10)  # the answer's last token, and nine
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("text", list(tiny.TEXT_CONFIGS))
 def test_a_conversation_of_three_turns_is_the_one_without_a_cache(text):
     model, ran = build(text)
@@ -480,6 +482,7 @@ def test_a_batch_is_left_alone(model):
     assert (prompts.generate(**inputs).tolist(), prompts.num_bytes) == (expected.tolist(), 0)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "how", [{"num_beams": 2}, {"cache_implementation": "static"}], ids=lambda how: next(iter(how))
 )

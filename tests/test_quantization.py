@@ -382,6 +382,7 @@ def test_the_pipeline_takes_the_config(folder):
     assert answer["generated_text"].strip() == pipe.processor.decode(generated[0, inputs["input_ids"].shape[1] :])
 
 
+@pytest.mark.newest
 def test_the_pipeline_reads_a_saved_model(quantized):
     pipe = pipeline("image-text-to-text", model=str(quantized[1]))
     assert linears(pipe.model) == linears(quantized[0])

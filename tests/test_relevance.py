@@ -222,6 +222,7 @@ NAIVE_CASES = [
 ]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("projector", "vision", "kwargs"), NAIVE_CASES)
 def test_maps_are_those_of_the_naive_rules(projector, vision, kwargs):
     model, processor = build(projector, vision, **kwargs)

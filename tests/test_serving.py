@@ -181,6 +181,7 @@ def test_a_picture_in_a_data_url_is_answered_about(port):
     assert (result.model, result.choices[0].finish_reason) == (NAME, "stop")
 
 
+@pytest.mark.newest
 def test_text_alone_is_answered_as_by_the_model_itself(port, shipped):
     messages = [{"role": "user", "content": [{"type": "text", "text": "Is there a 7?"}]}]
     assert answer(port, "Is there a 7?", max_tokens=8) == "".join(stream(*shipped, messages, max_new_tokens=8))
@@ -208,6 +209,7 @@ def test_usage_counts_what_went_into_the_model_and_came_out(start, steps):
     assert usage.total_tokens == steps[0] + 5
 
 
+@pytest.mark.newest
 def test_a_stream_is_the_answer_in_pieces(port):
     messages = about(PICTURE, question=COLOUR_QUESTION)
     first, *pieces, last = ask(port, messages, stream=True)
@@ -268,6 +270,7 @@ def looks(shipped):
     hook.remove()
 
 
+@pytest.mark.newest
 def test_the_next_request_of_a_conversation_does_not_look_again(start, steps, looks):
     port = start()
     messages = about(PICTURE, question=COLOUR_QUESTION)
@@ -695,6 +698,7 @@ def test_files_are_refused_unless_allowed(port, start, tmp_path, form):
 # --- clients that leave, and too many of them ------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("streamed", [False, True])
 def test_generation_stops_when_its_client_hangs_up(port, steps, streamed):
     with sent(port, about(PICTURE), stream=streamed):

@@ -88,6 +88,7 @@ def run_recording(monkeypatch, *args, **kwargs):
     return run(*args, **kwargs), before
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "config", ["stage1.yaml", "stage2_full.yaml", "stage2_lora.yaml", "stage2_qlora.yaml", "digits.yaml"]
 )
@@ -144,6 +145,7 @@ def backbones(tmp_path):
     return tiny_training.save_backbones(tmp_path)
 
 
+@pytest.mark.newest
 def test_stage_1_joins_two_backbones(backbones, data, tmp_path):
     vision, text = backbones
     run(text, data, tmp_path / "out", "stage1.yaml", vision_model_name_or_path=vision, pooled_grid_size=2)
@@ -396,6 +398,7 @@ def test_the_result_loads_and_answers(checkpoint, data, tmp_path):
     assert [log["step"] for log in trainer.state.log_history if "eval_loss" in log] == [1, 2]
 
 
+@pytest.mark.newest
 def test_an_adapter_loads_on_its_model_and_merged(checkpoint, data, template, tmp_path):
     trainer = run(
         checkpoint, data, tmp_path / "out", "stage2_lora.yaml", max_steps=3, chat_template=template,
@@ -486,6 +489,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_samples(value, tm
     assert all(torch.equal(saved[name], parameter) for name, parameter in named.items() if name in saved)
 
 
+@pytest.mark.newest
 def test_a_checkpoint_has_its_name_when_it_is_whole(tmp_path, monkeypatch):
     trainer = build_trainer(tmp_path, max_steps=4, save_steps=1, save_total_limit=2)
     real = DecoSFTTrainer._save_rng_state
@@ -547,6 +551,7 @@ def losses_of(log_history: list[dict]) -> dict[int, tuple]:
     return {log["step"]: (log["loss"], log["grad_norm"]) for log in log_history if "loss" in log}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("config", "streaming"),
     [(None, False), ("stage2_lora.yaml", False), (None, True)],
