@@ -21,7 +21,8 @@ PYTHON = ENVIRONMENT / "bin" / "python"
 RESULTS = ROOT / ".cache" / "newest.xml"
 PACKAGES = [
     f"{ROOT}[convert,serve,train]",
-    "parameterized",
+    "nbclient",
+    "nbformat",
     "pytest",
     "pytest-socket",
     "pytest-timeout",

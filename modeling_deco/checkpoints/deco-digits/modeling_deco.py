@@ -88,11 +88,15 @@ _PUSH_ARGUMENTS = (
 class DecoModelOutputWithPast(BaseModelOutputWithPast):
     """Outputs of `DecoModel`.
 
-    `image_hidden_states` is `(num_image_features, text_hidden_size)`, the projected tokens of all images one after
-    the other, or None without images; the rest is the language model's.
+    `image_outputs` is what `get_image_features` returned, or None without images; the rest is the language model's.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    @property
+    def image_hidden_states(self) -> torch.FloatTensor | None:
+        """Projected tokens of all images, one after the other: `(num_image_features, text_hidden_size)`."""
+        return None if self.image_outputs is None else torch.cat(list(self.image_outputs.pooler_output))
 
 
 @dataclass
@@ -103,7 +107,8 @@ class DecoCausalLMOutputWithPast(CausalLMOutputWithPast):
     is `DecoModelOutputWithPast`'s.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    image_hidden_states = DecoModelOutputWithPast.image_hidden_states
 
 
 class DecoPreTrainedModel(PreTrainedModel):
@@ -416,7 +421,6 @@ class DecoModel(DecoPreTrainedModel):
             image_outputs = BaseModelOutputWithPooling(
                 pooler_output=self._project(patch_features, grid, pooled_grid_sizes)
             )
-        image_features = None
         if image_outputs is not None:
             placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
             image_features = torch.cat(list(image_outputs.pooler_output))  # (num_image_features, text_hidden)
@@ -432,7 +436,7 @@ class DecoModel(DecoPreTrainedModel):
             **kwargs,
         )
         outputs = {name: outputs.get(name) for name in _LANGUAGE_MODEL_FIELDS}
-        return DecoModelOutputWithPast(**outputs, image_hidden_states=image_features)
+        return DecoModelOutputWithPast(**outputs, image_outputs=image_outputs)
 
 
 class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
