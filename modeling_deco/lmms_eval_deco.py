@@ -19,7 +19,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.model_utils.progress import make_progress
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import Collator
-from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
@@ -173,8 +173,7 @@ class Deco(lmms):
         stop_strings = [until] if isinstance(until, str) else [stop for stop in until or [] if stop]
         prompt_length = inputs["input_ids"].shape[1]
         if stop_strings:
-            criterion = _StopStrings(self.processor.tokenizer, stop_strings, prompt_length)
-            arguments["stopping_criteria"] = StoppingCriteriaList([criterion])
+            arguments |= {"stop_strings": stop_strings, "tokenizer": self.processor.tokenizer}
 
         generated = self.model.generate(**inputs, do_sample=sample, **arguments)
         answers = generated[:, prompt_length:]
@@ -197,22 +196,6 @@ class Deco(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Not implemented: in these tasks each round depends on the last answer."""
         raise NotImplementedError("DeCo answers generate_until tasks, not generate_until_multi_round.")
-
-
-class _StopStrings(StoppingCriteria):
-    """Ends an answer that contains a stop string. Unlike transformers' own, it does not walk the vocabulary at each
-    call of `generate`, and a prompt that ends like a stop string is no match."""
-
-    def __init__(self, tokenizer, stop_strings: list[str], prompt_length: int):
-        self.tokenizer, self.stop_strings, self.prompt_length = tokenizer, stop_strings, prompt_length
-        # every token is a byte or more, so one that ends a stop string of n bytes is within n of the string's first
-        self.num_tokens = max(len(stop.encode()) for stop in stop_strings)
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
-        ends = input_ids[:, max(self.prompt_length, input_ids.shape[1] - self.num_tokens) :]
-        texts = self.tokenizer.batch_decode(ends, skip_special_tokens=True)
-        found = [any(stop in text for stop in self.stop_strings) for text in texts]
-        return torch.tensor(found, device=input_ids.device)
 
 
 def _interleave(content: list[dict], image_token: str) -> list[dict]:

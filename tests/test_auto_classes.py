@@ -12,10 +12,18 @@ import tiny
 import torch
 from fresh_process import FreshProcesses
 from huggingface_hub import HfApi
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    pipeline,
+)
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor
 from modeling_deco.hub import AUTO_MAP
+from modeling_deco.modeling_deco import StopStrings
 
 CODE_FILES = {
     "configuration_deco.py",
@@ -440,3 +448,45 @@ def test_a_part_saved_again_alone_works_again(part, checkpoint, expected, remote
 def test_a_config_saved_again_alone_works_again(checkpoint, remote, tmp_path):
     remote.run(save_again, checkpoint, tmp_path, "config")
     assert remote.run(load_config, tmp_path) == ["transformers_modules", "deco", 9]
+
+
+# --- stop strings ----------------------------------------------------------------------------------------------------
+
+
+def test_the_pipeline_stops_at_a_stop_sequence(answer, checkpoint):
+    """The tokenizer is word-level, as the shipped one: transformers' own search fails on it."""
+    words = answer.split()
+    stop = words[3]
+    expected = words[: words.index(stop) + 1]
+    pipe = pipeline("image-text-to-text", model=str(checkpoint))
+    for options in (
+        {"stop_sequence": stop},
+        {"stop_sequence": ["blue dog cat", stop]},
+        {"generate_kwargs": {"stop_strings": stop, "tokenizer": pipe.tokenizer}},
+    ):
+        (found,) = pipe(text=conversation(), return_full_text=False, **options)
+        assert found["generated_text"].split() == expected
+
+
+def test_stop_strings_of_a_generation_config_are_obeyed(answer, checkpoint):
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(checkpoint),
+        AutoProcessor.from_pretrained(checkpoint),
+    )
+    stop = answer.split()[1]
+    inputs = processor.apply_chat_template(
+        conversation(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    config = GenerationConfig.from_model_config(model.config)
+    config.update(stop_strings=[stop], max_new_tokens=6, do_sample=False)
+    generated = model.generate(**inputs, generation_config=config, tokenizer=processor.tokenizer)
+    assert processor.decode(generated[0, inputs["input_ids"].shape[1] :]).split()[-1] == stop
+    assert config.stop_strings == [stop]  # the caller's stays as it is
+
+
+def test_a_special_token_is_a_stop_string(processor, model):
+    tokenizer = processor.tokenizer
+    criterion = StopStrings(tokenizer, ["</s>", "red cat"], prompt_length=2)
+    rows = [tiny.prompt("red cat", "a"), tiny.prompt("a", "red cat"), [1, 4, 5, tokenizer.eos_token_id], [1, 4, 2, 5]]
+    found = [criterion(torch.tensor([row]), None).item() for row in rows]
+    assert found == [False, True, True, True]

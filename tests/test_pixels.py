@@ -269,7 +269,7 @@ def test_a_place_of_channels_that_is_said_is_believed():
 
 
 @pytest.fixture
-def served(tmp_path):
+def served(tmp_path, loopback):
     """The address of a server that answers with what lies in `tmp_path`."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -291,7 +291,6 @@ def served(tmp_path):
     server.server_close()
 
 
-@pytest.mark.enable_socket
 @pytest.mark.parametrize("name", ["alpha", "EXIF orientation 6", "16-bit grey", "palette with a transparent colour"])
 def test_every_way_in_gives_the_same_pixels(name, served, tmp_path, processor):
     encoded, expected = STORED[name]

@@ -22,6 +22,8 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationMixin,
     PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -569,6 +571,40 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             )
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return DecoCausalLMOutputWithPast(loss=loss, logits=logits, **others)
+
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, stopping_criteria=None, **kwargs):
+        """`GenerationMixin.generate`, with `stop_strings` for every tokenizer: transformers' own search needs one that
+        can write any word, which word-level ones cannot."""
+        tokenizer, stop_strings = kwargs.get("tokenizer"), kwargs.get("stop_strings")
+        if stop_strings is None and generation_config is not None:
+            stop_strings = generation_config.stop_strings
+        if stop_strings and tokenizer is not None:
+            kwargs.pop("stop_strings", None)
+            if generation_config is not None:
+                generation_config = copy.deepcopy(generation_config)
+                generation_config.stop_strings = None
+            prompt = kwargs.get("input_ids") if inputs is None else inputs
+            prompt_length = 0 if prompt is None else prompt.shape[1]
+            criterion = StopStrings(tokenizer, stop_strings, prompt_length)
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), criterion])
+        return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
+
+
+class StopStrings(StoppingCriteria):
+    """Ends an answer that contains a stop string. A prompt that ends like one is no match, and the vocabulary is not
+    walked at each call of `generate`."""
+
+    def __init__(self, tokenizer, stop_strings: str | list[str], prompt_length: int):
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        # every token is a byte or more, so one that ends a stop string of n bytes is within n of the string's first
+        self.num_tokens = max(len(stop.encode()) for stop in self.stop_strings)
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
+        ends = input_ids[:, max(self.prompt_length, input_ids.shape[1] - self.num_tokens) :]
+        texts = self.tokenizer.batch_decode(ends)  # with special tokens, which may be stop strings
+        found = [any(stop in text for stop in self.stop_strings) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
 
 
 def build_projector(config: DecoConfig) -> nn.Module:
