@@ -147,21 +147,21 @@ def check_weights(name: str, revision: str | None, config: DecoConfig) -> None:
     expected = model.state_dict()
     renamed, converted = _renamed(model, shapes)
     stored = renamed.keys() | converted
-    if getattr(config, "quantization_config", None) is not None:  # names and shapes are the method's
-        modules = {key.rpartition(".")[0] for key in shapes} | {key.rpartition(".")[0] for key in stored}
-        missing = {key for key in expected if key.rpartition(".")[0] not in modules}
-        _check_weights(name, len(expected), missing, {}, ())
-        return
     names = {}  # of each parameter, which has several where weights are tied
     for key, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(key)
     tied = {key for keys in names.values() for key in keys if not stored.isdisjoint(keys)}
+    missing, unexpected = expected.keys() - stored - tied, stored - expected.keys()
     mismatched = {
         key: (shape, tuple(expected[key].shape))
         for key, shape in renamed.items()
         if key in expected and tuple(expected[key].shape) != shape
     }
-    _check_weights(name, len(expected), expected.keys() - stored - tied, mismatched, stored - expected.keys())
+    if getattr(config, "quantization_config", None) is not None:  # whose method gives tensors names and shapes
+        modules = {key.rpartition(".")[0] for key in stored}
+        missing = {key for key in missing if key.rpartition(".")[0] not in modules}
+        mismatched, unexpected = {}, ()
+    _check_weights(name, len(expected), missing, mismatched, unexpected)
 
 
 def _check_weights(name, num_tensors, missing, mismatched, unexpected) -> None:
@@ -333,9 +333,7 @@ def find_adapter(name: str | os.PathLike, revision: str | None = None) -> Adapte
     """
     if _file(name, "config.json", revision) is not None:
         if os.path.exists(os.path.join(checkpoint_name(name), "adapter_config.json")):
-            raise ValueError(
-                f"{name} has a whole model (config.json) and an adapter (adapter_config.json); part them."
-            )
+            raise ValueError(f"{name} has both a model (config.json) and an adapter (adapter_config.json); part them.")
         return None
     fields = _read_json(name, "adapter_config.json", revision)
     if fields is None:
