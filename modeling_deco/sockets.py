@@ -23,3 +23,13 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ValueError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from error
     return listener
+
+
+def max_open_files() -> int:
+    """Files and sockets that this process may have open at once."""
+    try:
+        import resource
+    except ImportError:  # Windows, whose sockets are not counted among its files
+        return 2048
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**20 if soft == resource.RLIM_INFINITY else soft
