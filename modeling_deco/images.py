@@ -2,50 +2,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures from wherever a user has them: paths, URLs, data URLs, standard input, uploads.
 
-What the command line, the server and the page show to the model goes through `read_image`: it bounds size and time,
-turns a picture upright, and reads every mode that Pillow knows.
+One's own are read by `read_image`, which bounds size and time. What others send or name, to the server or the page, is
+read by a `PictureReader`: in a process that can be killed, from public addresses alone.
 """
 
+import asyncio
 import base64
 import binascii
 import http.client
 import io
 import ipaddress
+import json
+import os
+import queue
 import re
 import socket
+import subprocess
+import sys
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
 
+from .decoding import LENGTH, READY, ImageError, decode
 from .errors import one_line
-from .pixels import open_image, to_rgb
-
-
-class ImageError(ValueError):
-    """A picture cannot be read; the message is one line that names it and says why."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """How large a picture may be, and how long it may take to come.
+    """How large a picture may be, and how long it may take.
 
     Attributes:
         max_bytes: of a download, a data URL, an upload, a pipe; a file of one's own may be larger.
-        max_pixels: width times height, known before anything is decoded. Default: where Pillow sees a bomb.
-        timeout: seconds that a download may take, redirects included; the look-up of a name has limits of its own.
+        max_pixels: width times height. Default: where Pillow sees a bomb.
+        timeout: seconds that a download may take, the look-up of the name and redirects included.
+        connect_timeout: seconds that an address may take to accept a connection, before the next one is tried.
+        decode_timeout: seconds that a picture of others may take to be decoded.
     """
 
     max_bytes: int = 32 * 2**20
     max_pixels: int = 178_956_970
     timeout: float = 15.0
+    connect_timeout: float = 5.0
+    decode_timeout: float = 10.0
+
+    @property
+    def decode_memory(self) -> int:
+        """Bytes of address space for a decoder; transparent and floating point pictures take the most for a pixel."""
+        return 256 * 2**20 + 3 * self.max_bytes + 32 * self.max_pixels
 
 
 # For what anybody may send to a server: a photograph of 50 megapixels.
@@ -73,35 +86,75 @@ def read_image(
         point, which counts from 0 to 1 or, where it exceeds 1, to 255; of an animation it is the first frame.
 
     Raises:
-        ImageError: it cannot be read, is too large, takes too long, or is not allowed.
+        ImageError: it cannot be read, is too large, takes too long, or is not allowed. Files may be of every format
+            that Pillow decodes by itself, URLs lead to those of `UNTRUSTED_FORMATS` alone.
     """
-    name = _name(source)
-    try:
-        if isinstance(source, Path):
-            return _read_file(source, limits)
-        if isinstance(source, bytes):
-            return _decode(io.BytesIO(_bounded(source, limits)), limits)
-        if not isinstance(source, str):
-            return _decode(io.BytesIO(_bounded(source.read(limits.max_bytes + 1), limits)), limits)
-        scheme = source.partition(":")[0].lower()
-        if scheme in ("http", "https"):
-            return _decode(io.BytesIO(_download(source, limits, allow_private)), limits)
-        if scheme == "data":
-            return _decode(io.BytesIO(_bounded(_data_of_url(source, limits), limits)), limits)
-        if not allow_files:
+    with _named(source):
+        if isinstance(source, str) and not _is_file(source):
+            encoded = _fetch(source, limits, allow_files, allow_private, _Stop())
+            return decode(io.BytesIO(encoded), limits.max_pixels)
+        if isinstance(source, str) and not allow_files:
             raise ImageError("only http, https and data URLs are read")
-        return _read_file(_path_of_url(source) if scheme == "file" else Path(source), limits)
+        return decode(_own(source, limits), limits.max_pixels, formats=None)
+
+
+@contextmanager
+def _named(source) -> Iterator[None]:
+    name = "The image"
+    if isinstance(source, str) and source[:5].lower() != "data:":
+        shown = re.sub(r"^(https?://)[^/@]*@", r"\1...@", source, flags=re.IGNORECASE)  # no passwords in logs
+        name = f"The image {shown if len(shown) <= 120 else shown[:117] + '...'!r}"
+    elif isinstance(source, Path):
+        name = f"The image {str(source)!r}"
+    try:
+        yield
     except ImageError as error:
         raise ImageError(f"{name} cannot be read: {error}.") from error.__cause__
     except OSError as error:
         raise ImageError(f"{name} cannot be read: {error.strerror or error}.") from error
 
 
-def _name(source) -> str:
-    if isinstance(source, str) and source[:5].lower() != "data:":
-        shown = re.sub(r"^(https?://)[^/@]*@", r"\1...@", source, flags=re.IGNORECASE)  # no passwords in logs
-        return f"The image {shown if len(shown) <= 120 else shown[:117] + '...'!r}"
-    return f"The image {str(source)!r}" if isinstance(source, Path) else "The image"
+def _scheme(source: str) -> str:
+    return source.partition(":")[0].lower()
+
+
+def _is_file(source: str) -> bool:
+    return _scheme(source) not in ("http", "https", "data")
+
+
+def _own(source: str | Path | bytes | BinaryIO, limits: ImageLimits) -> Path | BinaryIO:
+    """What Pillow opens: a file of any size, or what a pipe or device has, to the limit."""
+    if isinstance(source, str):
+        source = _path_of_url(source) if _scheme(source) == "file" else Path(source)
+    if isinstance(source, bytes):
+        return io.BytesIO(_bounded(source, limits))
+    if not isinstance(source, Path):
+        return io.BytesIO(_bounded(source.read(limits.max_bytes + 1), limits))
+    if not source.exists():
+        raise ImageError("there is no such file")
+    if source.is_dir():
+        raise ImageError("it is a folder")
+    if source.is_file():
+        return source
+    with source.open("rb") as pipe:
+        return io.BytesIO(_bounded(pipe.read(limits.max_bytes + 1), limits))
+
+
+def _fetch(source: str | bytes, limits: ImageLimits, allow_files: bool, allow_private: bool, stop: "_Stop") -> bytes:
+    """The encoded picture that others sent or name."""
+    if isinstance(source, bytes):
+        return _bounded(source, limits)
+    if _scheme(source) == "data":
+        return _bounded(_data_of_url(source, limits), limits)
+    if not _is_file(source):
+        return _download(source, limits, allow_private, stop)
+    if not allow_files:
+        raise ImageError("only http, https and data URLs are read")
+    path = _path_of_url(source) if _scheme(source) == "file" else Path(source)
+    if not path.is_file():  # a pipe would be waited for
+        raise ImageError("there is no such file")
+    with path.open("rb") as file:
+        return _bounded(file.read(limits.max_bytes + 1), limits)
 
 
 def _bounded(encoded: bytes, limits: ImageLimits) -> bytes:
@@ -110,17 +163,6 @@ def _bounded(encoded: bytes, limits: ImageLimits) -> bytes:
     if len(encoded) > limits.max_bytes:
         raise ImageError(f"it has more than {limits.max_bytes / 2**20:.4g} MiB")
     return encoded
-
-
-def _read_file(path: Path, limits: ImageLimits) -> Image.Image:
-    if not path.exists():
-        raise ImageError("there is no such file")
-    if path.is_dir():
-        raise ImageError("it is a folder")
-    if path.is_file():
-        return _decode(path, limits)
-    with path.open("rb") as pipe:  # or a device, which has no end
-        return _decode(io.BytesIO(_bounded(pipe.read(limits.max_bytes + 1), limits)), limits)
 
 
 def _path_of_url(url: str) -> Path:
@@ -144,35 +186,259 @@ def _data_of_url(url: str, limits: ImageLimits) -> bytes:
         raise ImageError("its data are not base64") from error
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------
+# --- what others send ------------------------------------------------------------------------------------------------
 
 
-def _decode(file: Path | BinaryIO, limits: ImageLimits) -> Image.Image:
+class PictureReader:
+    """Reads what others send or name, so that it cannot stop or starve what else goes on.
+
+    Pictures are decoded by `num_decoders` processes, which are started when first needed. One that a picture crashes,
+    or keeps for longer or makes larger than the limits say, is killed and replaced. (The memory of a process is
+    limited on Linux; elsewhere the limits of time and pixels must do.) Downloads run in threads of their own. What a
+    cancelled task has begun ends at once: connections are closed, a decoder is killed.
+
+    Args:
+        limits: of each picture; see `ImageLimits`. `max_bytes` and `max_pixels` are also those of a request.
+        allow_files: whether strings may name files of this machine.
+        allow_private: whether URLs may lead to addresses that are not public; see `read_image`.
+        num_decoders: processes, and requests whose decoded pictures are in memory at the same time.
+        max_downloads: at the same time; a request has one. As many as there may be requests, so that none waits for
+            the slow host of another.
+    """
+
+    def __init__(
+        self,
+        limits: ImageLimits = UNTRUSTED_LIMITS,
+        *,
+        allow_files: bool = False,
+        allow_private: bool = False,
+        num_decoders: int = 2,
+        max_downloads: int = 64,
+    ):
+        self.limits = limits
+        self.allow_files = allow_files
+        self.allow_private = allow_private
+        self._places = asyncio.Semaphore(num_decoders)
+        self._fetchers = ThreadPoolExecutor(max_downloads, thread_name_prefix="fetch-picture")
+        self._decoders = ThreadPoolExecutor(num_decoders, thread_name_prefix="decode-picture")
+        self._of_thread = threading.local()  # each thread of `_decoders` has a process
+        self._stops: set[_Stop] = set()
+
+    @asynccontextmanager
+    async def read_all(self, sources: Sequence[str | bytes]) -> AsyncIterator[list[Image.Image]]:
+        """The pictures of a request, in memory while the block runs: `num_decoders` blocks run at the same time.
+
+        Args:
+            sources: `http:`, `https:` or `data:` URLs, encoded pictures as bytes, names of files where they are
+                allowed.
+
+        Returns:
+            Images as `read_image` returns them, in the order of the sources.
+
+        Raises:
+            ImageError: one of them cannot be read, and which, or all together are too large.
+        """
+        encoded, num_bytes = [], 0
+        for position, source in enumerate(sources, 1):
+            with _at(position):
+                encoded.append(await self._in_thread(self._fetchers, self._fetch, source))
+            num_bytes += len(encoded[-1])
+            if num_bytes > self.limits.max_bytes:
+                mib = self.limits.max_bytes / 2**20
+                raise ImageError(f"Images 1 to {position} have more than {mib:.4g} MiB together.")
+        async with self._places:
+            images, num_pixels = [], 0
+            for position, source in enumerate(sources, 1):
+                with _at(position):
+                    images.append(await self._in_thread(self._decoders, self._decode, source, encoded.pop(0)))
+                num_pixels += images[-1].width * images[-1].height
+                if num_pixels > self.limits.max_pixels:
+                    raise ImageError(
+                        f"Images 1 to {position} have {num_pixels:,} pixels together, more than the "
+                        f"{self.limits.max_pixels:,} allowed in a request."
+                    )
+            yield images
+
+    async def read(self, source: str | bytes) -> Image.Image:
+        """One picture, as `read_image` returns it.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        encoded = await self._in_thread(self._fetchers, self._fetch, source)
+        return await self._in_thread(self._decoders, self._decode, source, encoded)
+
+    def read_sync(self, source: str | bytes) -> Image.Image:
+        """`read` for code that is not asynchronous; it waits for the same processes."""
+        encoded = self._fetch(source, _Stop())
+        return self._decoders.submit(self._decode, source, encoded, _Stop()).result()
+
+    def close(self) -> None:
+        """End what is under way, and the processes."""
+        for stop in list(self._stops):
+            stop()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, executor: ThreadPoolExecutor, function: Callable, *args):
+        stop = _Stop()
+        self._stops.add(stop)
+        try:
+            return await asyncio.wrap_future(executor.submit(function, *args, stop))
+        finally:
+            stop()  # where this task was cancelled; else there is nothing left to end
+            self._stops.discard(stop)
+
+    def _fetch(self, source, stop: "_Stop") -> bytes:
+        with _named(source):
+            return _fetch(source, self.limits, self.allow_files, self.allow_private, stop)
+
+    def _decode(self, source, encoded: bytes, stop: "_Stop") -> Image.Image:
+        if not hasattr(self._of_thread, "decoder"):
+            self._of_thread.decoder = _Decoder(self.limits)
+        with _named(source):
+            return self._of_thread.decoder.decode(encoded, stop)
+
+
+@contextmanager
+def _at(position: int) -> Iterator[None]:
     try:
-        with open_image(file) as image:
-            width, height = image.size
-            if width * height > limits.max_pixels:
-                raise ImageError(f"its {width} x {height} pixels are more than the {limits.max_pixels:,} allowed")
-            image.load()
-            return to_rgb(image)
-    except ImageError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(str(error)) from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"it has more than the {limits.max_pixels:,} pixels allowed") from error
-    except Exception as error:  # decoders raise many kinds on broken files
-        if isinstance(error, OSError) and error.strerror:  # the file system's
-            raise
-        raise ImageError(f"it is broken ({one_line(error)})") from error
+        yield
+    except ImageError as error:
+        raise ImageError(f"Image {position}: {error}") from error.__cause__
+
+
+class _Stop:
+    """Ends what a thread waits for, from outside: at a time limit, or when nobody waits for the thread any more."""
+
+    def __init__(self):
+        self.is_set = False
+        self._actions: list[Callable] = []
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self.is_set = True
+            for action in self._actions:
+                with suppress(OSError):
+                    action()
+
+    @contextmanager
+    def ending_by(self, action: Callable) -> Iterator[None]:
+        """While the block runs, `action` is what ends it."""
+        with self._lock:
+            self._actions.append(action)
+        try:
+            if self.is_set:
+                self()
+            yield
+        finally:
+            with self._lock:
+                self._actions.remove(action)
+
+    @contextmanager
+    def after(self, seconds: float) -> Iterator[None]:
+        """Stop what the block does when it has run for so long."""
+        timer = threading.Timer(seconds, self)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+# In isolated mode nothing is imported from the working directory before the path is the parent's.
+_DECODE = """
+import json, sys
+sys.path[:], *limits = json.loads(sys.argv[1])
+from modeling_deco.decoding import serve_pictures
+serve_pictures(*limits)
+"""
+
+
+class _Decoder:
+    """A process that decodes one picture at a time. Used by one thread."""
+
+    def __init__(self, limits: ImageLimits):
+        self.limits = limits
+        self.process = None
+
+    def __del__(self):
+        self._end()
+
+    def decode(self, encoded: bytes, stop: _Stop) -> Image.Image:
+        """
+        Raises:
+            ImageError: it cannot be decoded, or not within the limits.
+        """
+        if self.process is None or self.process.poll() is not None:  # or the system was out of memory, and killed it
+            self._end()
+            self._start(stop)
+        is_whole = False
+        try:
+            with stop.ending_by(self.process.kill), stop.after(self.limits.decode_timeout):
+                answer = self._ask(encoded)
+            is_whole = True
+        except (OSError, ValueError, TypeError, KeyError) as error:  # it died, or answers what it should not
+            if stop.is_set:
+                seconds = f"{self.limits.decode_timeout:g} seconds"
+                raise ImageError(f"it took longer than {seconds} to decode") from error
+            raise ImageError("it is broken (the decoder crashed)") from error
+        finally:
+            if not is_whole:
+                self._end()
+        if isinstance(answer, str):
+            raise ImageError(answer)
+        return answer
+
+    def _start(self, stop: _Stop) -> None:
+        path = [*sys.path, str(Path(__file__).parents[1])]
+        arguments = json.dumps([path, self.limits.max_pixels, self.limits.decode_memory, self.limits.decode_timeout])
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _DECODE, arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # libtiff and others write there of what strangers send
+            env=os.environ
+            | {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"},  # more count against the limit of memory
+        )
+        with stop.ending_by(self.process.kill), stop.after(60):
+            is_ready = self.process.stdout.readline(len(READY)) == READY
+        if not is_ready:
+            self._end()
+            raise RuntimeError(f"Pictures cannot be decoded: {sys.executable!r} could not start a process for it.")
+
+    def _ask(self, encoded: bytes) -> Image.Image | str:
+        """The picture, or why there is none."""
+        requests, answers = self.process.stdin, self.process.stdout
+        requests.write(LENGTH.pack(len(encoded)))
+        requests.write(encoded)
+        requests.flush()
+        header = json.loads(answers.readline(10_000))
+        if "error" in header:
+            return str(header["error"])
+        width, height = header["size"]
+        if not 0 < width * height <= self.limits.max_pixels:
+            raise ValueError("no picture that was asked for is so large")
+        return Image.frombytes("RGB", (width, height), answers.read(3 * width * height))
+
+    def _end(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            with suppress(OSError):  # what it has not read cannot be written
+                self.process.stdin.close()
+            self.process.stdout.close()
+            self.process = None
 
 
 # --- downloads -------------------------------------------------------------------------------------------------------
 
 
-def _download(url: str, limits: ImageLimits, allow_private: bool) -> bytes:
-    deadline = time.monotonic() + limits.timeout
-    with _Connector(allow_private, deadline) as connector:
+def _download(url: str, limits: ImageLimits, allow_private: bool, stop: _Stop) -> bytes:
+    too_long = ImageError(f"it took longer than {limits.timeout:g} seconds")
+    with stop.after(limits.timeout), _Connector(allow_private, limits, stop) as connector:
         try:
             if urllib.parse.urlsplit(url).username is not None:
                 raise ImageError("URLs with a user name are not read")
@@ -180,8 +446,8 @@ def _download(url: str, limits: ImageLimits, allow_private: bool) -> bytes:
             with _opener(connector, allow_private).open(request, timeout=limits.timeout) as response:
                 encoded = response.read(limits.max_bytes + 1)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if time.monotonic() >= deadline:
-                raise ImageError(f"it took longer than {limits.timeout:g} seconds") from error
+            if stop.is_set:
+                raise too_long from error
             reason = getattr(error, "reason", error)  # urllib wraps what a connection raises
             if isinstance(reason, ImageError):
                 raise reason from error
@@ -189,55 +455,68 @@ def _download(url: str, limits: ImageLimits, allow_private: bool) -> bytes:
                 reason = f"the server answered {error.code} {error.reason}"
             reason = getattr(reason, "strerror", None) or one_line(reason)
             raise ImageError(reason) from error
-    if time.monotonic() >= deadline:  # a connection that was shut down looks like the end of the file
-        raise ImageError(f"it took longer than {limits.timeout:g} seconds")
+    if stop.is_set:  # a connection that was shut down looks like the end of the file
+        raise too_long
     return _bounded(encoded, limits)
 
 
 class _Connector:
-    """Opens sockets, to public addresses alone unless told otherwise, and shuts them down at a deadline: the time
-    limit of a socket is about each packet, and a server that sends one byte a second would never reach it."""
+    """Opens sockets, to public addresses alone unless told otherwise, and shuts them down at a stop: the time limit of
+    a socket is about each packet, and a server that sends one byte a second would never reach it."""
 
-    def __init__(self, allow_private: bool, deadline: float):
+    def __init__(self, allow_private: bool, limits: ImageLimits, stop: _Stop):
         self.allow_private = allow_private
-        self.deadline = deadline
-        self.sockets: list[socket.socket] = []
-        self.timer = threading.Timer(max(0.0, deadline - time.monotonic()), self.shut_down)
-        self.timer.daemon = True
+        self.limits = limits
+        self.stop = stop
+        self.connections = ExitStack()
 
     def __enter__(self):
-        self.timer.start()
         return self
 
     def __exit__(self, *exception):
-        self.timer.cancel()
-        for connection in self.sockets:
-            connection.close()
-
-    def shut_down(self):
-        for connection in self.sockets:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        self.connections.close()
 
     def connect(self, address, timeout, source_address=None) -> socket.socket:
         host, port = address
-        error = None
-        for _, _, _, _, (ip, *_) in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            if not (self.allow_private or _is_public(ip)):
-                raise ImageError(f"{host!r} is not a public address ({ip})")
-            timeout = self.deadline - time.monotonic()
-            if timeout <= 0:
-                raise TimeoutError
-            try:  # to this address, and not to the name, which might resolve to another one the next time
-                connection = socket.create_connection((ip, port), timeout, source_address)
+        error = OSError(f"{host!r} has no address")
+        for family, kind, protocol, _, place in self._look_up(host, port):
+            if not (self.allow_private or _is_public(place[0])):
+                raise ImageError(f"{host!r} is not a public address ({place[0]})")
+            # to this address, and not to the name, which might resolve to another one the next time
+            connection = socket.socket(family, kind, protocol)
+            connection.settimeout(self.limits.connect_timeout)
+            twin = self.connections.enter_context(connection.dup())  # TLS takes the descriptor of what it wraps
+            self.connections.enter_context(self.stop.ending_by(partial(twin.shutdown, socket.SHUT_RDWR)))
+            try:
+                connection.connect(place)
             except OSError as refused:
-                error = refused
+                connection.close()
+                seconds = f"{self.limits.connect_timeout:g} seconds"
+                error = OSError(f"no connection in {seconds}") if isinstance(refused, TimeoutError) else refused
                 continue
-            self.sockets.append(connection.dup())  # TLS takes the descriptor of the socket that it wraps
-            if time.monotonic() >= self.deadline:  # the timer may have passed in between
-                self.shut_down()
+            if self.stop.is_set:  # before there was a connection to shut down
+                connection.close()
+                break
+            connection.settimeout(timeout)
             return connection
-        raise error or OSError(f"{host!r} has no address")
+        raise error
+
+    def _look_up(self, host: str, port: int) -> list[tuple]:
+        """`getaddrinfo`, which cannot be stopped, in a thread that can be left alone."""
+        answers = queue.SimpleQueue()
+
+        def ask():
+            try:
+                answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except Exception as error:
+                answers.put(error)
+
+        with self.stop.ending_by(lambda: answers.put(TimeoutError())):
+            threading.Thread(target=ask, daemon=True).start()
+            found = answers.get()
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
 # IPv6 prefixes whose last 32 bits are an IPv4 address: IPv4-compatible, IPv4-mapped, NAT64 (RFC 6052)
@@ -257,7 +536,7 @@ def _is_public(ip: str) -> bool:
 
 
 def _opener(connector: _Connector, allow_private: bool) -> urllib.request.OpenerDirector:
-    """urllib without its handlers of files, FTP and data, which a redirect could lead to."""
+    """urllib without its handlers of files, FTP and data, to which a redirect could lead."""
 
     class Http(urllib.request.HTTPHandler):
         def http_open(self, request):
@@ -267,6 +546,13 @@ def _opener(connector: _Connector, allow_private: bool) -> urllib.request.Opener
         def https_open(self, request):
             return self.do_open(_connection_class(http.client.HTTPSConnection, connector), request)
 
+    class Redirects(urllib.request.HTTPRedirectHandler):
+        def http_error_302(self, request, response, *answer):
+            response.close()  # or its body would be read to the end, wherever that is
+            return super().http_error_302(request, response, *answer)
+
+        http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(None if allow_private else {}),
@@ -274,7 +560,7 @@ def _opener(connector: _Connector, allow_private: bool) -> urllib.request.Opener
         Http(),
         Https(),
         urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
+        Redirects(),
         urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)

@@ -44,6 +44,7 @@ from tqdm import tqdm
 from modeling_deco import __version__
 from modeling_deco.conversion.errors import ConversionError
 from modeling_deco.conversion.staging import check_destination, staged
+from modeling_deco.decoding import UNTRUSTED_FORMATS
 from modeling_deco.errors import one_line
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,6 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 FEATURES = Features({"id": Value("string"), "images": List(ImageFeature()), "messages": MESSAGES})
 
-# Pillow reads more, some of it by starting other programs, as EPS by Ghostscript.
-Image.init()
-_IMAGE_FORMATS = tuple({"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"} & Image.OPEN.keys())
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _WINDOW, _MAX_RECORD = 1 << 20, 64 << 20  # characters
 _BATCH = 1000  # records that are read together, and rows of a row group
@@ -224,7 +222,7 @@ def check_image(folder: str, name: str) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_IMAGE_FORMATS) as image:
+            with Image.open(path, formats=UNTRUSTED_FORMATS) as image:
                 image.draft(None, (1, 1))  # a JPEG at an eighth of its size, for which all of the file is read, too
                 image.load()
                 ImageOps.exif_transpose(image)  # as datasets does
