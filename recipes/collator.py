@@ -5,20 +5,24 @@ A batch comes in two steps. `DecoCollator` tokenizes in the workers of the data 
 same, and a resumed run draws what the first would have drawn.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers.utils.chat_template_utils import render_jinja_template  # seen in 5.17 to 5.23
-from trl.chat_template_utils import has_generation_markers
-from trl.data_utils import prepare_multimodal_messages
+from transformers.utils.chat_template_utils import (
+    render_jinja_template,  # not documented; in transformers 5.19 to 5.24
+)
+from trl.chat_template_utils import has_generation_markers  # not documented; in TRL 1.16
 
 from modeling_deco import DecoProcessor, num_image_tokens
 from modeling_deco.configuration_deco import parse_grid
 from modeling_deco.processing_deco import read_images
 from modeling_deco.recipes.feature_cache import PATCHES, FeatureCache, grid_name
+from modeling_deco.recipes.rows import open_image, read_row
 
 IGNORE_INDEX = -100
 PADDING, SHARED = -1, 0  # owners of tokens; the turns of a conversation are 1, 2, ...
@@ -26,7 +30,8 @@ PADDING, SHARED = -1, 0  # owners of tokens; the turns of a conversation are 1, 
 
 @dataclass
 class DecoCollator:
-    """Collates TRL's conversational examples, `{"messages": [...], "images": [...]}` and, if they have one, an `"id"`.
+    """Collates conversations, `{"messages": [...], "images": [...]}` and, if they have one, an `"id"`, in all the
+    layouts of `modeling_deco.recipes.rows`.
 
     Labels are the tokens that the chat template puts between `{% generation %}` and `{% endgeneration %}`, the answers
     and their end of turn; images, prompts and padding are -100. Beginnings of sequence are set as the processor sets
@@ -69,9 +74,10 @@ class DecoCollator:
             `patch_features`, the cached ones by grid; `sample_ids`, a list.
 
         Raises:
-            ValueError: a sample is longer than `max_length`, or its images and placeholders are not as many.
+            ValueError: a sample cannot be read, or is longer than `max_length`.
         """
-        images = [image for example in examples for image in example["images"]]
+        examples = [self.read(example) for example in examples]
+        images = [image for example in examples for image in self._open(example)]
         rows = [self.tokenize(example) for example in examples]
         for example, row in zip(examples, rows, strict=True):
             length = self.count_tokens(row)
@@ -96,18 +102,30 @@ class DecoCollator:
         images = read_images(images or [Image.new("RGB", (8, 8))])
         return batch | dict(self.processor.image_processor(images, return_tensors="pt"))
 
+    def read(self, example: dict[str, Any]) -> dict[str, Any]:
+        """`example` as `read_row` has it. Raises a ValueError that names the sample."""
+        if self.feature_cache is not None:  # whose numbers are no images
+            return {**read_row({**example, "images": [b""] * len(example["images"])}), "images": example["images"]}
+        with _naming(example):
+            return read_row(example)
+
+    def _open(self, example: dict[str, Any]) -> list[Any]:
+        if self.feature_cache is not None:
+            return example["images"]
+        with _naming(example):
+            return [open_image(image) for image in example["images"]]
+
     def tokenize(self, example: dict[str, Any]) -> dict[str, list[int]]:
-        """`input_ids`, `labels` and `owners` of one conversation, images as one placeholder each."""
-        try:
-            messages = prepare_multimodal_messages(example["messages"], images=list(example["images"]))
+        """`input_ids`, `labels` and `owners` of one conversation as `read` has it, images as one placeholder each."""
+        messages = example["messages"]
+        with _naming(example):
             row = self._tokenize_turns(messages) if self.independent_turns else self._tokenize_whole(messages)
             num_placeholders = row["input_ids"].count(self.processor.image_token_id)
             if num_placeholders != len(example["images"]):
                 raise ValueError(
-                    f"{num_placeholders} {self.processor.image_token} for {len(example['images'])} images."
+                    f"the chat template and the texts have {num_placeholders} {self.processor.image_token} for "
+                    f"{len(example['images'])} images."
                 )
-        except ValueError as error:
-            raise ValueError(f"Sample {example.get('id')!r}: {error}") from error
         return row
 
     def _tokenize_whole(self, messages: list[dict]) -> dict[str, list[int]]:
@@ -167,6 +185,15 @@ class DecoCollator:
         num_images = row["input_ids"].count(self.processor.image_token_id)
         tokens_per_image = num_image_tokens(self.largest_grid or self.processor.pooled_grid_size)
         return len(row["input_ids"]) + num_images * (tokens_per_image - 1)
+
+
+@contextmanager
+def _naming(example: dict[str, Any]) -> Iterator[None]:
+    """Errors begin with the sample's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Sample {example.get('id')!r}: {error}") from error
 
 
 def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProcessor) -> dict[str, Any]:

@@ -5,8 +5,8 @@
     python -m modeling_deco.recipes.data llava.json --images images/ --out data/
 
 A record is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
-{"from": "gpt", "value": "A cat."}]}`; `image` may be a list, or absent. A row has `id`, `images` in their order, and
-`messages`, whose contents are lists of parts: of type `"text"`, or of type `"image"` and without text.
+{"from": "gpt", "value": "A cat."}]}`; `image`, or `images`, may be a list, or absent. A row has `id`, `images` in
+their order, and `messages`, whose contents are lists of parts: of type `"text"`, or `"image"` and without text.
 """
 
 import json
@@ -34,8 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 import xxhash
-from datasets import Dataset, DatasetInfo, Features, IterableDataset, List, Value, concatenate_datasets, load_dataset
-from datasets import Image as ImageFeature
+from datasets import Dataset, DatasetInfo, IterableDataset, concatenate_datasets, load_dataset
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image, ImageOps
@@ -46,13 +45,22 @@ from modeling_deco.conversion.errors import ConversionError
 from modeling_deco.conversion.staging import check_destination, staged
 from modeling_deco.decoding import UNTRUSTED_FORMATS
 from modeling_deco.errors import one_line
+from modeling_deco.recipes.rows import (
+    COLUMNS,
+    FEATURES,
+    check_rows,
+    converted,
+    decoded,
+    is_read_as_it_is,
+    to_parts,
+    undecoded,
+    unread_media,
+)
 
 logger = logging.getLogger(__name__)
 
 REPORT = "report.json"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
-FEATURES = Features({"id": Value("string"), "images": List(ImageFeature()), "messages": MESSAGES})
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _WINDOW, _MAX_RECORD = 1 << 20, 64 << 20  # characters
@@ -133,6 +141,7 @@ def read_sample(index: int, record: Any) -> Sample:
         sample_id, images, turns = _take_apart(record)
     except TypeError as error:
         return Sample(None, name, faults={"malformed record": str(error)})
+    media = unread_media({key: value for key, value in record.items() if key != "conversations"}, bool(images))
     all_text = "".join([name, *images, *(text for _, text in turns)])
     roles = [role for role, _ in turns]
     dialogue = roles[1:] if roles[:1] == ["system"] else roles
@@ -153,7 +162,10 @@ def read_sample(index: int, record: Any) -> Sample:
         "<image> and images differ in number": 0 < num_tokens != len(images) > 0,
     }
     messages = [{"role": role, "content": to_parts(text)} for role, text in turns]
-    return Sample(sample_id, name, images, messages, {kind: "" for kind, is_there in faults.items() if is_there})
+    found = {kind: "" for kind, is_there in faults.items() if is_there}
+    if media:
+        found["media that are not read"] = ", ".join(map(_quote, media))
+    return Sample(sample_id, name, images, messages, found)
 
 
 def _take_apart(record: Any) -> tuple[str | None, list[str], list[tuple[str, str]]]:
@@ -166,8 +178,13 @@ def _take_apart(record: Any) -> tuple[str | None, list[str], list[tuple[str, str
 
     check(record, dict, "the record")
     sample_id = check(record.get("id"), (str, int, type(None)), "id")
-    images = check(record.get("image"), (str, list, type(None)), "image")
-    images = [check(image, str, "an image") for image in ([images] if isinstance(images, str) else images or [])]
+    found = []
+    for name in ("image", "images"):
+        images = check(record.get(name), (str, list, type(None)), name)
+        found += [[check(image, str, "an image") for image in ([images] if isinstance(images, str) else images or [])]]
+    if found[0] and found[1] and found[0] != found[1]:
+        raise TypeError("image and images differ")
+    images = found[0] or found[1]
     turns = []
     for turn in check(record.get("conversations"), list, "conversations"):
         speaker = check(check(turn, dict, "a turn").get("from"), str, "from")
@@ -175,26 +192,6 @@ def _take_apart(record: Any) -> tuple[str | None, list[str], list[tuple[str, str
             raise TypeError(f"from is {_quote(speaker)}")
         turns.append((ROLES[speaker], check(turn.get("value"), str, "value")))
     return None if sample_id is None else str(sample_id), images, turns
-
-
-def to_parts(text: str) -> list[dict[str, str | None]]:
-    """The parts of a turn in their order, each `<image>` an image part.
-
-    White space at both ends of a turn with images goes, as LLaVA's `"<image>\\n"` has it. Between words it stays: chat
-    templates that move images to the front join the texts. A turn without images stays as it is.
-    """
-    if "<image>" not in text:
-        return [{"type": "text", "text": text}]
-    pieces = text.split("<image>")
-    worded = [index for index, piece in enumerate(pieces) if piece.strip()] or [0]
-    pieces[worded[0]] = pieces[worded[0]].lstrip()
-    pieces[worded[-1]] = pieces[worded[-1]].rstrip()
-    parts: list[dict[str, str | None]] = []
-    for piece in pieces:
-        parts.append({"type": "image", "text": None})
-        if piece.strip():
-            parts.append({"type": "text", "text": piece})
-    return parts[1:]  # images stand between pieces
 
 
 def _quote(text: str) -> str:
@@ -462,20 +459,26 @@ def build_data(
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_data(paths: str | list[str], streaming: bool = False, split: str = "train") -> Dataset | IterableDataset:
+def load_data(
+    paths: str | list[str], streaming: bool = False, split: str = "train", decode: bool = True
+) -> Dataset | IterableDataset:
     """Rows for TRL: `messages` for SFTTrainer, or `chosen` and `rejected` for DPOTrainer, always with `images`.
 
     Args:
-        paths: folders or Hub ids of data sets; several are concatenated.
+        paths: folders or Hub ids of data sets in one of the layouts of `modeling_deco.recipes.rows`; several are
+            concatenated.
         streaming: read rows when they are needed, also from the Hub, in place of a copy on the disk.
         split: one that each of them has.
+        decode: whether images are decoded. `DecoSFTTrainer` decodes what is not, and names the row where it cannot.
 
     Raises:
-        ValueError: a data set has other columns; the message says how to make one that has these.
+        ValueError: a data set has other columns, or rows that cannot be read (streamed, when such a row is reached);
+            the message says which, and how many.
     """
     command = "python -m modeling_deco.recipes.data SRC.json --images DIR --out OUT"
-    datasets = []
-    for path in [paths] if isinstance(paths, str) else paths:
+    datasets, any_converted = [], False
+    paths = [paths] if isinstance(paths, str) else paths
+    for path in paths:
         # For other names that it does not find, datasets takes what it once cached of a folder called so.
         is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
         if not is_hub_id and not Path(path).is_dir():
@@ -484,28 +487,19 @@ def load_data(paths: str | list[str], streaming: bool = False, split: str = "tra
         columns = dataset.column_names or list(next(iter(dataset), {}))
         if "messages" not in columns and not {"chosen", "rejected"} <= set(columns):
             raise ValueError(f"{path} has no column 'messages' but {', '.join(columns)}; make it by `{command}`.")
-        columns = [name for name in ("id", "messages", "prompt", "chosen", "rejected", "images") if name in columns]
-        dataset = dataset.select_columns(columns)
-        if "images" not in columns:
-            features = {name: Value("string") if name == "id" else MESSAGES for name in columns}
-            dataset = dataset.map(_without_images).cast(Features({**features, "images": List(ImageFeature())}))
-        elif "id" in columns and (dataset.features or {}).get("id") != Value("string"):  # numbers elsewhere
-            dataset = dataset.cast_column("id", Value("string"))  # which copies all that is not streamed
-        datasets.append(dataset)
-    return concatenate_datasets(datasets)
-
-
-def _without_images(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of text with its messages in parts, as where there are images."""
-
-    def parts(content):
-        return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-    return {"images": []} | {
-        name: [{"role": message["role"], "content": parts(message["content"])} for message in messages]
-        for name, messages in row.items()
-        if name != "id"
-    }
+        has_more = not set(columns) <= set(COLUMNS)  # which may have media
+        if not is_read_as_it_is(dataset) or (streaming and has_more):
+            dataset, any_converted = converted(dataset, path), True
+        elif has_more:
+            check_rows(dataset, path)
+        datasets.append(dataset.select_columns([name for name in COLUMNS if name in dataset.column_names]))
+    if any(dataset.features != datasets[0].features for dataset in datasets):
+        datasets = [converted(dataset, path) for dataset, path in zip(datasets, paths, strict=True)]
+        any_converted = True
+    if decode and not (streaming and any_converted):
+        return concatenate_datasets(datasets)
+    rows = concatenate_datasets([undecoded(dataset) for dataset in datasets])
+    return decoded(rows) if decode else rows
 
 
 def main() -> None:

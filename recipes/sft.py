@@ -176,10 +176,12 @@ def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelCon
         )
     set_seed(training_args.seed)  # a new projector is drawn before the trainer does so
     model, processor = load(args, model_args)
-    train_dataset = load_data(args.data_path, streaming=args.streaming)
+    train_dataset = load_data(args.data_path, streaming=args.streaming, decode=False)
     if args.streaming:  # one endless pass, of which Trainer knows how much a resumed run has seen
         train_dataset = train_dataset.repeat(None).shuffle(seed=training_args.seed, buffer_size=SHUFFLE_BUFFER_SIZE)
-    eval_dataset = None if args.eval_data_path is None else load_data(args.eval_data_path, streaming=args.streaming)
+    eval_dataset = None
+    if args.eval_data_path is not None:
+        eval_dataset = load_data(args.eval_data_path, streaming=args.streaming, decode=False)
     trainer = DecoSFTTrainer(
         model=model,
         args=training_args,

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
@@ -29,6 +28,7 @@ from modeling_deco.configuration_deco import check_grid, num_image_tokens
 from modeling_deco.hub import base_models, model_card
 from modeling_deco.recipes.collator import DecoCollator, expand_images
 from modeling_deco.recipes.feature_cache import CacheError, FeatureCache
+from modeling_deco.recipes.rows import report_faults, rows_without_bytes, undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -363,11 +363,11 @@ def measured(dataset, collator: DecoCollator, args: DecoSFTConfig):
     """`dataset` with the columns `length` (tokens, images at the largest grid) and `has_images`, and without samples
     longer than `max_length` where those are dropped.
 
-    Images are not decoded. A streamed data set is measured as it is read; one with a transform of its own is left to
-    the collator.
+    Images are not decoded, here and in what is returned. A streamed data set is measured as it is read; one with a
+    transform of its own is left to the collator.
 
     Raises:
-        ValueError: samples are longer than `max_length`, and are refused.
+        ValueError: samples cannot be read, or are longer than `max_length` and are refused.
     """
     if not isinstance(dataset, Dataset):
         if args.overlong_samples == "refuse" or args.max_length is None:
@@ -376,19 +376,25 @@ def measured(dataset, collator: DecoCollator, args: DecoSFTConfig):
     if dataset.format["type"] == "custom":
         return dataset
 
+    dataset = undecoded(dataset)
+    features = dataset.features
+
     def measure(table: pa.Table) -> pa.Table:
-        numbers = pc.list_value_length(table["images"]).to_pylist()
-        examples = [
-            {"id": sample_id, "messages": messages, "images": [None] * number}
-            for sample_id, messages, number in zip(
-                table["id"].to_pylist(), table["messages"].to_pylist(), numbers, strict=True
-            )
-        ]
-        lengths = [collator.count_tokens(collator.tokenize(example)) for example in examples]
-        return pa.table({"length": lengths, "has_images": [number > 0 for number in numbers]})
+        columns = {"length": [], "has_images": [], "fault": []}
+        for row in rows_without_bytes(table, features):
+            length, has_images, fault = 0, False, ""
+            try:
+                example = collator.read(row)
+                length, has_images = collator.count_tokens(collator.tokenize(example)), bool(example["images"])
+            except ValueError as error:
+                fault = str(error)
+            for column, value in zip(columns.values(), (length, has_images, fault), strict=True):
+                column.append(value)
+        return pa.table(columns)
 
     if "id" not in dataset.column_names:
         dataset = dataset.add_column("id", [f"row {index}" for index in range(len(dataset))])
+        features = dataset.features
     measurements = dataset.with_format("arrow").map(
         measure,
         batched=True,
@@ -396,7 +402,9 @@ def measured(dataset, collator: DecoCollator, args: DecoSFTConfig):
         num_proc=args.dataset_num_proc,
         desc="Measuring samples",
     )
-    dataset = concatenate_datasets([dataset, measurements.with_format(None)], axis=1)
+    measurements = measurements.with_format(None)
+    report_faults([fault for fault in measurements["fault"][:] if fault], len(dataset))
+    dataset = concatenate_datasets([dataset, measurements.remove_columns("fault")], axis=1)
     if args.max_length is None:
         return dataset
     lengths = np.array(dataset["length"][:])
@@ -417,7 +425,7 @@ def measured(dataset, collator: DecoCollator, args: DecoSFTConfig):
 
 
 def _fits(example, collator: DecoCollator) -> bool:
-    length = collator.count_tokens(collator.tokenize(example))
+    length = collator.count_tokens(collator.tokenize(collator.read(example)))
     if length > collator.max_length:
         logger.warning(
             "Sample %r is dropped: %d tokens, max_length=%d.", example.get("id"), length, collator.max_length

@@ -29,6 +29,7 @@ from transformers import AutoProcessor
 from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.recipes import data
 from modeling_deco.recipes.data import DataError, build_data, load_data, read_records, to_parts
+from modeling_deco.recipes.rows import MESSAGES
 
 IMAGE, TAG = {"type": "image", "text": None}, "<image>\n"
 
@@ -347,6 +348,12 @@ FAULTS = {
     "role no text": ("malformed record", record("sick", conversations=[{"from": [], "value": "!"}, ANSWER])),
     "image no text": ("malformed record", record("sick", 5)),
     "images no texts": ("malformed record", record("sick", ["a.jpg", None])),
+    "two lists of images": ("malformed record", record("sick", images=["b.png"])),
+    "video": ("media that are not read", record("sick", None, talk("What?", "A cat."), video="a.mp4")),
+    "videos beside an image": ("media that are not read", record("sick", videos=["a.mp4"])),
+    "path of an image": ("media that are not read", record("sick", None, talk("What?", "A cat."), image_path="a.jpg")),
+    "file of an image": ("media that are not read", record("sick", None, talk("What?", "A cat."), source="b/a.jpg")),
+    "second image": ("media that are not read", record("sick", image2="b.png")),
     "id no text": ("malformed record", record(["sick"])),
     "id true": ("malformed record", record(True)),
     "lone surrogate": ("invalid Unicode", record("sick", conversations=[QUESTION, gpt("A \ud83d cat.")])),
@@ -397,6 +404,12 @@ FAULTS = {
     "bomb": ("decompression bomb", record("sick", "bomb.png")),
     "bomb of a warning": ("decompression bomb", record("sick", "small bomb.png")),
 }
+
+
+def test_images_of_a_record_may_be_called_images(make):
+    rows = load_data(str(make([{**record("one", None), "images": ["a.jpg"], "image_id": 17, "width": 40}])))
+    assert [image.size for image in rows[0]["images"]] == [(40, 30)]
+    assert rows[0]["messages"][0]["content"][0] == IMAGE
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -962,6 +975,14 @@ def test_what_is_no_folder_is_refused_and_not_taken_from_the_cache(path, make, m
         load_data(path)
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_the_split_that_is_asked_for_is_read(streaming, tmp_path):
+    for split in ("train", "test"):
+        row = {"id": split, "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    assert [row["id"] for row in load_data(str(tmp_path), streaming=streaming, split="test")] == ["test"]
+
+
 @pytest.fixture
 def trained(tmp_path):
     """Options with which a trainer takes two steps on four rows."""
@@ -1002,7 +1023,7 @@ def test_sft_trainer_takes_the_data_as_they_are(make, streaming, trained):
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_dpo_trainer_takes_preferences_as_they_are(checkpoint, photos, streaming, trained, tmp_path):
     trl = pytest.importorskip("trl")
-    turn = data.MESSAGES
+    turn = MESSAGES
     features = datasets.Features(
         {
             "images": datasets.List(datasets.Image()),
@@ -1021,12 +1042,12 @@ def test_dpo_trainer_takes_preferences_as_they_are(checkpoint, photos, streaming
     }
     (tmp_path / "preferences").mkdir()
     datasets.Dataset.from_list([row] * 4, features=features).to_parquet(tmp_path / "preferences" / "train.parquet")
-    rows = load_data(str(tmp_path / "preferences"), streaming=streaming)
-    assert rows.column_names == ["prompt", "chosen", "rejected", "images"]
+    preferences = load_data(str(tmp_path / "preferences"), streaming=streaming)
+    assert preferences.column_names == ["prompt", "chosen", "rejected", "images"]
     trainer = trl.DPOTrainer(
         model=str(checkpoint),
         args=trl.DPOConfig(**trained),
-        train_dataset=rows,
+        train_dataset=preferences,
         processing_class=tiny.build_processor(chat_template=tiny.CHAT_TEMPLATE),
     )
     assert np.isfinite(trainer.train().training_loss)
