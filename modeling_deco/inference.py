@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from .errors import one_line
-from .loading import Adapter, checkpoint_name, find_adapter, has_file, load_config, load_model, named_errors
+from .loading import checkpoint_name, find_adapter, has_file, load_config, load_model, named_errors
 from .modeling_deco import DecoForConditionalGeneration
 from .quantization import nf4_config, quantize_to_int8
 
@@ -77,7 +77,7 @@ def load(
         arguments["device_map"] = {"": device}  # without a copy in this machine's memory
     elif has_accelerate and torch.cuda.is_available():
         arguments["device_map"] = "auto" if torch.cuda.device_count() > 1 else {"": "cuda"}
-    processor = _load_processor(model, revision, adapter)
+    processor = load_processor(model, revision)
     if adapter is not None:
         arguments["pooled_grid_size"] = processor.pooled_grid_size
     loaded = load_model(model, revision, **arguments)
@@ -101,8 +101,13 @@ def _device(name: str | None) -> str | None:
     return name
 
 
-def _load_processor(model: str, revision: str | None, adapter: Adapter | None) -> ProcessorMixin:
-    """A checkpoint's processor; of an adapter that was saved without one, its base model's."""
+def load_processor(model: str, revision: str | None = None) -> ProcessorMixin:
+    """A checkpoint's processor; of an adapter that was saved without one, its base model's.
+
+    Raises:
+        ValueError: there is no such checkpoint, or its processor is broken or has no chat template.
+    """
+    adapter = find_adapter(model, revision)
     if adapter is not None and not has_file(model, "processor_config.json", revision):
         model, revision = adapter.base, adapter.base_revision
     with named_errors(model):
@@ -119,7 +124,7 @@ def encode(processor: ProcessorMixin, messages: list, pooled_grid_size=None) -> 
     errors are those of `stream`."""
     for message in chain.from_iterable(messages if isinstance(messages[0], list) else [messages]):
         parts = message["content"] if isinstance(message["content"], list) else []
-        if any(processor.image_token in part.get("text", "") for part in parts):
+        if any(processor.image_token in (part.get("text") or "") for part in parts):
             raise ValueError(f"The text holds {processor.image_token!r}, which stands for an image; leave it out.")
     with _template_errors():
         return processor.apply_chat_template(

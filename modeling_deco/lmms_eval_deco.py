@@ -19,13 +19,13 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.model_utils.progress import make_progress
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import Collator
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import LogitsProcessorList
 from transformers.utils import logging
 
-import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
 from modeling_deco.cli.common import parse_grid_option
 from modeling_deco.configuration_deco import parse_grid
-from modeling_deco.inference import encode
+from modeling_deco.inference import RefuseNaN, encode, load_processor
+from modeling_deco.loading import load_config, load_model
 from modeling_deco.quantization import nf4_config
 
 logger = logging.get_logger(__name__)
@@ -44,7 +44,7 @@ class Deco(lmms):
     Under `accelerate launch -m lmms_eval` each process has a whole model and answers its share of the requests.
 
     Args:
-        pretrained: folder or Hub id of a DeCo checkpoint.
+        pretrained: folder or Hub id of a DeCo checkpoint, or of an adapter of one.
         pooled_grid_size: token budget of each image, `8` or `8x12` (rows x columns). Default: the checkpoint's.
         batch_size: requests answered together.
         device: default: a GPU of the process's own, or the CPU.
@@ -53,7 +53,6 @@ class Deco(lmms):
         revision: branch, tag or commit on the Hub.
         attn_implementation: `sdpa`, `flash_attention_2`, ...; default: transformers'.
         load_in_4bit: language model in NF4 (needs bitsandbytes).
-        trust_remote_code: run the code that comes with the checkpoint. DeCo's own is here, so that is rarely needed.
 
     Raises:
         ValueError: an argument is unknown, or does not fit the others, the checkpoint or the number of processes.
@@ -72,7 +71,6 @@ class Deco(lmms):
         revision: str = "main",
         attn_implementation: str | None = None,
         load_in_4bit: bool = False,
-        trust_remote_code: bool = False,
         **unknown,
     ):
         super().__init__()
@@ -93,21 +91,18 @@ class Deco(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.world_size > 1 and (device or device_map):
             raise ValueError(f"device and device_map are for one process; each of {self.world_size} has its own GPU.")
-        arguments = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.processor = AutoProcessor.from_pretrained(pretrained, **arguments)
-        if load_in_4bit:  # where not, None would make an Auto class forget that a checkpoint is quantized
-            arguments["quantization_config"] = nf4_config()
-        self.model = AutoModelForImageTextToText.from_pretrained(
+        load_config(pretrained, revision)  # which says so where it is none
+        self.processor = load_processor(pretrained, revision)
+        self.model = load_model(
             pretrained,
+            revision,
             dtype=dtype,
             device_map=device_map or {"": device or self.accelerator.device},
             attn_implementation=attn_implementation,
-            **arguments,
-        ).eval()
+            quantization_config=nf4_config() if load_in_4bit else None,
+        )
         self.device = self.model.device
         config = self.model.config
-        if config.model_type != "deco":
-            raise ValueError(f"{pretrained} is a {config.model_type} checkpoint, not DeCo's; see deco convert.")
         if self.pooled_grid_size is not None:  # before data are loaded: what the vision tower cannot give is refused
             type(config).from_dict({**config.to_dict(), "pooled_grid_size": self.pooled_grid_size})
         self.max_length = getattr(config.text_config, "max_position_embeddings", None)
@@ -168,6 +163,7 @@ class Deco(lmms):
         arguments = {name: value for name, value in arguments.items() if value is not None}
         # those of a checkpoint's generation config would bring a warning with greedy answers
         arguments |= {name: generation_kwargs.get(name) if sample else None for name in _SAMPLING_KWARGS}
+        arguments["logits_processor"] = LogitsProcessorList([RefuseNaN()])
         if "max_new_tokens" not in arguments and self.model.generation_config.max_new_tokens is None:
             arguments["max_new_tokens"] = MAX_NEW_TOKENS
         stop_strings = [until] if isinstance(until, str) else [stop for stop in until or [] if stop]

@@ -34,6 +34,7 @@ from trl import TrlParser
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor
 from modeling_deco.configuration_deco import num_image_tokens
+from modeling_deco.loading import load_model
 from modeling_deco.recipes.collator import IGNORE_INDEX, DecoCollator, expand_images
 from modeling_deco.recipes.compare_report import write_report
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
@@ -123,7 +124,7 @@ def training_args_of(args: CompareArguments, run: Run) -> DecoSFTConfig:
 
 def build_model(args: CompareArguments, run: Run) -> tuple[DecoForConditionalGeneration, DecoProcessor]:
     """The backbones' vision tower and language model with a fresh projector, and their processor."""
-    warm = DecoForConditionalGeneration.from_pretrained(args.backbones, dtype=torch.float32)
+    warm = load_model(args.backbones, dtype=torch.float32)
     processor = DecoProcessor.from_pretrained(args.backbones, trust_remote_code=False)
     processor.pooled_grid_size = run.pooled_grid_size
     model = DecoForConditionalGeneration(config_of(args, run))

@@ -8,9 +8,9 @@ from statistics import mean, stdev
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_deco import explain
+from modeling_deco.inference import load
 from modeling_deco.recipes.digits.world import IMAGE_SIZE, render
 
 # The three gains that the paper's abstract names, and the questions of the digits world that ask for the like.
@@ -178,8 +178,7 @@ def plot_relevance_grid(folders: dict[str, Path], max_digits: int = 4) -> Figure
         axes.imshow(scene.image, interpolation="nearest")
         axes.set_title(f"What colour is the {digit.value}?\n{digit.value} {digit.colour}.", fontsize=9)
     for row, (name, folder) in zip(grid[1:], folders.items(), strict=True):
-        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        model, processor = load(folder)
         for axes, scene, digit in zip(row, scenes, asked, strict=True):
             question, answer = f"What colour is the {digit.value}?", f"{digit.value} {digit.colour}."
             relevance = explain(model, processor, scene.image, question, answer).average([digit.colour])

@@ -32,7 +32,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_deco import DecoForConditionalGeneration, DecoProcessor
 from modeling_deco.conversion.processing import VICUNA_CHAT_TEMPLATE, pad_to_square
-from modeling_deco.loading import load_config
+from modeling_deco.loading import find_adapter, load_model
 from modeling_deco.recipes.data import load_data
 from modeling_deco.recipes.plots import plot_training
 from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
@@ -116,10 +116,11 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
                 f"{name} has a projector, and --projector_type is of a new one, between two backbones; see "
                 f"--vision_model_name_or_path."
             )
-        load_config(name, model_args.model_revision)
-        model = DecoForConditionalGeneration.from_pretrained(
+        if find_adapter(name, model_args.model_revision) is not None:
+            raise ValueError(f"{name} is an adapter; merge it first (--merge_adapter true), and train on the result.")
+        model = load_model(
             name,
-            revision=model_args.model_revision,
+            model_args.model_revision,
             dtype=model_args.dtype,
             attn_implementation=model_args.attn_implementation,
             quantization_config=quantization_config,

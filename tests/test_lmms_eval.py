@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -493,26 +494,38 @@ def test_bad_arguments_are_refused_in_one_line(deco, checkpoint, arguments, mess
     [
         (
             {},
-            {"device_map": {"": torch.device("cpu")}, "dtype": "auto", "revision": "main", "trust_remote_code": False},
+            {"device_map": {"": torch.device("cpu")}, "dtype": "auto", "revision": "main"},
         ),
         ({"device": "cuda:1"}, {"device_map": {"": "cuda:1"}}),
         ({"device_map": "auto"}, {"device_map": "auto"}),
         ({"dtype": "float16", "attn_implementation": "eager"}, {"dtype": "float16", "attn_implementation": "eager"}),
-        ({"revision": "v1", "trust_remote_code": True}, {"revision": "v1", "trust_remote_code": True}),
+        ({"revision": "v1"}, {"revision": "v1"}),
     ],
 )
 def test_arguments_of_loading(deco, checkpoint, monkeypatch, given, used):
-    load, arguments = AutoModelForImageTextToText.from_pretrained, {}
+    load, arguments = deco.load_model, {}
+
+    def recording_load(name, revision, **given):
+        arguments.update(given, revision=revision)
+        return load(name)
+
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(deco.AutoProcessor, "from_pretrained", lambda *args, **kwargs: tiny.build_processor())
-    monkeypatch.setattr(
-        deco.AutoModelForImageTextToText,
-        "from_pretrained",
-        lambda pretrained, **kwargs: arguments.update(kwargs) or load(pretrained),
-    )
+    monkeypatch.setattr(deco, "load_model", recording_load)
     deco.Deco(str(checkpoint), **given)
     assert {name: arguments[name] for name in used} == used
-    assert "quantization_config" not in arguments
+    assert arguments["quantization_config"] is None
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_its_projector_is_refused(deco, checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {key: tensor for key, tensor in tensors.items() if "projector" not in key}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no weights for 4 of the model's 64 tensors: model\.multi_modal"):
+        deco.Deco(str(folder))
 
 
 @pytest.mark.slow
@@ -530,7 +543,7 @@ def test_another_kind_of_model_is_refused(deco, tmp_path):
     config = LlavaConfig(vision_config=tiny.VISION_CONFIGS["clip"], text_config=tiny.TEXT_CONFIGS["llama"])
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     tiny.build_processor().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a llava checkpoint, not DeCo's; see deco convert"):
+    with pytest.raises(ValueError, match="is a 'llava' model, not a DeCo"):
         deco.Deco(str(tmp_path))
 
 

@@ -80,6 +80,6 @@ def test_the_command_prints_a_table_or_json():
     table = CliRunner().invoke(app, arguments).stdout.splitlines()
     assert [line.split()[0] for line in table] == ["hit", "gae", "attention", "chance"]
     report = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    assert (report["pooled_grid_size"], report["num_pictures"]) == (3, 3)
+    assert (report["pooled_grid_size"], report["num_pictures"]) == ([3, 3], 3)
     assert f"{report['gae']['hit_rate']:.1f}" in table[1]
     assert CliRunner().invoke(app, [*arguments, "--split", "none"]).exit_code == 2

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 import typer
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import LogitsProcessorList
 
-import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
-from modeling_deco.inference import encode
-from modeling_deco.quantization import nf4_config, quantize_to_int8
+from modeling_deco.configuration_deco import parse_grid
+from modeling_deco.inference import RefuseNaN, encode, load
 from modeling_deco.recipes.digits.world import KINDS, SPLITS, questions, render, score
 from modeling_deco.recipes.measure import environment
 
@@ -32,7 +31,8 @@ def answer(model, processor, images, texts, pooled_grid_size=None, earlier=None)
     earlier = earlier or [[]] * len(images)
     messages = [_conversation(*asked) for asked in zip(images, earlier, texts, strict=True)]
     inputs = encode(processor, messages, pooled_grid_size).to(model.device)
-    generated = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    processors = LogitsProcessorList([RefuseNaN()])
+    generated = model.generate(**inputs, max_new_tokens=16, do_sample=False, logits_processor=processors)
     return processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -123,19 +123,13 @@ def main(
     """Print the accuracy of MODEL on held-out handwriting."""
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
-    quantization = {"quantization_config": nf4_config()} if in_4bit else {}
-    loaded = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=False, **quantization)
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-    if torch.cuda.is_available():
-        loaded = loaded.to("cuda")
-    if in_int8:
-        quantize_to_int8(loaded)
+    loaded, processor = load(model, in_4bit=in_4bit, in_int8=in_int8)
     evaluate = accuracy_by_turn if in_conversation else accuracy_by_kind
     accuracies = evaluate(loaded, processor, split, num_pictures, pooled_grid_size, seed=seed)
     if as_json:
         report = {
             "model": model,
-            "pooled_grid_size": pooled_grid_size or processor.pooled_grid_size,
+            "pooled_grid_size": list(parse_grid(pooled_grid_size or processor.pooled_grid_size)),
             "in_4bit": in_4bit,
             "in_int8": in_int8,
             "in_conversation": in_conversation,

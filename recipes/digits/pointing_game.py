@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import typer
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
+from modeling_deco.configuration_deco import parse_grid
+from modeling_deco.inference import load
 from modeling_deco.recipes.digits.world import IMAGE_SIZE, SPLITS, Box, questions, render
 from modeling_deco.recipes.measure import environment
 from modeling_deco.relevance import METHODS, explain
@@ -87,15 +87,12 @@ def main(
     """Print how often MODEL's relevance points at the digit that was asked about."""
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
-    loaded = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=False)
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-    if torch.cuda.is_available():
-        loaded = loaded.to("cuda")
+    loaded, processor = load(model)
     result = pointing_game(loaded, processor, num_pictures, pooled_grid_size, split, seed)
     if as_json:
         report = {
             "model": model,
-            "pooled_grid_size": pooled_grid_size or processor.pooled_grid_size,
+            "pooled_grid_size": list(parse_grid(pooled_grid_size or processor.pooled_grid_size)),
             "split": split,
             "num_pictures": num_pictures,
             "seed": seed,
