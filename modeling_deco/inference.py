@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from .errors import one_line
+from .folders import check_processor
 from .loading import checkpoint_name, find_adapter, has_file, load_config, load_model, named_errors
 from .modeling_deco import DecoForConditionalGeneration
 from .quantization import nf4_config, quantize_to_int8
@@ -116,6 +117,7 @@ def load_processor(model: str, revision: str | None = None) -> ProcessorMixin:
         )
         if processor.chat_template is None:
             raise ValueError("it has no chat template.")
+    check_processor(processor, model)
     return processor
 
 

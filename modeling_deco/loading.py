@@ -35,6 +35,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .configuration_deco import DecoConfig
 from .errors import one_line
+from .folders import check_folder, check_sizes
 from .modeling_deco import DecoForConditionalGeneration
 
 
@@ -77,12 +78,16 @@ def load_config(name: str | os.PathLike, revision: str | None = None) -> DecoCon
     Raises:
         ValueError: there is no such checkpoint, or it is not a DeCo.
     """
+    path = checkpoint_name(name)
+    if os.path.isdir(path):
+        check_folder(path)
     adapter = find_adapter(name, revision)
     if adapter is not None:
         return load_config(adapter.base, adapter.base_revision)
     fields = _read_json(name, "config.json", revision)
     if fields is None:
         raise ValueError(f"{name} is no model: it has no config.json.")
+    check_sizes(fields, f"config.json of {name}")
     check_is_deco(fields.get("model_type"), name)
     with named_errors(name):
         return DecoConfig.from_dict(fields)
@@ -107,7 +112,7 @@ def load_model(name: str | os.PathLike, revision: str | None = None, **arguments
     config = load_config(name, revision)
     path = checkpoint_name(name)
     if os.path.isdir(path):
-        stored_shapes(name, path)  # which says what is wrong with the files
+        check_weights(name, revision, config)  # before there is memory for what the config says
     with named_errors(name):
         model, info = DecoForConditionalGeneration.from_pretrained(
             path,

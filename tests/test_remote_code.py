@@ -107,9 +107,8 @@ def test_a_folder_whose_code_is_needed_ends_in_one_line(command, kind, deco, tmp
     assert "run the custom code" not in result.output
     if result.exit_code:  # what info does not need may be anything
         assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1), result.output
-        assert ("needs code that comes with it" in result.stderr) == (
-            kind not in (foreign_tower, tower_without_a_model)
-        )
+        is_of_the_config = kind in (foreign_config, foreign_tower, tower_without_a_model)
+        assert ("needs code that comes with it" in result.stderr) == (not is_of_the_config), result.stderr
 
 
 @pytest.mark.parametrize("part", ["source", "vision_tower", "base_model"])
