@@ -259,12 +259,16 @@ def stream_call(call: Callable, processor: ProcessorMixin, *, seed: int | None =
     return results[0]
 
 
+class NaNError(ValueError):
+    """A model's logits are no numbers."""
+
+
 class RefuseNaN(LogitsProcessor):
-    """Raises a ValueError where logits are no numbers, of which `generate` makes an empty or meaningless answer."""
+    """Raises a NaNError where logits are no numbers, of which `generate` makes an empty or meaningless answer."""
 
     def __call__(self, input_ids, scores):
         if bool(scores.isnan().any()):
-            raise ValueError(
+            raise NaNError(
                 "The model's logits are NaN: its weights are damaged, or overflow in 16 bits (try --dtype float32)."
             )
         return scores

@@ -32,12 +32,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 from transformers.generation import BaseStreamer
 
 from .errors import one_line
 from .images import UNTRUSTED_LIMITS, ImageError, ImageLimits, read_image
-from .inference import check_length, encode, load
+from .inference import NaNError, RefuseNaN, check_length, encode, load, sampling, with_system
 from .loading import check_is_deco
 from .prompt_cache import PromptCache
 from .sockets import bind, max_open_files
@@ -432,7 +432,12 @@ class _Answer(BaseStreamer):
         try:
             # A request with a seed must not decide what the ones after it draw.
             torch.manual_seed(torch.seed() if seed is None else seed)
-            (sequence,) = prompts.generate(**inputs, generation_config=config, streamer=self)
+            (sequence,) = prompts.generate(
+                **inputs,
+                generation_config=config,
+                streamer=self,
+                logits_processor=LogitsProcessorList([RefuseNaN()]),
+            )
             eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             if self.num_tokens < config.max_new_tokens or sequence[-1].item() in eos:
                 self.finish_reason = "stop"
@@ -614,17 +619,17 @@ class _Chat:
         config.update(num_beams=1, num_return_sequences=1, return_dict_in_generate=False)  # one answer, streamed
         config.max_new_tokens = asked or min(room, self.options.max_new_tokens)
         temperature = self.options.temperature if chat.temperature is None else chat.temperature
-        if chat.top_p is not None:
+        config.update(**sampling(temperature))
+        if chat.top_p is not None and temperature is None:
+            config.do_sample = config.do_sample or chat.top_p < 1  # greedy decoding would pass over it
+        if chat.top_p is not None and config.do_sample:
             config.top_p = chat.top_p
-        if temperature is not None:
-            config.temperature = temperature
-            config.do_sample = temperature > 1e-5  # below, logits overflow
-        elif chat.top_p is not None and chat.top_p < 1:
-            config.do_sample = True  # greedy decoding would pass over it
         return config
 
     async def _respond(self, answer: _Answer, task: "_Task"):
         first = await answer.pieces.get()  # what fails before the first word has a status
+        if isinstance(first, NaNError):
+            raise _Refused(500, one_line(first), code="damaged_model")
         if isinstance(first, ValueError):  # the model's: of a grid larger than the patch grid
             raise _Refused(400, one_line(first), code="invalid_value")
         if isinstance(first, Exception):
@@ -965,13 +970,17 @@ def build_app(
             whose name resolves to that machine can read what is answered (DNS rebinding). Default: anything.
 
     Raises:
-        ValueError: the model is not DeCo, or it has no chat template, or the options' grid does not fit it.
+        ValueError: the model is not DeCo, or it has no chat template, or the options' grid or system message does not
+            go with it.
     """
     check_is_deco(model.config.model_type, name)
     if processor.chat_template is None:
         raise ValueError(f"{name!r} has no chat template.")
+    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    with_system(processor, question, options.system)
     if options.pooled_grid_size is not None:
-        _check_grid(model, processor, options.pooled_grid_size)
+        question[0]["content"].insert(0, {"type": "image", "image": Image.new("RGB", (512, 512))})
+        check_length(model, encode(processor, question, options.pooled_grid_size))
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "modeling-deco"}
 
     async def health(request):
@@ -1007,13 +1016,6 @@ def build_app(
     )
     server.router.redirect_slashes = False
     return server
-
-
-def _check_grid(model: PreTrainedModel, processor: ProcessorMixin, pooled_grid_size) -> None:
-    """Raise a ValueError where no picture could be asked about at that grid."""
-    content = [{"type": "image", "image": Image.new("RGB", (512, 512))}]
-    inputs = encode(processor, [{"role": "user", "content": content}], pooled_grid_size)
-    check_length(model, inputs)
 
 
 class Server(uvicorn.Server):

@@ -23,6 +23,7 @@ PACKAGES = [
     f"{ROOT}[convert,serve,train]",
     "nbclient",
     "nbformat",
+    "openai",
     "pytest",
     "pytest-socket",
     "pytest-timeout",

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server, asked by OpenAI's own client over real sockets, and by what does worse than that."""
 
+import asyncio
 import base64
 import errno
 import http.client
@@ -9,6 +10,7 @@ import importlib
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +27,9 @@ import pytest
 import pytest_socket
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from modeling_deco import SHIPPED_CHECKPOINT, images
@@ -32,7 +37,7 @@ from modeling_deco.cli import app
 from modeling_deco.images import ImageLimits
 from modeling_deco.inference import encode, load, stream
 from modeling_deco.recipes.digits.world import render
-from modeling_deco.serving import Server, ServerOptions, build_app, serve
+from modeling_deco.serving import Server, ServerOptions, _Answer, build_app, serve
 
 NAME = "deco-digits"
 
@@ -429,6 +434,132 @@ def test_health(port):
     assert post(port, None, "GET", "/health")[::2] == (200, {"status": "ok"})
 
 
+@pytest.mark.parametrize(("first", "second", "length"), [(2, 5, 2), (5, 2, 5)])
+def test_max_completion_tokens_counts_before_max_tokens(port, steps, first, second, length):
+    result = ask(port, about(PICTURE), max_completion_tokens=first, max_tokens=second)
+    assert (result.usage.completion_tokens, result.choices[0].finish_reason) == (length, "length")
+
+
+def test_max_new_tokens_is_the_length_of_an_answer_whose_request_says_none(start, steps):
+    result = ask(start(max_new_tokens=3), about(PICTURE))
+    assert (result.usage.completion_tokens, result.choices[0].finish_reason) == (3, "length")
+
+
+def test_the_servers_budget_is_that_of_requests_that_name_none(start, port):
+    limited = start(pooled_grid_size=[3, 4])
+    of_the_checkpoint = ask(port, about(PICTURE)).usage.prompt_tokens
+    assert of_the_checkpoint - ask(limited, about(PICTURE)).usage.prompt_tokens == 36 - 12
+    own = ask(limited, about(PICTURE), extra_body={"pooled_grid_size": 5}).usage.prompt_tokens
+    assert of_the_checkpoint - own == 36 - 25
+
+
+@pytest.mark.parametrize(("grid", "message"), [(13, "13 x 13.*12 x 12"), ("6", "positive int"), (0, "positive int")])
+def test_a_budget_that_does_not_fit_the_model_is_refused_at_start(shipped, grid, message):
+    with pytest.raises(ValueError, match=message):
+        build_app(*shipped, NAME, ServerOptions(pooled_grid_size=grid))
+
+
+def test_the_servers_sampling_is_that_of_requests_that_say_nothing(start, port):
+    drawing, how = start(temperature=1.5, seed=3), {"max_tokens": 20}
+    assert answer(drawing, "Where?", **how) == answer(port, "Where?", temperature=1.5, seed=3, **how)
+    assert answer(drawing, "Where?", seed=4, **how) == answer(port, "Where?", temperature=1.5, seed=4, **how)
+    assert answer(drawing, "Where?", temperature=0, **how) == answer(port, "Where?", temperature=0, **how)
+    assert len({answer(drawing, "Where?", seed=seed, **how) for seed in range(4)}) > 1
+
+
+def test_the_servers_system_message_is_that_of_conversations_without_one(start, port):
+    def num_tokens(port, *contents):
+        roles = ["user", "system"]
+        conversation = [{"role": roles.pop(), "content": content} for content in contents]
+        return ask(port, conversation, max_tokens=1).usage.prompt_tokens
+
+    instructed = start(system="Read the digits.")
+    assert ask(instructed, "Is there a 7?").usage.prompt_tokens == num_tokens(
+        port, "Read the digits.", "Is there a 7?"
+    )
+    assert num_tokens(instructed, "?", "Is there a 7?") == num_tokens(port, "?", "Is there a 7?")
+
+
+@pytest.mark.parametrize("cache", [0, 2**30])
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"stop": "e."}, {"temperature": 1.0, "seed": 1}])
+def test_each_picture_is_encoded_once(start, looks, cache, fields):
+    ask(start(prompt_cache_bytes=cache), about(PICTURE, PICTURE), **fields)
+    assert len(looks) == 1  # for both together
+
+
+def byte_tokenizer():
+    alphabet = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def sentencepiece_tokenizer():
+    words = ["<unk>", "▁one", "▁two", "\n", "▁", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>"]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+async def pieces_of(tokenizer, ids: list[int], stop=()) -> tuple[list[str], _Answer]:
+    """What an answer makes of a model that generates these tokens."""
+
+    class Model:
+        def generate(self, input_ids, generation_config, streamer, logits_processor):
+            streamer.put(input_ids)
+            for token in ids:
+                streamer.put(torch.tensor([token]))
+            streamer.end()
+            return torch.tensor([[0, *ids]])
+
+    written = _Answer(tokenizer, list(stop))
+    config = GenerationConfig(max_new_tokens=len(ids) + 1)
+    written.generate(Model(), {"input_ids": torch.tensor([[0]])}, config, None)
+    pieces = []
+    while (piece := await written.pieces.get()) is not None:
+        pieces.append(piece)
+    return pieces, written
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "ids", "expected"),
+    [
+        (byte_tokenizer(), "a naïve 🙂\n สวัสดี", list("a naïve 🙂\n สวัสดี")),
+        (sentencepiece_tokenizer(), [1, 3, 2, 1, 5, 6, 7, 8, 4, 2], ["one", "\n", " two", " one", "🙂", " ", " two"]),
+    ],
+)
+def test_a_piece_is_what_a_token_adds_and_holds_no_half_character(tokenizer, ids, expected):
+    if isinstance(ids, str):
+        ids = tokenizer(ids)["input_ids"]
+    pieces, written = asyncio.run(pieces_of(tokenizer, ids))
+    assert pieces == expected
+    assert (written.num_tokens, written.finish_reason) == (len(ids), "stop")
+
+
+def test_bytes_that_are_no_character_come_at_the_end():
+    pieces, _ = asyncio.run(pieces_of(sentencepiece_tokenizer(), [1, 5, 6]))
+    assert "".join(pieces) == sentencepiece_tokenizer().decode([1, 5, 6])
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected", "num_tokens"),
+    [
+        (["bcd"], "a", 4),
+        (["abd", "cde"], "ab", 5),
+        (["bce", "bcf"], "abcdef", 6),
+        (["f"], "abcde", 6),
+        (["de", "cd"], "ab", 4),
+    ],
+)
+def test_a_stop_text_may_lie_over_several_pieces(stop, expected, num_tokens):
+    tokenizer = byte_tokenizer()
+    pieces, written = asyncio.run(pieces_of(tokenizer, tokenizer("abcdef")["input_ids"], stop))
+    assert ("".join(pieces), written.num_tokens, written.finish_reason) == (expected, num_tokens, "stop")
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 BROKEN = "data:image/png;base64," + base64.b64encode(base64.b64decode(PICTURE.partition(",")[2])[:500]).decode()
@@ -739,6 +870,17 @@ def test_errors_of_the_model_are_500_and_the_server_goes_on(port, shipped, monke
         with pytest.raises(openai.InternalServerError, match="its log says why"):
             ask(port, about(PICTURE))
     assert answer(port, about(PICTURE, question=COLOUR_QUESTION)) == COLOUR_ANSWER
+
+
+def test_a_model_whose_logits_are_no_numbers_is_a_servers_error(port, shipped):
+    def spoil(module, args, outputs):
+        outputs.logits = outputs.logits * float("nan")
+        return outputs
+
+    hook = shipped[0].register_forward_hook(spoil)
+    with pytest.raises(openai.InternalServerError, match="logits are NaN"):
+        ask(port, about(PICTURE))
+    hook.remove()
 
 
 def test_an_error_within_a_stream_is_told(port, shipped, steps):
@@ -1082,6 +1224,55 @@ def test_the_commands_options_are_the_servers(monkeypatch):
     monkeypatch.setattr("modeling_deco.serving.serve", lambda model, *, options, **rest: given.append(options))
     assert CliRunner().invoke(app, ["serve"]).exit_code == 0
     assert given == [ServerOptions()]
+
+
+def test_the_commands_options_have_the_names_that_ask_has(monkeypatch):
+    given = []
+    monkeypatch.setattr("modeling_deco.serving.serve", lambda model, **arguments: given.append((model, arguments)))
+    options = "--revision main --pooled-grid-size 3x4 --max-new-tokens 9 --temperature 0.5 --seed 7 --system Be.brief"
+    places = "--device cpu --dtype float32 --4bit --int8 --host 0.0.0.0 --port 9 --api-key k --max-connections 5"
+    result = CliRunner().invoke(app, ["serve", "mine", *options.split(), *places.split()])
+    assert result.exit_code == 0, result.stderr
+    ((model, arguments),) = given
+    assert arguments.pop("options") == ServerOptions(
+        api_key="k",
+        pooled_grid_size=[3, 4],
+        max_new_tokens=9,
+        temperature=0.5,
+        seed=7,
+        system="Be.brief",
+        max_connections=5,
+    )
+    assert (model, arguments) == (
+        "mine",
+        {
+            "revision": "main",
+            "device": "cpu",
+            "dtype": "float32",
+            "in_4bit": True,
+            "in_int8": True,
+            "host": "0.0.0.0",
+            "port": 9,
+            "served_model_name": None,
+        },
+    )
+
+
+def test_the_command_refuses_a_budget_that_does_not_fit_the_model():
+    result = CliRunner().invoke(app, ["serve", "--port", "0", "--pooled-grid-size", "13"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(r"deco serve: .*13 x 13.*12 x 12.*\n", result.stderr)
+
+
+def test_the_command_refuses_a_folder_without_all_weights(tmp_path):
+    folder = shutil.copytree(SHIPPED_CHECKPOINT, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "multi_modal_projector" not in name}
+    assert len(kept) == len(weights) - 4
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    result = CliRunner().invoke(app, ["serve", str(folder), "--port", "0"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(r"deco serve: .*multi_modal_projector.*\n", result.stderr)
 
 
 def test_the_command_refuses_in_one_line():
