@@ -36,7 +36,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import BaseStreamer
 
 from .errors import one_line
-from .images import UNTRUSTED_LIMITS, ImageError, ImageLimits, read_image
+from .images import UNTRUSTED_LIMITS, ImageError, ImageLimits, PictureReader
 from .inference import NaNError, RefuseNaN, check_length, encode, load, sampling, with_system
 from .loading import check_is_deco
 from .prompt_cache import PromptCache
@@ -512,11 +512,17 @@ class _Chat:
         self.prompts = PromptCache(model, options.prompt_cache_bytes)
         self.inference = ThreadPoolExecutor(1, "inference")  # torch.compile's CUDA graphs belong to one thread
         self.texts = ThreadPoolExecutor(2, "texts")
-        # Few, for Pillow holds 4 bytes for each pixel, and a transparent picture five times while it turns to RGB.
-        self.pictures = ThreadPoolExecutor(2, "pictures")
+        self.images = ThreadPoolExecutor(2, "images")
+        self.reader = PictureReader(
+            options.image_limits,
+            allow_files=options.allow_files,
+            allow_private=options.allow_private,
+            max_downloads=options.max_queue + 1,
+        )
 
     def close(self) -> None:
-        for workers in (self.inference, self.texts, self.pictures):
+        self.reader.close()
+        for workers in (self.inference, self.texts, self.images):
             workers.shutdown(wait=False, cancel_futures=True)
 
     async def __call__(self, scope, receive, send):
@@ -531,7 +537,7 @@ class _Chat:
             chat = await in_thread(self.texts, self._check, (await receive())["body"])
         if chat.images:
             with self.room.place("pictures"):
-                inputs = await in_thread(self.pictures, self._read, chat)
+                inputs = await self._read(chat)
         with self.room.place("answers"):
             if not chat.images:
                 inputs = await in_thread(self.texts, self._encode, chat)
@@ -569,26 +575,15 @@ class _Chat:
         message = f"{what} do not fit the model's context of {self.context} tokens."
         return _Refused(400, message, "messages", "context_length_exceeded")
 
-    def _read(self, chat: _ChatRequest) -> dict:
-        num_pixels = 0
-        for position, part in enumerate(chat.images, 1):
-            try:
-                part["image"] = read_image(
-                    part["image"],
-                    limits=self.options.image_limits,
-                    allow_files=self.options.allow_files,
-                    allow_private=self.options.allow_private,
-                )
-            except ImageError as error:
-                raise _Refused(400, f"Image {position}: {error}", "messages", "invalid_image") from error
-            num_pixels += part["image"].width * part["image"].height
-            if num_pixels > self.options.image_limits.max_pixels:
-                message = (
-                    f"Images 1 to {position} have {num_pixels:,} pixels together, more than the "
-                    f"{self.options.image_limits.max_pixels:,} allowed in a request."
-                )
-                raise _Refused(400, message, "messages", "invalid_image")
-        return self._encode(chat)
+    async def _read(self, chat: _ChatRequest) -> dict:
+        parts = chat.images
+        try:
+            async with self.reader.read_all([part["image"] for part in parts]) as images:
+                for part, image in zip(parts, images, strict=True):
+                    part["image"] = image
+                return await asyncio.get_running_loop().run_in_executor(self.images, self._encode, chat)
+        except ImageError as error:
+            raise _Refused(400, one_line(error), "messages", "invalid_image") from error
 
     def _encode(self, chat: _ChatRequest) -> dict:
         system = self.options.system

@@ -28,6 +28,7 @@ import pytest_socket
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_picture_reader import progressive_bomb
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -480,11 +481,14 @@ def test_the_servers_system_message_is_that_of_conversations_without_one(start, 
     assert num_tokens(instructed, "?", "Is there a 7?") == num_tokens(port, "?", "Is there a 7?")
 
 
-@pytest.mark.parametrize("cache", [0, 2**30])
-@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"stop": "e."}, {"temperature": 1.0, "seed": 1}])
-def test_each_picture_is_encoded_once(start, looks, cache, fields):
-    ask(start(prompt_cache_bytes=cache), about(PICTURE, PICTURE), **fields)
-    assert len(looks) == 1  # for both together
+@pytest.mark.parametrize("prompt_cache_bytes", [0, 2**30])
+def test_each_picture_is_encoded_once(start, looks, prompt_cache_bytes):
+    port = start(prompt_cache_bytes=prompt_cache_bytes)
+    for index, fields in enumerate(({}, {"stream": True}, {"stop": "e."}, {"temperature": 1.0, "seed": 1})):
+        pictures = [data_url(render("test", index=2 * index + k, seed=2026).image) for k in range(2)]
+        del looks[:]
+        ask(port, about(*pictures), **fields)
+        assert len(looks) == 1  # for both together
 
 
 def byte_tokenizer():
@@ -788,7 +792,7 @@ def test_nothing_else_is_served(port, method, path, status):
 
 def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(port):
     bomb = data_url(Image.new("1", (8000, 8000)))
-    with pytest.raises(openai.BadRequestError, match="8000 x 8000 pixels are more than the 50,000,000 allowed"):
+    with pytest.raises(openai.BadRequestError, match="Image 1: .* more than the 50,000,000 pixels allowed"):
         ask(port, about(bomb))
 
 
@@ -802,7 +806,7 @@ def test_the_pixels_of_a_request_are_counted_over_its_images(start):
 
 
 def test_image_limits_are_the_operators(start):
-    with pytest.raises(openai.BadRequestError, match="96 x 96 pixels are more than the 1,000 allowed"):
+    with pytest.raises(openai.BadRequestError, match="Image 1: .* more than the 1,000 pixels allowed"):
         ask(start(image_limits=ImageLimits(max_pixels=1000)), about(PICTURE))
 
 
@@ -1031,6 +1035,62 @@ def test_a_request_that_arrives_when_the_queue_has_filled_is_429(start, steps):
         assert late.makefile().readline() == "HTTP/1.1 429 Too Many Requests\n"
 
 
+# --- pictures that take their time -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_host():
+    """A host that accepts connections and says nothing: its address, and the connections."""
+    accepted = []
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+
+        def accept():
+            with suppress(OSError):
+                while True:
+                    accepted.append(stack.enter_context(listener.accept()[0]))
+
+        Thread(target=accept, daemon=True).start()
+        yield SimpleNamespace(url=f"http://127.0.0.1:{listener.getsockname()[1]}/a.png", accepted=accepted)
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_hosts_that_do_not_answer_hold_up_nobody_and_are_left_with_the_client(start, silent_host):
+    port = start(allow_private=True, max_queue=1)
+    with sent(port, about(silent_host.url)), sent(port, about(silent_host.url)):
+        wait_until(lambda: len(silent_host.accepted) == 2)
+        for _ in range(3):
+            assert ask(port, "Is there a 7?", max_tokens=1, timeout=10)
+        with pytest.raises(openai.RateLimitError):  # for pictures alone
+            ask(port, about(PICTURE))
+    for connection in silent_host.accepted:
+        connection.settimeout(10)
+        assert connection.recv(1000).startswith(b"GET /a.png")
+        assert connection.recv(1000) == b""
+    assert answer(port, about(PICTURE, question=COLOUR_QUESTION)) == COLOUR_ANSWER
+
+
+def test_pictures_that_take_minutes_hold_up_nobody_and_are_left_with_the_client(start, monkeypatch):
+    asked, ask_decoder = [], images._Decoder._ask
+
+    def note(decoder, encoded):
+        asked.append(decoder)
+        return ask_decoder(decoder, encoded)
+
+    monkeypatch.setattr(images._Decoder, "_ask", note)
+    bomb = "data:image/jpeg;base64," + base64.b64encode(progressive_bomb(4096, 2000)).decode()
+    port = start(image_limits=ImageLimits(max_pixels=50_000_000, decode_timeout=300))
+    with sent(port, about(bomb)), sent(port, about(bomb)):
+        wait_until(lambda: len(asked) == 2, 60)
+        assert ask(port, "Is there a 7?", max_tokens=1, timeout=30)
+    assert answer(port, about(PICTURE, question=COLOUR_QUESTION), timeout=60) == COLOUR_ANSWER
+
+
+def test_pictures_that_wait_to_be_decoded_are_answered_in_the_end(port):
+    with ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda _: answer(port, about(PICTURE, question=COLOUR_QUESTION)), range(5)))
+    assert answers == [COLOUR_ANSWER] * 5
+
+
 # --- connections -----------------------------------------------------------------------------------------------------
 
 
@@ -1151,21 +1211,6 @@ def test_half_open_connections_beyond_what_a_process_may_open_keep_nobody_out():
         process.terminate()
     assert "Traceback" not in "".join(log)
     assert len("".join(log)) < 10_000
-
-
-def test_pictures_are_decoded_beside_the_event_loop(port, monkeypatch):
-    def decode(*args, **kwargs):
-        time.sleep(1)
-        raise images.ImageError("The image cannot be read: it is only a test.")
-
-    monkeypatch.setattr("modeling_deco.serving.read_image", decode)
-    with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(ask, port, about(PICTURE))
-        time.sleep(0.2)
-        start = time.monotonic()
-        assert post(port, None, "GET", "/health")[0] == 200
-        assert time.monotonic() - start < 0.5
-        assert isinstance(slow.exception(), openai.BadRequestError)
 
 
 # --- the whole of it -------------------------------------------------------------------------------------------------
