@@ -25,6 +25,7 @@ from .processing import (
     load_generation_config,
     load_image_processor,
     load_tokenizer,
+    named_chat_template,
 )
 from .sources import Source, open_source
 from .staging import check_destination
@@ -47,6 +48,7 @@ def convert(
     overwrite: bool = False,
     push_to_hub: str | None = None,
     check_logits: bool = False,
+    chat_template: str | None = None,
 ) -> dict:
     """Make a DeCo checkpoint of a LLaVA checkpoint of any format.
 
@@ -63,6 +65,7 @@ def convert(
         overwrite: replace a model that `destination` holds.
         push_to_hub: repository to upload the result to.
         check_logits: also load both models, one after the other in float32, and compare their logits; for llava-hf.
+        chat_template: a name of `chat_templates.CHAT_TEMPLATES` or a Jinja file. Default: the source's format.
 
     Returns:
         What `conversion_report.json` in the destination holds.
@@ -87,7 +90,7 @@ def convert(
         )
     config = checkpoint.config
     with refusing(f"The tokenizer or the image processor of {source.name}"):
-        processor, chat_template = _build_processor(checkpoint)
+        processor, origin = _build_processor(checkpoint, chat_template)
     tensors = _output_tensors(checkpoint, dtype)
     config.dtype = tensors[EMBEDDINGS[0]].dtype
     config.architectures = ["DecoForConditionalGeneration"]
@@ -115,7 +118,7 @@ def convert(
         "patch_grid": list(config.patch_grid),
         "pooled_grid_size": config.pooled_grid_size,
         "num_image_tokens": config.num_image_tokens,
-        "chat_template": chat_template,
+        "chat_template": origin,
         "dropped": checkpoint.dropped,
     }
     sources, files = checkpoint.sources, checkpoint.files
@@ -138,7 +141,9 @@ def _licence_files(source: Source) -> list[Path]:
     return [path for path in files if source.revision or not path.is_symlink()]
 
 
-def _build_processor(checkpoint: LlavaCheckpoint) -> tuple[DecoProcessor | None, str | None]:
+def _build_processor(
+    checkpoint: LlavaCheckpoint, chat_template: str | None
+) -> tuple[DecoProcessor | None, str | None]:
     """The processor and where its chat template is from. The config learns the tokenizer's ids."""
     config, source = checkpoint.config, checkpoint.sources["source"]
     if checkpoint.format == "llava-hf" and not _has_processor_files(source.folder):
@@ -160,13 +165,13 @@ def _build_processor(checkpoint: LlavaCheckpoint) -> tuple[DecoProcessor | None,
         num_rows = math.ceil(len(tokenizer) / 64) * 64
     config.image_token_id, config.text_config.vocab_size = image_token_id, num_rows
     config.text_config.pad_token_id = tokenizer.pad_token_id
-    template = load_chat_template(checkpoint.tokenizer.folder, tokenizer)
-    template, origin = choose_chat_template(template, use_im_start_end="<im_start>" in checkpoint.extra_tokens)
-    if origin == "vicuna" and config.text_config.model_type != "llama":
-        logger.warning(
-            f"{source.name} has no chat template that shows images, and its language model is no Llama: Vicuna's is "
-            f"written. If it was trained in another format, put that into chat_template.jinja."
-        )
+    use_im_start_end = "<im_start>" in checkpoint.extra_tokens
+    if chat_template is not None:
+        template, origin = named_chat_template(chat_template, use_im_start_end), chat_template
+    else:
+        template = load_chat_template(checkpoint.tokenizer.folder, tokenizer)
+        model_type = config.text_config.model_type
+        template, origin = choose_chat_template(template, tokenizer, model_type, use_im_start_end)
     tokenizer.chat_template = template  # in place of several by name, maybe
     patch_size = config.vision_config.patch_size
     processor = DecoProcessor(image_processor, tokenizer, config.pooled_grid_size, template, patch_size=patch_size)

@@ -12,62 +12,22 @@ import tempfile
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers import AutoImageProcessor, GenerationConfig, PreTrainedTokenizerFast
 
+from ..chat_templates import (
+    CHAT_TEMPLATES,
+    IMAGE_TOKEN,
+    PROBE_CONVERSATION,
+    VICUNA_CHAT_TEMPLATE,
+    VICUNA_SYSTEM,
+    adapt_chat_template,
+    read_chat_template,
+    render,
+    shows_images,
+)
 from ..errors import one_line
 from .errors import ConversionError
 from .files import read_json
-
-# LLaVA-1.5's `vicuna_v1` (haotian-liu/LLaVA, llava/conversation.py, conv_vicuna_v1), in which it was trained. Without
-# "<s>", which the tokenizer adds: processors tokenize what they render with special tokens. The space before an answer
-# is the answer's, since Llama's tokens begin with their space.
-_DEFAULT_SYSTEM = """\
-{{- "A chat between a curious user and an artificial intelligence assistant. " -}}
-{{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
-"""
-VICUNA_CHAT_TEMPLATE = (
-    """\
-{%- macro text(content) -%}
-{%- if content is string -%}
-{{- content -}}
-{%- else -%}
-{%- for part in content if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- if messages[0]['role'] == 'system' -%}
-{{- text(messages[0]['content']) + ' ' -}}
-{%- set messages = messages[1:] -%}
-{%- else -%}
-"""
-    + _DEFAULT_SYSTEM
-    + """\
-{%- endif -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'user' -%}
-{{- 'USER: ' -}}
-{%- if message['content'] is not string -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
-{%- endif -%}
-{{- text(message['content']) + ' ' -}}
-{%- elif message['role'] == 'assistant' -%}
-{{- 'ASSISTANT:' -}}
-{% generation %}{{- ' ' + text(message['content']) + eos_token -}}{% endgeneration %}
-{%- else -%}
-{{- raise_exception("Only user and assistant may speak after the system message, got " + message['role']) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
-)
-
-_IMAGE_TOKEN = "<image>"  # noqa: S105
-_PROBE_CONVERSATION = [
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
-    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
-    {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
-]
 
 # Settings that act only where sampling or beams are on; transformers refuses to save them elsewhere.
 _SAMPLING_SETTINGS = (
@@ -133,7 +93,7 @@ def load_tokenizer(folder, extra_tokens=()) -> PreTrainedTokenizerFast:
         raise ConversionError(
             f"{folder} has no tokenizer.json and no tokenizer.model; name the folder of the right tokenizer."
         )
-    for token in (*extra_tokens, _IMAGE_TOKEN):
+    for token in (*extra_tokens, IMAGE_TOKEN):
         _add_token(tokenizer, token)
     if tokenizer.pad_token in (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token):
         _add_token(tokenizer, "<pad>")
@@ -169,7 +129,7 @@ def _convert_sentencepiece(folder: Path, extra_tokens) -> PreTrainedTokenizerFas
     named = {role: _content(settings.get(role)) or piece for role, piece in pieces.items()}
     added = _added_tokens(folder, settings, special=(*named.values(), *extra_tokens))
     # Tokens that do not cut a text in two: all but those that the original puts between texts.
-    inline = [token for token in (*named.values(), *added, *extra_tokens) if token != _IMAGE_TOKEN]
+    inline = [token for token in (*named.values(), *added, *extra_tokens) if token != IMAGE_TOKEN]
     is_legacy = settings.get("legacy", True)  # Llama's slow tokenizer takes unset for true
 
     backend = _build_backend(model, [] if is_legacy else inline)
@@ -269,44 +229,66 @@ def load_chat_template(folder, tokenizer) -> str | None:
     return tokenizer.chat_template
 
 
-def choose_chat_template(template, image_token=_IMAGE_TOKEN, use_im_start_end=False) -> tuple[str, str]:
-    """The chat template of a converted checkpoint: `(template, "source")` or `(Vicuna's, "vicuna")`.
+def choose_chat_template(template, tokenizer=None, model_type="llama", use_im_start_end=False) -> tuple[str, str]:
+    """The chat template of a converted checkpoint, and where it is from: `"source"`, `"adapted"` or `"vicuna"`.
 
     The source's is kept where it shows images and is another format than Vicuna's. Of Vicuna's own, ours is taken: it
     marks for the loss what the assistant has to write, its end included, which llava-hf's leaves out. Questions are
-    asked as the source asks them: without the system prompt where it has none.
+    asked as the source asks them: without the system prompt where it has none. A template that knows text alone is
+    adapted; without a template the tokenizer's special tokens tell the format, and where they do not, a Llama is a
+    Vicuna.
 
     Args:
         template: the source's: Jinja, several by name, or None.
-        image_token: what stands for an image.
-        use_im_start_end: images stand between `<im_start>` and `<im_end>` in Vicuna's format, as the original's
-            `mm_use_im_start_end` says.
+        tokenizer: the language model's.
+        model_type: the language model's.
+        use_im_start_end: images stand between `<im_start>` and `<im_end>`, as the original's `mm_use_im_start_end`
+            says.
+
+    Raises:
+        ConversionError: the format is not recognized.
     """
     if isinstance(template, dict):
         template = template.get("default")
-    rendered = _render(template) if template else ""
-    if image_token in rendered and not re.search(r"USER:.*ASSISTANT:", rendered, re.DOTALL):
+    special_tokens = {"bos_token": "<s>", "eos_token": "</s>"} if tokenizer is None else tokenizer.special_tokens_map
+    rendered = render(template, PROBE_CONVERSATION, **special_tokens) or "" if template else ""
+    if IMAGE_TOKEN in rendered and not re.search(r"USER:.*ASSISTANT:", rendered, re.DOTALL):
         return template, "source"
-    template = VICUNA_CHAT_TEMPLATE
-    if rendered and "artificial intelligence assistant" not in rendered and image_token in rendered:
-        template = template.replace(_DEFAULT_SYSTEM, "")
-    image = f"<im_start>{image_token}<im_end>" if use_im_start_end else image_token
-    return template.replace(_IMAGE_TOKEN, image), "vicuna"
-
-
-def _render(template: str) -> str:
-    """A small conversation in the template's format; empty where it fails. transformers renders in Jinja's sandbox."""
-    try:
-        rendered, _ = render_jinja_template(
-            conversations=[_PROBE_CONVERSATION],
-            chat_template=template,
-            add_generation_prompt=True,
-            bos_token="<s>",  # noqa: S106
-            eos_token="</s>",  # noqa: S106
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    if IMAGE_TOKEN in rendered:  # Vicuna's
+        chosen, origin = VICUNA_CHAT_TEMPLATE, "vicuna"
+        if "artificial intelligence assistant" not in rendered:
+            chosen = chosen.replace(VICUNA_SYSTEM, "")
+    elif adapted := adapt_chat_template(template, vocabulary, **special_tokens):
+        chosen, origin = adapted, "vicuna" if adapted == VICUNA_CHAT_TEMPLATE else "adapted"
+    elif model_type == "llama":
+        chosen, origin = VICUNA_CHAT_TEMPLATE, "vicuna"
+    else:
+        raise ConversionError(
+            f"The chat format of a {model_type!r} language model is not recognized: its tokenizer has "
+            f"{'a chat template that cannot show images' if template else 'no chat template'}. Name the format by "
+            f"--chat-template: {', '.join(CHAT_TEMPLATES)}, or a Jinja file."
         )
-    except Exception:  # whatever a template does wrong
-        return ""
-    return rendered[0]
+    return _between_marks(chosen, use_im_start_end), origin
+
+
+def _between_marks(template: str, use_im_start_end: bool) -> str:
+    return template.replace(IMAGE_TOKEN, f"<im_start>{IMAGE_TOKEN}<im_end>") if use_im_start_end else template
+
+
+def named_chat_template(name_or_path: str, use_im_start_end=False) -> str:
+    """The template that `--chat-template` names.
+
+    Raises:
+        ConversionError: there is none, or it shows no images.
+    """
+    try:
+        template = read_chat_template(name_or_path)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+    if name_or_path not in CHAT_TEMPLATES and not shows_images(template, bos_token="<s>", eos_token="</s>"):  # noqa: S106
+        raise ConversionError(f"The chat template {name_or_path} does not write <image> for an image of a message.")
+    return _between_marks(template, use_im_start_end) if name_or_path in CHAT_TEMPLATES else template
 
 
 # --- image processor -------------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 
+from .chat_templates import CHAT_TEMPLATES, adapt_chat_template
 from .configuration_deco import check_grid, fit_grid, num_image_tokens, parse_grid
 from .hub import AUTO_MAP, copy_remote_code, upload
 from .pixels import channels_first, read_image
@@ -47,7 +47,8 @@ class DecoProcessor(ProcessorMixin):
         image_processor: of the vision tower.
         tokenizer: of the language model, with the image token in its vocabulary.
         pooled_grid_size: default grid, an int (square) or `[rows, cols]`: the model's.
-        chat_template: Jinja template; default: the tokenizer's.
+        chat_template: Jinja template. Default: the tokenizer's, adapted where it knows text alone; see
+            `chat_templates.adapt_chat_template`.
         image_token: placeholder of an image in the text, where the tokenizer does not name one.
         patch_size: of the vision tower, in pixels. With it a grid that is larger than an image's patch grid is refused
             here; without it the model refuses it, which in vLLM ends the server.
@@ -78,6 +79,8 @@ class DecoProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         if chat_template is None:
             chat_template = getattr(tokenizer, "chat_template", None)
+            if isinstance(chat_template, str):  # and not several by name
+                chat_template = _adapted(chat_template, tokenizer) or chat_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
@@ -85,13 +88,38 @@ class DecoProcessor(ProcessorMixin):
         cls, vision_model_name_or_path: str, text_model_name_or_path: str, pooled_grid_size=12, chat_template=None
     ) -> "DecoProcessor":
         """The processor that goes with `DecoForConditionalGeneration.from_vision_text_pretrained`: the vision tower's
-        image processor, and the language model's tokenizer with `"<image>"` added where it is missing."""
+        image processor, and the language model's tokenizer with `"<image>"` added where it is missing.
+
+        Args:
+            chat_template: Jinja template, or the name of one of `chat_templates.CHAT_TEMPLATES`: "chatml", "llama3".
+                Default: the language model's own, made to show images; without one, that of the format which the
+                tokenizer's special tokens tell, or none.
+
+        Raises:
+            ValueError: the language model's chat template cannot show images.
+        """
         tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, trust_remote_code=False)
         tokenizer.add_tokens("<image>", special_tokens=True)
         image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, trust_remote_code=False)
         vision_config = AutoConfig.from_pretrained(vision_model_name_or_path, trust_remote_code=False)
         patch_size = getattr(vision_config, "vision_config", vision_config).patch_size
-        return cls(image_processor, tokenizer, pooled_grid_size, chat_template, patch_size=patch_size)
+        own_template = tokenizer.chat_template
+        if isinstance(own_template, dict):
+            own_template = own_template.get("default")
+        if chat_template is None:
+            chat_template = _adapted(own_template, tokenizer)
+            if chat_template is None and own_template:
+                raise ValueError(
+                    f"The chat template of {text_model_name_or_path} cannot show images, and its format is not "
+                    f"recognized. Name the format by chat_template: {', '.join(CHAT_TEMPLATES)}, or a Jinja template."
+                )
+        return cls(
+            image_processor,
+            tokenizer,
+            pooled_grid_size,
+            CHAT_TEMPLATES.get(chat_template, chat_template),
+            patch_size=patch_size,
+        )
 
     def __call__(
         self,
@@ -242,6 +270,10 @@ class DecoProcessor(ProcessorMixin):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(self, folder, repo_id, **kwargs)
+
+
+def _adapted(chat_template, tokenizer):
+    return adapt_chat_template(chat_template, tokenizer.get_vocab(), **tokenizer.special_tokens_map)
 
 
 def _grids_per_image(pooled_grid_size, num_images: int) -> list[tuple[int, int]]:

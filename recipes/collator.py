@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import (
 from trl.chat_template_utils import has_generation_markers  # not documented; in TRL 1.16
 
 from modeling_deco import DecoProcessor, num_image_tokens
+from modeling_deco.chat_templates import CHAT_TEMPLATES
 from modeling_deco.configuration_deco import parse_grid
 from modeling_deco.processing_deco import read_images
 from modeling_deco.recipes.feature_cache import PATCHES, FeatureCache, grid_name
@@ -62,7 +63,8 @@ class DecoCollator:
         if not has_generation_markers(self.processor.chat_template or ""):
             raise ValueError(
                 "The chat template has no {% generation %} marks around the assistant's answers, so it does not say "
-                "what is to be learned. Choose one that has: --chat_template vicuna, or the path of a Jinja file."
+                f"what is to be learned. Choose one that has: --chat_template {', '.join(CHAT_TEMPLATES)}, or a "
+                "Jinja file."
             )
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:

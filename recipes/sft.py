@@ -31,27 +31,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_deco import DecoForConditionalGeneration, DecoProcessor
-from modeling_deco.conversion.processing import VICUNA_CHAT_TEMPLATE, pad_to_square
+from modeling_deco.chat_templates import CHAT_TEMPLATES, read_chat_template
+from modeling_deco.conversion.processing import pad_to_square
 from modeling_deco.loading import find_adapter, load_model
 from modeling_deco.recipes.data import load_data
 from modeling_deco.recipes.plots import plot_training
 from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
 
 SHUFFLE_BUFFER_SIZE = 1000  # rows of a streamed data set, images not decoded
-
-# LLaVA's `plain` (llava/conversation.py, conv_llava_plain): an image, its caption, a line break.
-PLAIN_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- set content = message['content'] -%}
-{%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
-{%- if message['role'] == 'assistant' -%}
-{% generation %}{%- for part in parts -%}{{- part['text'] -}}{%- endfor -%}{{- '\\n' -}}{% endgeneration %}
-{%- else -%}
-{%- for part in parts if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}
-{%- endif -%}
-{%- endfor -%}
-"""
-CHAT_TEMPLATES = {"plain": PLAIN_CHAT_TEMPLATE, "vicuna": VICUNA_CHAT_TEMPLATE}
 
 
 @dataclass
@@ -80,7 +67,10 @@ class DecoArguments:
     )
     chat_template: str | None = field(
         default=None,
-        metadata={"help": "plain, vicuna or the path of a Jinja file, with marks around what is to be learned."},
+        metadata={
+            "help": f"{', '.join(CHAT_TEMPLATES)}, or the path of a Jinja file with marks around what is to be "
+            f"learned. Default: the model's own."
+        },
     )
     pad_images: bool = field(
         default=False, metadata={"help": "Pad images to a square before resizing, as LLaVA-1.5 was trained."}
@@ -94,6 +84,7 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
     if name is None:
         raise ValueError("Name the model that is trained: --model_name_or_path.")
     grid = {} if args.pooled_grid_size is None else {"pooled_grid_size": args.pooled_grid_size}
+    chat_template = None if args.chat_template is None else read_chat_template(args.chat_template)
     if args.vision_model_name_or_path is not None:
         if quantization_config is not None or model_args.model_revision != "main":
             raise ValueError(
@@ -109,7 +100,7 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
         )
         if model_args.attn_implementation is not None:
             model.set_attn_implementation(model_args.attn_implementation)
-        processor = DecoProcessor.from_vision_text_pretrained(*backbones, **grid)
+        processor = DecoProcessor.from_vision_text_pretrained(*backbones, **grid, chat_template=chat_template)
     else:
         if args.projector_type is not None or args.projector_config is not None:
             raise ValueError(
@@ -129,9 +120,8 @@ def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForCondition
         processor = DecoProcessor.from_pretrained(
             name, revision=model_args.model_revision, trust_remote_code=False, **grid
         )
-    if args.chat_template is not None:
-        template = CHAT_TEMPLATES.get(args.chat_template) or Path(args.chat_template).read_text(encoding="utf-8")
-        processor.chat_template = template
+    if chat_template is not None:
+        processor.chat_template = chat_template
     if args.pad_images:
         processor.image_processor = pad_to_square(processor.image_processor)
     return model, processor

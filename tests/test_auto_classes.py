@@ -26,6 +26,7 @@ from modeling_deco.hub import AUTO_MAP
 from modeling_deco.modeling_deco import StopStrings
 
 CODE_FILES = {
+    "chat_templates.py",
     "configuration_deco.py",
     "hub.py",
     "modeling_deco.py",

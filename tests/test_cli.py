@@ -331,6 +331,7 @@ def test_shipped_card_is_the_model_card():
 
 def test_shipped_remote_code_is_the_packages_code():
     for name in (
+        "chat_templates.py",
         "configuration_deco.py",
         "hub.py",
         "modeling_deco.py",

@@ -794,6 +794,21 @@ def test_a_chat_template_of_another_language_model_is_kept(tmp_path):
     assert found == "<|user|><image>What?"
 
 
+def test_a_llava_on_llama_3_is_asked_as_llama_3(tmp_path):
+    processor = llava_sources.build_hf_processor()
+    processor.tokenizer.add_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], special_tokens=True)
+    processor.chat_template = processor.tokenizer.chat_template = None
+    llava_sources.write_hf_saved(tmp_path / "source", processor=processor)
+    expected = "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat?<|eot_id|>"
+    assert convert(tmp_path / "source", tmp_path / "deco")["chat_template"] == "adapted"
+    found = AutoProcessor.from_pretrained(tmp_path / "deco").apply_chat_template(chat("What?"))
+    assert found.removeprefix("<s>") == expected
+    report = convert(tmp_path / "source", tmp_path / "chatml", chat_template="chatml")
+    assert report["chat_template"] == "chatml"
+    found = AutoProcessor.from_pretrained(tmp_path / "chatml").apply_chat_template(chat("What?"))
+    assert found == "<|im_start|>user\n<image>\nWhat?<|im_end|>\n"
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_pipeline_answers_about_a_picture(name, converted):
     pipe = pipeline("image-text-to-text", model=str(converted(name).destination))
@@ -840,7 +855,15 @@ def test_the_folder_answers_where_the_package_is_not_installed(name, converted, 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_code_travels_along(name, converted):
     folder = converted(name).destination
-    for module in ("configuration_deco", "hub", "modeling_deco", "pixels", "processing_deco", "projectors"):
+    for module in (
+        "chat_templates",
+        "configuration_deco",
+        "hub",
+        "modeling_deco",
+        "pixels",
+        "processing_deco",
+        "projectors",
+    ):
         assert (folder / f"{module}.py").exists()
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForImageTextToText"] == "modeling_deco.DecoForConditionalGeneration"

@@ -27,6 +27,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from modeling_deco import DecoProcessor
+from modeling_deco.chat_templates import CHAT_TEMPLATES
 from modeling_deco.conversion.errors import ConversionError
 from modeling_deco.conversion.processing import (
     VICUNA_CHAT_TEMPLATE,
@@ -35,6 +36,7 @@ from modeling_deco.conversion.processing import (
     load_generation_config,
     load_image_processor,
     load_tokenizer,
+    named_chat_template,
 )
 
 SYSTEM = (
@@ -506,7 +508,6 @@ def test_the_default_among_named_templates_counts():
         "",
         {"tool_use": CHATML},
         CHATML.replace("<image>", "<img>"),
-        "{% for message in messages %}{{ message['content'] }}{% endfor %}",
         "<image>{% for",
         "<image>{{ raise_exception('no images here') }}",
         "<image>{{ messages[0]['content'] + 'text' }}",
@@ -517,7 +518,6 @@ def test_the_default_among_named_templates_counts():
         "empty",
         "no default",
         "another image token",
-        "the object as text",
         "not Jinja",
         "raises",
         "adds lists to strings",
@@ -526,6 +526,53 @@ def test_the_default_among_named_templates_counts():
 )
 def test_vicunas_is_chosen_in_place_of(template):
     assert choose_chat_template(template) == (VICUNA_CHAT_TEMPLATE, "vicuna")
+
+
+MODELS_OWN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_for_text_is_adapted():
+    assert choose_chat_template(MODELS_OWN) == (CHAT_TEMPLATES["chatml"], "adapted")
+
+
+@pytest.mark.parametrize(
+    ("marks", "name"),
+    [(["<|start_header_id|>", "<|eot_id|>"], "llama3"), (["<|im_start|>", "<|im_end|>"], "chatml"), ([], "vicuna")],
+)
+def test_without_a_template_the_tokens_tell_the_format(marks, name, llama):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.add_tokens(marks, special_tokens=True)
+    template, origin = choose_chat_template(None, tokenizer)
+    assert (template, origin) == (CHAT_TEMPLATES[name], "adapted" if marks else "vicuna")
+
+
+def test_an_unknown_format_of_another_language_model_is_refused():
+    for template, reason in ((None, "no chat template"), ("{% for", "a chat template that cannot show images")):
+        message = (
+            rf"of a 'mistral' language model is not recognized: its tokenizer has {reason}\. .* --chat-template: "
+        )
+        with pytest.raises(ConversionError, match=message):
+            choose_chat_template(template, model_type="mistral")
+
+
+def test_images_of_an_adapted_format_stand_between_their_marks():
+    template, _ = choose_chat_template(MODELS_OWN, use_im_start_end=True)
+    (rendered,), _ = render_jinja_template([[QUESTION]], chat_template=template)
+    assert rendered == "<|im_start|>user\n<im_start><image><im_end>\nWhat is this?<|im_end|>\n"
+
+
+def test_a_named_template_is_taken(tmp_path):
+    assert named_chat_template("llama3") == CHAT_TEMPLATES["llama3"]
+    (tmp_path / "own.jinja").write_text(CHATML)
+    assert named_chat_template(str(tmp_path / "own.jinja")) == CHATML
+    (tmp_path / "text.jinja").write_text(MODELS_OWN)
+    with pytest.raises(ConversionError, match=r"text\.jinja does not write <image> for an image"):
+        named_chat_template(str(tmp_path / "text.jinja"))
+    with pytest.raises(ConversionError, match="'llama4' is neither the path of a Jinja file nor one of plain, vicuna"):
+        named_chat_template("llama4")
 
 
 def test_a_source_in_vicunas_format_keeps_its_questions_and_gets_our_answers():

@@ -34,6 +34,7 @@ from modeling_deco.hub import AUTO_MAP, base_models
 ROOT = Path(__file__).parents[1]
 REPO = "someone/deco"
 CODE_FILES = {
+    "chat_templates.py",
     "configuration_deco.py",
     "hub.py",
     "modeling_deco.py",

@@ -33,6 +33,7 @@ from tiny_training import CONFIGS, arguments, build_dataset, conversation, conve
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_deco import DecoForConditionalGeneration
+from modeling_deco.chat_templates import PLAIN_CHAT_TEMPLATE
 from modeling_deco.recipes import sft
 from modeling_deco.recipes.trainer import INCOMPLETE, DecoSFTConfig, DecoSFTTrainer, ModalityLengthSampler, part_of
 
@@ -153,7 +154,7 @@ def test_stage_1_joins_two_backbones(backbones, data, tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     assert isinstance(model, DecoForConditionalGeneration)
     assert model.config.pooled_grid_size == processor.pooled_grid_size == 2
-    assert processor.chat_template == sft.PLAIN_CHAT_TEMPLATE
+    assert processor.chat_template == PLAIN_CHAT_TEMPLATE
     frozen = load_file(text / "model.safetensors")
     kept = dict(model.model.language_model.named_parameters())
     assert torch.equal(frozen["model.layers.0.mlp.up_proj.weight"], kept["layers.0.mlp.up_proj.weight"])
@@ -207,7 +208,7 @@ def test_a_projector_type_for_a_model_with_a_projector_is_refused(checkpoint, da
 def test_stage_1_learns_the_caption_and_its_line_break():
     from modeling_deco.recipes.collator import DecoCollator
 
-    processor = tiny.build_processor(chat_template=sft.PLAIN_CHAT_TEMPLATE)
+    processor = tiny.build_processor(chat_template=PLAIN_CHAT_TEMPLATE)
     row = DecoCollator(processor).tokenize(conversation(0))
     assert processor.decode(row["input_ids"]) == "<image> a red cat ."
     assert processor.decode([label for label in row["labels"] if label >= 0]) == "a red cat ."

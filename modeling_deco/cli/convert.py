@@ -61,6 +61,12 @@ def convert(
     check_logits: Annotated[
         bool, typer.Option("--check-logits", help="Also run both models, in float32, and compare (llava-hf).")
     ] = False,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="vicuna, chatml, llama3, ... or a Jinja file; the source's by default."
+        ),
+    ] = None,
 ):
     """Make the DeCo checkpoint DST of the LLaVA checkpoint SRC. The format is told by what SRC holds.
 
@@ -94,7 +100,8 @@ def convert(
             grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
         except ValueError as error:
             raise ConversionError(str(error)) from None
-        run(source, destination, grid, vision_tower, base_model, dtype, revision, overwrite, push_to_hub, check_logits)
+        options = (dtype, revision, overwrite, push_to_hub, check_logits, chat_template)
+        run(source, destination, grid, vision_tower, base_model, *options)
     typer.echo(destination)
 
 

@@ -27,6 +27,7 @@ AUTO_MAP = {
     "AutoProcessor": "processing_deco.DecoProcessor",
 }
 _REMOTE_CODE_FILES = (
+    "chat_templates.py",
     "configuration_deco.py",
     "hub.py",
     "modeling_deco.py",
