@@ -1,17 +1,20 @@
 """`deco ask` and the shipped checkpoint: the answer alone on stdout, one line for bad input."""
 
 import errno
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import typer
 from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
@@ -19,6 +22,7 @@ from typer.testing import CliRunner
 import modeling_deco
 from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.cli import app
+from modeling_deco.cli.common import write
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.world import render
 
@@ -48,10 +52,145 @@ def test_the_answer_alone_goes_to_stdout(scene, picture):
     assert (result.exit_code, result.stdout) == (0, f"{digit.value} {digit.colour}.\n")
 
 
-def test_json_reports_the_budget_that_was_used(scene, picture):
-    report = json.loads(ask(picture, "How many digits are there?", "--pooled-grid-size", "3x4", "--json").stdout)
-    assert (report["pooled_grid_size"], report["num_image_tokens"]) == ([3, 4], 12)
-    assert report["answer"] == "4 digits."
+def test_json_reports_what_was_used(scene, picture):
+    question = "How many digits are there?"
+    start = time.monotonic()
+    report = json.loads(ask(picture, picture, question, "--pooled-grid-size", "3x4", "--json").stdout)
+    elapsed = time.monotonic() - start
+    processor = transformers.AutoProcessor.from_pretrained(SHIPPED_CHECKPOINT)
+    num_words = len(processor.tokenizer(f"<user>{question}<assistant>")["input_ids"])
+    assert (report["pooled_grid_size"], report["num_image_tokens"]) == ([3, 4], 24)
+    assert report["num_prompt_tokens"] in (24 + num_words, 24 + num_words + 1)  # with the beginning's token
+    assert 0 < report["seconds"] < elapsed
+    assert (report["question"], report["images"]) == (question, [picture, picture])
+    assert report["answer"].endswith("digits.")
+
+
+@pytest.mark.parametrize(("option", "grid"), [([], [6, 6]), (["--pooled-grid-size", "3"], [3, 3])])
+def test_json_has_one_type_for_the_grid(option, grid, picture):
+    report = json.loads(ask(picture, "Is there a 7?", "--json", *option).stdout)
+    assert (report["pooled_grid_size"], report["num_image_tokens"]) == (grid, grid[0] * grid[1])
+
+
+def test_an_answer_is_written_while_it_is_generated(monkeypatch):
+    """Each piece is flushed before the next one is asked for, also into a pipe; white space around it is not."""
+    flushed = [""]
+
+    class Stdout(io.StringIO):
+        def flush(self):
+            flushed[0] = self.getvalue()
+
+    def pieces():
+        for piece, before in [(" \n", ""), (" 7", ""), (" re", "7"), ("d. ", "7 re"), (" ", "7 red.")]:
+            assert flushed[0] == before
+            yield piece
+        return "more"
+
+    monkeypatch.setattr(sys, "stdout", Stdout())
+    assert write(pieces()) == ("7 red.", "more")
+    assert sys.stdout.getvalue() == "7 red.\n"
+    assert write(pieces_of("a", "b"), quiet=True) == ("ab", None)
+    assert sys.stdout.getvalue() == "7 red.\n"
+
+
+def pieces_of(*pieces, error=None):
+    yield from pieces
+    if error is not None:
+        raise error
+
+
+def test_what_stops_an_answer_ends_its_line(capsys):
+    with pytest.raises(ValueError, match="NaN"):
+        write(pieces_of("7 ", "re", error=ValueError("NaN")))
+    assert capsys.readouterr().out == "7 re\n"
+    with pytest.raises(typer.Exit) as end:
+        write(pieces_of("7", error=KeyboardInterrupt()))
+    assert end.value.exit_code == 130
+    assert write(pieces_of("7", error=KeyboardInterrupt()), stoppable=True) == ("7", None)
+
+
+def test_a_picture_is_encoded_once_also_with_relevance(picture, tmp_path, monkeypatch):
+    import modeling_deco.inference
+
+    looks, load = [], modeling_deco.inference.load
+
+    def counting_load(*args, **kwargs):
+        model, processor = load(*args, **kwargs)
+        model.model.vision_tower.register_forward_pre_hook(lambda module, args: looks.append(module))
+        return model, processor
+
+    monkeypatch.setattr(modeling_deco.inference, "load", counting_load)
+    for options in ([], ["--json"], ["--relevance", str(tmp_path / "map.png")]):
+        looks.clear()
+        assert ask(picture, "Read the digits.", *options).exit_code == 0
+        assert len(looks) == 1
+
+
+def test_options_reach_the_model(picture, monkeypatch):
+    import modeling_deco.inference
+
+    told, load, stream = {}, modeling_deco.inference.load, modeling_deco.inference.stream
+
+    def recording_load(model, **given):
+        told.update(given)
+        return load(model)
+
+    def recording_stream(model, processor, inputs, **given):
+        told.update(given, prompt=inputs["input_ids"][0].tolist(), tokenizer=processor.tokenizer)
+        return stream(model, processor, inputs, max_new_tokens=2)
+
+    monkeypatch.setattr(modeling_deco.inference, "load", recording_load)
+    monkeypatch.setattr(modeling_deco.inference, "stream", recording_stream)
+    options = "--temperature 0.5 --seed 3 --device cpu --dtype bfloat16 --int8 --4bit --revision v1 --max-new-tokens 9"
+    assert ask(picture, "Is there a 7?", *options.split(), "--system", "Read the digits.").exit_code == 0
+    prompt, tokenizer = told.pop("prompt"), told.pop("tokenizer")
+    system, question = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Read", "there"))
+    assert prompt.index(system[0]) < prompt.index(question[0])
+    assert told == {
+        "temperature": 0.5,
+        "seed": 3,
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "in_int8": True,
+        "in_4bit": True,
+        "revision": "v1",
+        "max_new_tokens": 9,
+    }
+
+
+def test_a_seed_decides_what_is_drawn(picture, tmp_path):
+    options = ("--temperature", "9", "--max-new-tokens", "8")
+    answers = [ask(picture, "Read the digits.", *options, "--seed", seed).stdout for seed in "121"]
+    assert answers[0] == answers[2] != answers[1]
+    relevance = ("--relevance", str(tmp_path / "map.png"))
+    assert ask(picture, "Read the digits.", *options, "--seed", "1", *relevance).stdout == answers[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], r"greater than or equal to 0|-1.* not in the range"),
+        (["--seed", "-1"], r"greater than or equal to 0|-1.* not in the range"),
+        (["--dtype", "int8"], r"The dtype 'int8' is none of auto, float32, float16, bfloat16"),
+        (["--device", "gpu"], r"The device 'gpu' is none of cpu, cuda, cuda:N and mps"),
+        (["--relevance", "map.png", "--system", "Be brief."], r"--relevance explains .* without --system"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message, picture):
+    result = ask(picture, "Is there a 7?", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.search(message, result.stderr)
+
+
+def test_a_question_with_an_image_token_is_one_line(picture):
+    result = ask(picture, "What is <image>?")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "deco ask: The text holds '<image>', which stands for an image; leave it out.\n"
+
+
+def test_a_home_folder_in_quotes_is_expanded(picture, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(picture).parent))
+    assert ask("~/digits.png", "Is there a 7?").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,58 @@ def test_the_budget_changes_within_the_conversation(scenes, monkeypatch):
     assert grids == [None, [3, 3], [2, 4]]
     assert "3 x 3 = 9 tokens per picture." in result.stderr
     assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "typed", ["~/a picture.png", "'~/a picture.png'", '"{home}/a picture.png"', r"~/a\ picture.png"]
+)
+def test_a_path_may_be_typed_as_in_a_shell(typed, scenes, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(scenes[0][1], tmp_path / "a picture.png")
+    result = chat(say=f"/image {typed.format(home=tmp_path)}\n")
+    assert (result.exit_code, result.stderr) == (0, "96 x 96 pixels; ask about it.\n\n")
+
+
+def test_options_reach_every_answer(scenes, monkeypatch):
+    """The seed is of the conversation: what is drawn for a second answer goes on from the first."""
+    import modeling_deco.inference
+
+    (_, path), _ = scenes
+    told, stream, loaded = [], modeling_deco.inference.stream, {}
+
+    def recording_load(model, **given):
+        loaded.update(given)
+        return load(model)
+
+    def recording_stream(model, processor, messages, **given):
+        given.pop("prompt_cache")
+        told.append({"first": messages[0], "turns": len(messages), **given})
+        return stream(model, processor, messages, max_new_tokens=8)
+
+    monkeypatch.setattr(modeling_deco.inference, "load", recording_load)
+    monkeypatch.setattr(modeling_deco.inference, "stream", recording_stream)
+    options = "--temperature 0.5 --seed 3 --device cpu --dtype bfloat16 --int8 --4bit --revision v1 --max-new-tokens 9"
+    say = "Is there a 7?\nRead the digits.\n/clear\nIs there a 7?\n"
+    result = chat("--image", path, "--system", "Be brief.", *options.split(), say=say)
+    assert result.exit_code == 0
+    assert loaded == {"device": "cpu", "dtype": "bfloat16", "in_int8": True, "in_4bit": True, "revision": "v1"}
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    same = {"first": system, "pooled_grid_size": None, "max_new_tokens": 9, "temperature": 0.5}
+    assert told == [
+        {**same, "turns": 2, "seed": 3},
+        {**same, "turns": 4, "seed": None},
+        {**same, "turns": 2, "seed": None},
+    ]
+
+
+def test_a_system_message_without_a_place_is_refused_before_the_first_question(scenes, tmp_path):
+    folder = shutil.copytree(SHIPPED_CHECKPOINT, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages if message['role'] != 'system' %}<user>{% endfor %}"
+    )
+    result = chat(str(folder), "--system", "Be brief.", say="")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "deco chat: The chat template has no place for a system message.\n"
 
 
 @pytest.mark.parametrize(
