@@ -2,28 +2,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an answer costs, measured: time before its first word, and memory of GPUs."""
 
-import statistics
 import time
 
 import torch
+from transformers import PreTrainedModel
 
 
-@torch.inference_mode()
-def prefill_seconds(model, inputs, repeats: int = 5, max_seconds: float = 1.0) -> float:
-    """Median time from pixels and token ids to the first token's logits: vision tower, projector, language model.
+class PrefillClock:
+    """Measures the prefill of an answer on the way: the first forward pass of a model in a `with` block, by hooks.
 
-    Args:
-        model: a `DecoForConditionalGeneration` that has been run before, so that it is warm.
-        inputs: what its processor returns, on the model's device.
-        repeats: measurements.
-        max_seconds: seconds after which no further one begins; a slow prefill is measured once.
+    Attributes:
+        seconds: from the pass's inputs to the first token's logits; 0 before they are there.
     """
-    seconds = []
-    while not seconds or (len(seconds) < repeats and sum(seconds) < max_seconds):
-        start = time.perf_counter()
-        model(**inputs, use_cache=True, logits_to_keep=1).logits.cpu()  # a copy waits for the device
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.seconds = 0.0
+        self._start = None
+
+    def __enter__(self):
+        before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._hooks = [before, self.model.register_forward_hook(self._after)]
+        return self
+
+    def __exit__(self, *exception):
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, model, args, kwargs):
+        if self._start is None:
+            self._start = now(kwargs["input_ids"])
+
+    def _after(self, model, args, output):
+        if self.seconds == 0:
+            self.seconds = now(output.logits) - self._start
+
+
+def now(tensor: torch.Tensor) -> float:
+    """`time.perf_counter`, when the device of a tensor has done what it was given."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
 
 
 def reset_peak_gpu_memory() -> None:

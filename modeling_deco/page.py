@@ -5,37 +5,54 @@
 Nothing is asked of other hosts, neither by the server nor by the browser, once the model is loaded.
 """
 
+import asyncio
+import hmac
 import html
 import io
+import ipaddress
+import logging
 import math
 import os
 import re
+import secrets
+import sys
 import tempfile
-from collections.abc import Iterable
-from contextlib import contextmanager
+import webbrowser
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import count
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from . import SHIPPED_CHECKPOINT
 from .configuration_deco import num_image_tokens, parse_grid
-from .costs import peak_gpu_memory, prefill_seconds, reset_peak_gpu_memory
+from .costs import PrefillClock, now, peak_gpu_memory, reset_peak_gpu_memory
 from .errors import one_line
-from .images import UNTRUSTED_LIMITS, ImageError, read_image
+from .images import UNTRUSTED_LIMITS, ImageError, PictureReader
 from .inference import encode, load, stream
 from .info import format_size, kv_cache_bytes
+from .loading import is_out_of_memory
 from .prompt_cache import PromptCache
 from .relevance import Relevance, describe_peak, draw_heat_map, explain
+from .serving import Server
 from .sockets import bind
 
 try:
     import gradio as gr
+    from fastapi import FastAPI
+    from gradio.networking import setup_tunnel
     from gradio.utils import get_upload_folder
     from matplotlib.figure import Figure
+    from starlette.datastructures import Headers
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import PlainTextResponse
 except ImportError as error:
     raise ImportError(f"The page needs {error.name}: pip install 'modeling-deco[page]'") from None
 
@@ -79,6 +96,8 @@ element.addEventListener('click', (event) => {
 """
 
 _MAX_QUESTION_LENGTH = 2000  # characters
+
+_NO_FILE = "The image cannot be read: it was not uploaded, or too long ago."
 
 _CAPTION = "Click a word of the answer to see what it rests on."
 
@@ -136,7 +155,7 @@ def build_page(
     """
     default_side, largest_side = _sides(model.config, processor)
     dtype = model.get_input_embeddings().weight.dtype
-    prompts = PromptCache(model)
+    prompts, pictures = PromptCache(model), _EncodedPictures(model)
 
     def check(upload):
         """Tell of a file that is no picture when it comes, and take it off the page."""
@@ -148,35 +167,40 @@ def build_page(
         return gr.skip()
 
     def ask(upload, question, side, session):
-        side = side if largest_side else None
         with _shown_errors():
-            budget = _budget(grid(side))
-        session, messages = _begin(upload, question, session)
+            side = _check_side(side, largest_side)
+            session, messages = _begin(upload, question, session)
+        budget = _budget(grid(side))
         yield _answer_html("", budget), None, _CAPTION, gr.skip(), session
-        text = ""
-        for text in write(messages, side):
-            yield _answer_html(text, budget), *[gr.skip()] * 4
-        text = text.strip()
+        for text, row in answer_at(side, messages, prompts):
+            if row is None:
+                yield _answer_html(text, budget), *[gr.skip()] * 4
         session.answer = _Answer(session.path, session.question, side, text)
-        yield _answer_html(text or "(no answer)", budget, clickable=bool(text)), *[gr.skip()] * 3, session
-        session.costs[side] = measure(messages, side, text)
-        yield *[gr.skip()] * 3, _costs_html(session.costs.values()), session
+        session.costs[side] = row
+        shown = _answer_html(text or "(no answer)", budget, clickable=bool(text))
+        yield shown, *[gr.skip()] * 2, _costs_html(session.costs.values()), session
 
     def compare(upload, question, session):
-        session, messages = _begin(upload, question, session)
-        for side in sorted({default_side, *(largest_side >> power for power in range(4))} - {0}):
-            *_, text = "", *write(messages, side)
-            session.costs[side] = measure(messages, side, text.strip())
-            yield _costs_html(session.costs.values()), session
+        with _shown_errors():
+            session, messages = _begin(upload, question, session)
+        sides = {default_side, *(largest_side >> power for power in range(4))} - {0} if largest_side else {None}
+        yield _costs_html(session.costs.values()), session
+        for side in sorted(sides - session.costs.keys()):
+            for _, row in answer_at(side, messages):
+                if row is not None:
+                    session.costs[side] = row
+                yield _costs_html(session.costs.values()), session  # where a closed tab stops the generation
 
     def show_word(session, event: gr.EventData):
         if session is None or session.answer is None:
             raise gr.Error("This page was left for too long; ask again.", print_exception=False)
-        answer = session.answer
+        answer, word = session.answer, getattr(event, "word", None)
         if answer.relevance is None:
             with _shown_errors():
                 answer.relevance = _explain(model, processor, answer)
-        index = answer.relevance.word_ids.index(event.word)
+        if word not in answer.relevance.word_ids:
+            raise gr.Error("The answer has no such word.", print_exception=False)
+        index = answer.relevance.word_ids.index(word)
         word, peak = answer.relevance.tokens[index], describe_peak(answer.relevance, index)
         caption = f"“{word}” rests on the bright patches ({peak})."
         return gr.update(value=_draw(answer.relevance, index), alt_text=caption), html.escape(caption), session
@@ -184,26 +208,27 @@ def build_page(
     def grid(side):
         return processor.pooled_grid_size if side is None else side
 
-    def write(messages, side):
-        """The answer so far, each time that it grows."""
+    def answer_at(side, messages, prompt_cache=None):
+        """The answer so far, each time that it grows, and None; at last with its row of the table, whose figures are
+        those of this very run."""
         reset_peak_gpu_memory()
-        budget = {"pooled_grid_size": side, "max_new_tokens": max_new_tokens}
         text = ""
-        with _shown_errors():
-            for piece in stream(model, processor, messages, **budget, prompt_cache=prompts):
-                text += piece
-                yield text
-
-    def measure(messages, side, text):
-        """A row of the table, for the budget that has just been answered at."""
-        tokens = num_image_tokens(grid(side))
-        with _shown_errors():
-            seconds = prefill_seconds(model, encode(processor, messages, side).to(model.device))
-        row = {"Tokens": tokens, "Prefill": f"{1000 * seconds:.3g} ms"}
+        with _shown_errors(), pictures.in_use(), PrefillClock(model) as prefill:
+            inputs = encode(processor, messages, side)
+            pieces = stream(model, processor, inputs, max_new_tokens=max_new_tokens, prompt_cache=prompt_cache)
+            with closing(pieces):
+                for piece in pieces:
+                    text += piece
+                    yield text, None
+        tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+        milliseconds = 1000 * (pictures.seconds + prefill.seconds)
+        row = {"Tokens": tokens, "Prefill": f"{milliseconds:.{0 if milliseconds >= 10 else 1}f} ms"}
+        if pictures.seconds == 0:
+            row["Prefill"] += " *"
         row["KV cache"] = format_size(kv_cache_bytes(model.config.get_text_config(), tokens, dtype))
         if model.device.type == "cuda":
             row["Peak GPU memory"] = format_size(peak_gpu_memory() - prompts.num_bytes)  # of this question alone
-        return row | {"Answer": text}
+        yield text.strip(), row | {"Answer": text.strip()}
 
     with gr.Blocks(title=f"DeCo: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         session = gr.State(None, time_to_live=3600)
@@ -291,6 +316,7 @@ def launch(
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
+    password: str | None = None,
     share: bool = False,
     open_browser: bool = False,
     max_new_tokens: int = 128,
@@ -302,22 +328,23 @@ def launch(
         model: folder or Hub id.
         host: `"0.0.0.0"` to be reached from other machines.
         port: default: the first that is free from 7860 on; 0 is any that is free.
+        password: what users must enter, under any user name.
         share: also ask gradio.live for a public address, through which everything goes.
         open_browser: show the page here.
         max_new_tokens: longest answer, in tokens.
         load_arguments: of `modeling_deco.inference.load`.
 
     Raises:
-        ValueError: host and port cannot be listened on.
+        ValueError: host and port cannot be listened on, or the password is empty.
         OSError, ValueError, ImportError: see `load`.
     """
-    host = host.strip("[]")
-    with bind(host, port or 0) as listener:  # gradio learns it only with a model, and then tries for long
-        port = None if port is None else listener.getsockname()[1]
-    loaded, processor = load(model, **load_arguments)
-    is_shipped = Path(model).exists() and Path(model).samefile(SHIPPED_CHECKPOINT)
-    about = f"{loaded.num_parameters() / 1e6:.1f} M parameters. "
-    with tempfile.TemporaryDirectory(prefix="deco-page-") as uploads:
+    if password == "":
+        raise ValueError("The password is empty.")
+    with _bind(host.strip("[]"), port) as listener, tempfile.TemporaryDirectory(prefix="deco-page-") as uploads:
+        loaded, processor = load(model, **load_arguments)
+        _warm_up(loaded, processor)
+        is_shipped = Path(model).exists() and Path(model).samefile(SHIPPED_CHECKPOINT)
+        about = f"{loaded.num_parameters() / 1e6:.1f} M parameters. "
         os.environ["GRADIO_TEMP_DIR"] = uploads  # of this page alone, and gone with it
         page = build_page(
             loaded,
@@ -329,19 +356,182 @@ def launch(
             else None,
             max_new_tokens=max_new_tokens,
         )
-        page.queue(max_size=64, api_open=False).launch(
-            server_name=f"[{host}]" if ":" in host else host,
-            server_port=port,
-            share=share,
-            inbrowser=open_browser,
-            max_file_size=UNTRUSTED_LIMITS.max_bytes,
-            theme=_theme(),
-            css=CSS,
-            footer_links=["gradio", "settings"],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-        )
+        address, port = listener.getsockname()[:2]
+        is_local = ipaddress.ip_address(address.partition("%")[0]).is_loopback and not share
+        if not is_local and password is None:
+            sys.stderr.write("There is no password: whoever reaches the page can use it. DECO_PASSWORD sets one.\n")
+        hosts = [host.strip("[]"), "localhost", "127.0.0.1", "::1", "[::1]"] if is_local else None
+        app = build_app(page, password, hosts)
+        host = f"[{address}]" if ":" in address else address
+        announcement = f"Running on local URL:  http://{host}:{port}"
+        if share:
+            public_url = setup_tunnel(address, port, secrets.token_urlsafe(32), None, None)
+            announcement += f"\nRunning on public URL: {public_url}"
+        server = _Server(app, announcement=announcement)
+        server.shown_url = f"http://{host}:{port}" if open_browser else None
+        with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has shut down
+            server.run([listener])
+
+
+def build_app(page: gr.Blocks, password: str | None = None, hosts: list[str] | None = None) -> FastAPI:
+    """The ASGI application of a page, with bounds on what anybody may send.
+
+    Args:
+        password: what users must enter, under any user name.
+        hosts: what a request's `Host` header may say. A page for one machine alone must say it, or a web page whose
+            name resolves to that machine can use it (DNS rebinding). Default: anything.
+    """
+
+    def is_right(user_name, given):
+        return hmac.compare_digest(given.encode(errors="replace"), password.encode())
+
+    page.state_session_capacity = 1000  # of which the oldest goes when one more comes
+    page.has_launched = True  # or gradio 6.31 lets requests name files of this machine
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page.queue(max_size=64, api_open=False),
+        "/",
+        auth=None if password is None else is_right,
+        auth_message="Any user name, and the password of this page.",
+        show_error=False,
+        max_file_size=UNTRUSTED_LIMITS.max_bytes,
+        theme=_theme(),
+        css=CSS,
+        footer_links=["gradio", "settings"],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+    )
+    app.add_middleware(_Gate, uploads=Path(get_upload_folder()))
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    return app
+
+
+def _warm_up(model, processor) -> None:
+    """An answer of one token, since a first one takes longer, and what cannot answer is better told now."""
+    content = [{"type": "image", "image": Image.new("RGB", (64, 64))}, {"type": "text", "text": "?"}]
+    for _ in stream(model, processor, [{"role": "user", "content": content}], max_new_tokens=1):
+        pass
+
+
+def _bind(host: str, port: int | None):
+    """The socket of that port, by default of the first that is free from 7860 on."""
+    if port is not None:
+        return bind(host, port)
+    bind(host, 0).close()  # the address is this machine's, or this says why not
+    for port in range(7860, 7960):
+        with suppress(ValueError):
+            return bind(host, port)
+    return bind(host, 0)
+
+
+# What the browser asks a page for; gradio's server has much more, for pages of other kinds and for programs.
+_ROUTES = {
+    "GET": re.compile(
+        r"/|/(assets|static|svelte)/.*|/config/?|/theme\.css|/(favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?)"
+        r"|/gradio_api/(file=.*|heartbeat/\w+|queue/data|upload_progress|startup-events|login_check/?|user/?|info/?)"
+    ),
+    "POST": re.compile(r"/login/?|/gradio_api/(upload|queue/join|run/predict|cancel|reset)/?"),
+}
+_MAX_BODY = 2**20  # bytes of a request that is no upload
+_MAX_UPLOADS = 2**30  # bytes of all uploads that are kept
+_BODY_TIMEOUT = 60.0  # seconds
+
+
+class _Gate:
+    """ASGI middleware: routes that the page needs, requests from the page itself, of so many bytes, in so much time,
+    and uploads that do not fill the disk."""
+
+    def __init__(self, app, uploads: Path):
+        self.app = app
+        self.uploads = uploads
+        self.examples = set(uploads.rglob("*"))
+        self.num_bytes_arriving = 0
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            status, message = refusal
+            await PlainTextResponse(message, status)(scope, receive, send)
+            return
+        num_bytes = int(Headers(scope=scope).get("content-length", 0))
+        if scope["path"].startswith("/gradio_api/upload"):
+            await asyncio.to_thread(self._make_room, num_bytes)
+        self.num_bytes_arriving += num_bytes
+        deadline = asyncio.get_running_loop().time() + _BODY_TIMEOUT
+        has_arrived = False
+
+        async def receive_in_time():
+            nonlocal has_arrived
+            if has_arrived:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - asyncio.get_running_loop().time())
+            except asyncio.TimeoutError:
+                return {"type": "http.disconnect"}
+            has_arrived = not message.get("more_body", False)
+            return message
+
+        connection = scope["state"].get("connection")  # None under another server
+        try:
+            with nullcontext() if connection is None else connection.request():
+                await self.app(scope, receive_in_time, send)
+        finally:
+            self.num_bytes_arriving -= num_bytes
+
+    def _refusal(self, scope) -> tuple[int, str] | None:
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        if method not in _ROUTES or not _ROUTES[method].fullmatch(scope["path"]):
+            return 404, "There is no such page."
+        if method == "GET":
+            return None
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")  # which browsers send, and web pages cannot change
+        if origin is not None and urlsplit(origin).netloc not in (
+            headers.get("host"),
+            headers.get("x-forwarded-host"),
+        ):
+            return 403, "Another site's page cannot use this one."
+        if not re.fullmatch(r"[0-9]{1,15}", headers.get("content-length", "")):
+            return 411, "A request must say its length."
+        is_upload = scope["path"].startswith("/gradio_api/upload")
+        # an upload has headers and boundaries beside its file
+        max_bytes = UNTRUSTED_LIMITS.max_bytes + 2**16 if is_upload else _MAX_BODY
+        num_bytes = int(headers["content-length"])
+        if num_bytes > max_bytes:
+            return 413, f"The request has {num_bytes:,} bytes, more than the maximum of {max_bytes:,}."
+        if self.num_bytes_arriving + num_bytes > _MAX_UPLOADS:
+            return 503, "Too much is arriving; try again."
+        return None
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Delete the oldest uploads where there would be too many."""
+        files = []
+        for path in self.uploads.rglob("*"):
+            with suppress(OSError):  # gone by now
+                if path not in self.examples and path.is_file():
+                    stat = path.stat()
+                    files.append((stat.st_mtime, max(stat.st_size, 2**16), path))  # a file takes more than its bytes
+        room = _MAX_UPLOADS - sum(size for _, size, _ in files) - num_bytes
+        for _, size, path in sorted(files):
+            if room >= 0:
+                break
+            path.unlink(missing_ok=True)
+            room += size
+
+
+class _Server(Server):
+    shown_url: str | None = None
+
+    async def startup(self, sockets=None):
+        logging.getLogger("uvicorn.access").disabled = True  # a page is a hundred requests
+        await super().startup(sockets)
+        if self.shown_url is not None:
+            webbrowser.open(self.shown_url)
 
 
 def _theme() -> gr.themes.Base:
@@ -369,6 +559,11 @@ def _path(upload):
     return upload.get("path") if isinstance(upload, dict) else None
 
 
+@cache
+def _reader() -> PictureReader:
+    return PictureReader()  # whose processes end with this one
+
+
 def _read(path: str) -> Image.Image:
     try:
         # gradio checks where a path leads only if the request says that it is one
@@ -376,18 +571,33 @@ def _read(path: str) -> Image.Image:
         file.relative_to(Path(get_upload_folder()).resolve())
         encoded = file.read_bytes()
     except (TypeError, ValueError, OSError):  # no text, elsewhere, gone: errors that name folders of this machine
-        raise ImageError("The image cannot be read: it was not uploaded, or too long ago.") from None
-    return read_image(encoded, limits=UNTRUSTED_LIMITS)
+        raise ImageError(_NO_FILE) from None
+    return _reader().read_sync(encoded)
+
+
+def _check_side(side, largest: int | None) -> int | None:
+    """The side of the grid that is asked for; None where there is no choice. A request may hold anything."""
+    if largest is None:
+        return None
+    if type(side) is not int or not 1 <= side <= largest:
+        raise ValueError(f"The token budget must be a whole number from 1 to {largest}.")
+    return side
 
 
 @contextmanager
 def _shown_errors():
-    """Errors become one line on the page; those that are not the user's are printed here, too."""
+    """Errors become one line on the page. Those that are not the user's are in the log alone, which says where."""
     try:
         yield
+    except gr.Error:
+        raise
+    except ValueError as error:
+        raise gr.Error(html.escape(one_line(error)), print_exception=False) from error
     except Exception as error:
-        is_users = isinstance(error, (OSError, ValueError))
-        raise gr.Error(html.escape(one_line(error)), print_exception=not is_users) from error
+        if is_out_of_memory(error):
+            message = "There is not enough memory for this; a smaller token budget needs less."
+            raise gr.Error(message, print_exception=False) from error
+        raise gr.Error("The page failed; its log says why.") from error
 
 
 def _begin(upload: dict | None, question: str, session: _Session | None) -> tuple[_Session, list[dict]]:
@@ -400,8 +610,7 @@ def _begin(upload: dict | None, question: str, session: _Session | None) -> tupl
         missing = "Choose a picture" if upload is None else "Write a question"
         raise gr.Error(f"{missing} first.", title="Not yet", print_exception=False)
     path = _path(upload)
-    with _shown_errors():
-        content = [{"type": "image", "image": _read(path)}, {"type": "text", "text": question}]
+    content = [{"type": "image", "image": _read(path)}, {"type": "text", "text": question}]
     if session is None or (session.path, session.question) != (path, question):
         session = _Session(path, question, session and session.answer)
     return session, [{"role": "user", "content": content}]
@@ -434,7 +643,11 @@ def _costs_html(rows: Iterable[dict]) -> str:
         return "<p>A row for each budget that you ask at.</p>"
     lines = ["".join(f"<th scope='col'>{name}</th>" for name in rows[0])]
     lines += ["".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) for row in rows]
-    return f"<table aria-label='What each budget costs'>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    table = f"<table aria-label='What each budget costs'>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    is_partial = any(row["Prefill"].endswith("*") for row in rows)
+    return table + (
+        "<small>* of the question alone: the picture was in the prompt cache</small>" if is_partial else ""
+    )
 
 
 def _draw(words: Relevance, index: int) -> Image.Image:
@@ -448,4 +661,76 @@ def _draw(words: Relevance, index: int) -> Image.Image:
     return Image.open(file)
 
 
-__all__ = ["build_page", "launch"]
+@dataclass(frozen=True, eq=False)
+class _EncodedPicture:
+    """What the vision tower made of a picture, on the CPU."""
+
+    inputs: list[torch.Tensor | None]  # the picture as the tower got it
+    patch_features: torch.Tensor  # (1, num_patches, vision_hidden_size)
+    patch_grid: tuple[int, int]
+    seconds: float
+
+
+class _EncodedPictures:
+    """The pictures that were asked about lately: each is encoded once, whatever is asked, and at all budgets.
+
+    Attributes:
+        seconds: from the pixels to the picture's tokens, in the last answer; those of the vision tower are from when
+            it ran. 0 where the tokens were in the prompt cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_pictures: int = 8):
+        self.model = model.model
+        self.encode = self.model.get_image_features
+        self.max_pictures = max_pictures
+        self.kept: list[_EncodedPicture] = []  # the last is the latest
+        self.seconds = 0.0
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """`generate` asks the model's `get_image_features`, in whose place ours stands meanwhile."""
+        self.seconds = 0.0
+        self.model.get_image_features = self.get_image_features
+        try:
+            yield
+        finally:
+            del self.model.get_image_features  # of this instance; its class has its own
+
+    def get_image_features(
+        self, pixel_values, pooled_grid_sizes=None, pixel_attention_mask=None, spatial_shapes=None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """`DecoModel.get_image_features`, of one picture."""
+        inputs = [pixel_values, pixel_attention_mask, spatial_shapes]
+        start = now(pixel_values)
+        picture = next((kept for kept in self.kept if all(map(_is_same, kept.inputs, inputs))), None)
+        if picture is None:
+            calls = []
+            hook = self.model.multi_modal_projector.register_forward_pre_hook(
+                lambda projector, args: calls.append((now(args[0]), *args))
+            )
+            try:
+                features = self.encode(
+                    pixel_values, pooled_grid_sizes, pixel_attention_mask, spatial_shapes, return_dict=True
+                ).pooler_output
+            finally:
+                hook.remove()
+            ((end, patch_features, patch_grid, _),) = calls
+            kept = [None if part is None else part.cpu() for part in inputs]
+            picture = _EncodedPicture(kept, patch_features.cpu(), patch_grid, end - start)
+        else:
+            self.kept.remove(picture)
+            start -= picture.seconds
+            patch_features = picture.patch_features.to(pixel_values.device)
+            features = self.model._project(patch_features, [picture.patch_grid], pooled_grid_sizes)
+        self.seconds = now(features[0]) - start
+        self.kept = [*self.kept, picture][-self.max_pictures :]
+        return BaseModelOutputWithPooling(pooler_output=features)
+
+
+def _is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.equal(one, other.cpu())
+
+
+__all__ = ["build_app", "build_page", "launch"]

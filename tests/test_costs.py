@@ -2,44 +2,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an answer costs, as measured."""
 
-import time
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from modeling_deco.costs import peak_gpu_memory, prefill_seconds, reset_peak_gpu_memory
+from modeling_deco import costs
+from modeling_deco.costs import peak_gpu_memory, reset_peak_gpu_memory
 
 
-class Sleeper:
-    """A model whose prefills take the given seconds, one after the other."""
-
-    def __init__(self, *seconds):
-        self.seconds = list(seconds)
-
-    def __call__(self, **inputs):
-        time.sleep(self.seconds.pop(0))
-        return SimpleNamespace(logits=torch.zeros(1, 1, 8))
-
-
-def test_the_median_does_not_follow_a_slow_beginning():
-    assert 0.02 <= prefill_seconds(Sleeper(0.6, 0.02, 0.02), {}, repeats=3) < 0.15
-
-
-def test_a_slow_prefill_is_measured_once():
-    assert prefill_seconds(Sleeper(0.3), {}, repeats=5, max_seconds=0.2) >= 0.3
-
-
-def test_the_prefill_builds_no_graph_and_one_row_of_logits(model, processor):
-    seen = []
-    hook = model.register_forward_hook(lambda module, arguments, output: seen.append(output.logits))
-    inputs = processor(text="what is in the picture", return_tensors="pt")
-    try:
-        assert prefill_seconds(model, inputs, repeats=2) > 0
-    finally:
-        hook.remove()
-    assert [logits.shape[1] for logits in seen] == [1, 1]
-    assert not any(logits.requires_grad for logits in seen)
+def test_the_first_forward_pass_in_the_block_is_measured(model, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
+    hook = model.lm_head.register_forward_hook(lambda *call: clock.insert(0, clock[0] + 2.0))
+    inputs = {"input_ids": torch.tensor([[1, 5, 6]])}
+    model(**inputs)
+    with costs.PrefillClock(model) as prefill:
+        assert prefill.seconds == 0
+        clock.insert(0, clock[0] + 5.0)
+        model(**inputs)
+        model(**inputs)
+    hook.remove()
+    model(**inputs)
+    assert prefill.seconds == 2.0
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
 
 
 @pytest.mark.gpu

@@ -2,28 +2,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page's parts and events, without a browser; tests/browser has one."""
 
+import asyncio
 import html
+import inspect
+import io
 import os
 import re
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from huggingface_hub import SpaceCard
 from PIL import Image
+from transformers import CLIPImageProcessorPil, Siglip2ImageProcessorPil
 
-from modeling_deco import SHIPPED_CHECKPOINT, explain
+from modeling_deco import SHIPPED_CHECKPOINT, DecoProcessor, costs, explain
 from modeling_deco.inference import load
 from modeling_deco.recipes.digits.world import render
 
-gr = pytest.importorskip("gradio")
+gr = gradio = pytest.importorskip("gradio")
 page_module = pytest.importorskip("modeling_deco.page")
+TestClient = pytest.importorskip("starlette.testclient").TestClient
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "What colour is the 2?"
@@ -207,14 +214,15 @@ def test_a_question_that_the_box_does_not_have_is_told(shipped, upload, question
 def test_pictures_have_the_limit_of_what_strangers_send(shipped, uploads):
     Image.new("1", (8000, 8000)).save(uploads / "large.png")
     page = page_module.build_page(*shipped)
-    with pytest.raises(gr.Error, match="8000 x 8000 pixels are more than the 50,000,000 allowed"):
+    with pytest.raises(gr.Error, match="more than the 50,000,000 pixels allowed"):
         next(event(page, "ask")({"path": str(uploads / "large.png")}, QUESTION, 6, None))
 
 
-@pytest.mark.parametrize(("side", "message"), [(13, "13 x 13"), (0, "positive int"), (2.5, "positive int")])
-def test_a_budget_that_the_slider_does_not_have_is_told(shipped, upload, side, message):
-    with pytest.raises(gr.Error, match=message):
-        list(event(page_module.build_page(*shipped), "ask")(upload, QUESTION, side, None))
+@pytest.mark.parametrize("side", [13, 0, -1, 2.5, 6.0, True, None, "6", [3, 4], {"x": 1}, 10**400])
+def test_a_budget_that_the_slider_does_not_have_is_told(shipped, upload, side):
+    with pytest.raises(gr.Error) as caught:
+        next(event(page_module.build_page(*shipped), "ask")(upload, QUESTION, side, None))
+    assert caught.value.message == "The token budget must be a whole number from 1 to 12."
 
 
 def test_markup_in_an_answer_or_error_stays_text(uploads):
@@ -233,23 +241,125 @@ def test_words_that_have_maps_are_buttons_with_their_index():
     assert "<button" not in page_module._answer_html("one two", "")
 
 
-def test_the_next_question_about_a_picture_does_not_look_again_but_to_measure(shipped, upload, monkeypatch):
-    model, looks, measured = shipped[0], [], []
-
-    def measure(model, inputs):
-        num_looks = len(looks)
-        seconds = prefill_seconds(model, inputs, repeats=1)
-        measured.append(len(looks) - num_looks)
-        return seconds
-
-    prefill_seconds = page_module.prefill_seconds
-    monkeypatch.setattr(page_module, "prefill_seconds", measure)
-    hook = model.model.vision_tower.register_forward_pre_hook(lambda module, args: looks.append(1))
-    page = page_module.build_page(*shipped)
-    sessions = [ask(page, upload, question) for question in (QUESTION, "How many digits are there?", QUESTION)]
+@pytest.fixture
+def looks(shipped):
+    """A list that grows with each call of the vision tower."""
+    looks = []
+    hook = shipped[0].model.vision_tower.register_forward_hook(lambda *call: looks.append(1))
+    yield looks
     hook.remove()
-    assert (len(looks), measured) == (1 + 3, [1, 1, 1])
-    assert sessions[0].answer.text == sessions[2].answer.text != sessions[1].answer.text
+
+
+def compare(page, upload, question=QUESTION, session=None):
+    *_, (_, session) = event(page, "compare")(upload, question, session)
+    return session
+
+
+def test_a_question_looks_at_its_picture_once_at_all_budgets(shipped, upload, looks):
+    page = page_module.build_page(*shipped)
+    session = ask(page, upload)
+    assert len(looks) == 1
+    session = compare(page, upload, session=session)
+    session = ask(page, upload, side=5, session=session)
+    session = ask(page, upload, "How many digits are there?", side=5, session=session)
+    assert len(looks) == 1
+    event(page, "show_word")(session, word(0))
+    event(page, "show_word")(session, word(1))
+    assert len(looks) == 2  # of the pass that is differentiated
+
+
+def test_budgets_are_compared_with_one_look(shipped, upload, looks):
+    session = compare(page_module.build_page(*shipped), upload)
+    assert sorted(session.costs) == [1, 3, 6, 12]
+    assert len(looks) == 1
+
+
+def test_another_picture_is_looked_at(shipped, uploads, upload, looks):
+    other = uploads / "other.png"
+    render("test", index=35, seed=2026, min_digits=3).image.save(other)
+    page = page_module.build_page(*shipped)
+    answers = [ask(page, one, "Read the digits.").answer.text for one in (upload, {"path": str(other)}, upload)]
+    assert len(looks) == 2
+    assert answers[0] == answers[2] != answers[1]
+
+
+def test_the_pictures_that_are_kept_are_the_latest(shipped, looks):
+    model = shipped[0]
+    pictures = page_module._EncodedPictures(model, max_pictures=2)
+    with pictures.in_use():
+        for seed in (0, 1, 0, 2, 0, 1):  # 1 is the oldest when 2 comes
+            model.model.get_image_features(torch.full((1, 3, 96, 96), float(seed)))
+    assert len(looks) == 4
+    assert len(pictures.kept) == 2
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip2"])
+def test_answers_from_a_picture_that_was_kept_are_those_of_the_model(uploads, upload, vision):
+    model = tiny.build_model(vision)
+    image_processor = (
+        Siglip2ImageProcessorPil(patch_size=4, max_num_patches=40)
+        if vision == "siglip2"
+        else CLIPImageProcessorPil(size={"height": 24, "width": 48}, do_center_crop=False)
+    )
+    processor = DecoProcessor(image_processor, tiny.build_tokenizer(), 3, chat_template=tiny.CHAT_TEMPLATE)
+    model.generation_config.suppress_tokens = [*range(4), *range(tiny.IMAGE_TOKEN_ID, tiny.VOCAB_SIZE)]
+    page = page_module.build_page(model, processor, max_new_tokens=5)
+    session = None
+    for side in (6, 1, 3, 2, 6):
+        session = ask(page, upload, "what is this", side, session)
+        content = [{"type": "image", "image": Image.open(upload["path"])}, {"type": "text", "text": "what is this"}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"pooled_grid_size": side},
+        )
+        expected = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
+        assert session.answer.text == processor.decode(expected, skip_special_tokens=True).strip()
+        assert session.costs[side]["Tokens"] == side * side
+        assert len(session.answer.text.split()) == 5
+
+
+def test_the_prefill_that_is_shown_is_that_of_the_answer(shipped, upload, monkeypatch):
+    clock = [0.0]
+
+    def passes(seconds):
+        return lambda module, args: clock.insert(0, clock[0] + seconds)
+
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
+    model, page = shipped[0], page_module.build_page(*shipped)
+    hooks = [
+        model.model.vision_tower.register_forward_pre_hook(passes(0.3)),
+        model.model.multi_modal_projector.register_forward_hook(lambda *call: passes(0.02)(*call[:2])),
+        model.lm_head.register_forward_pre_hook(passes(0.1)),  # for each token, of which the first counts
+    ]
+    session = ask(page, upload)
+    session = compare(page, upload, session=session)  # the tower does not run, but its time is in each row
+    for hook in hooks:
+        hook.remove()
+    assert [row["Prefill"] for row in session.costs.values()] == ["420 ms"] * 4
+
+
+def test_a_prefill_without_the_picture_is_marked(shipped, upload):
+    page = page_module.build_page(*shipped)
+    *_, (*_, costs, session) = event(page, "ask")(upload, QUESTION, 6, None)
+    assert "*" not in costs
+    *_, (*_, costs, session) = event(page, "ask")(upload, "How many digits are there?", 6, session)
+    assert " ms *</td>" in costs
+    assert "* of the question alone: the picture was in the prompt cache" in costs
+
+
+def test_the_model_is_as_it_was_after_an_answer(shipped, upload):
+    model = shipped[0]
+    hooks = len(model._forward_hooks), len(model._forward_pre_hooks)
+    answers = event(page_module.build_page(*shipped), "ask")(upload, QUESTION, 6, None)
+    for _ in range(2):
+        next(answers)
+    answers.close()
+    assert "get_image_features" not in vars(model.model)
+    assert (len(model._forward_hooks), len(model._forward_pre_hooks)) == hooks
 
 
 def test_leaving_stops_the_generation(shipped, upload, monkeypatch):
@@ -295,16 +405,290 @@ def test_a_port_in_use_is_refused_before_the_model_is_loaded(socket_enabled):
             page_module.launch("no/such/model", port=port)
 
 
-@pytest.mark.parametrize("port", [None, 0])
-def test_the_address_is_free_again_when_gradio_takes_it(socket_enabled, shipped, uploads, monkeypatch, port):
-    launched = {}
-    monkeypatch.setattr(page_module, "load", lambda model: shipped)
-    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **arguments: launched.update(arguments))
-    page_module.launch(port=port)
-    assert launched["server_name"] == "127.0.0.1"
-    assert (launched["server_port"] is None) == (port is None)
-    with socket.create_server(("127.0.0.1", launched["server_port"] or 0)) as listener:
-        assert launched["server_port"] in (None, listener.getsockname()[1])
+@pytest.fixture
+def launch(socket_enabled, shipped, uploads, monkeypatch):
+    """`launch`, which returns where and what it would serve, in place of serving it."""
+    loads, shared = [], []
+
+    def run(server, sockets):
+        launched.append((sockets[0].getsockname(), server))
+
+    def load_shipped(model, **arguments):
+        loads.append(arguments)
+        return shipped
+
+    launched = []
+    monkeypatch.setattr(page_module, "load", load_shipped)
+    monkeypatch.setattr(page_module._Server, "run", run)
+    monkeypatch.setattr(page_module, "setup_tunnel", lambda *arguments: shared.append(arguments) or "https://x.live")
+
+    def launch(**arguments):
+        page_module.launch(**arguments)
+        ((address, server),) = launched
+        return SimpleNamespace(address=address, server=server, app=server.config.app, loads=loads, shared=shared)
+
+    return launch
+
+
+def test_the_default_port_is_the_first_free_one_from_7860_on(launch):
+    with socket.create_server(("127.0.0.1", 0)):
+        taken = []
+        for port in (7860, 7861):
+            try:
+                taken.append(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                pass  # by another process
+        try:
+            assert 7862 <= launch().address[1] < 7960
+        finally:
+            for one in taken:
+                one.close()
+
+
+WARNING = "There is no password: whoever reaches the page can use it. DECO_PASSWORD sets one.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warning"),
+    [
+        ({}, ""),
+        ({"host": "::1"}, ""),
+        ({"host": "0.0.0.0"}, WARNING),
+        ({"host": "0.0.0.0", "password": "secret"}, ""),
+        ({"share": True}, WARNING),
+        ({"share": True, "password": "secret"}, ""),
+    ],
+)
+def test_who_can_be_reached_without_a_password_is_warned(launch, capsys, arguments, warning):
+    launched = launch(port=0, **arguments)
+    assert capsys.readouterr() == ("", warning)
+    assert launched.app.routes[-1].app.auth is None or "password" in arguments
+
+
+def test_a_shared_page_is_announced_under_both_addresses_and_nothing_else_is_said(launch, capsys, monkeypatch):
+    launched = launch(port=0, share=True, password="secret")
+    port = launched.address[1]
+    ((host, local_port, token, *others),) = launched.shared
+    assert (host, local_port, others) == ("127.0.0.1", port, [None, None])
+    assert len(token) > 30
+    inspect.signature(gradio.networking.setup_tunnel).bind(host, local_port, token, *others)
+    expected = f"Running on local URL:  http://127.0.0.1:{port}\nRunning on public URL: https://x.live"
+    assert launched.server.announcement == expected
+
+
+def test_an_empty_password_is_refused():
+    with pytest.raises(ValueError, match=r"^The password is empty\.$"):
+        page_module.launch(password="")
+
+
+# --- what anybody may send -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(shipped, uploads):
+    """Clients of the page's application: `client(password=..., hosts=...)`."""
+    with ExitStack() as stack:
+
+        def build(**arguments):
+            page = page_module.build_page(*shipped)
+            app = page_module.build_app(page, **arguments)
+            client = stack.enter_context(TestClient(app, base_url="http://127.0.0.1"))
+            client.events = {entry.name: number for number, entry in page.fns.items()}
+            return client
+
+        yield build
+
+
+def send(client, *names_and_bytes):
+    files = [("files", (name, content, "image/png")) for name, content in names_and_bytes]
+    return client.post("/gradio_api/upload", files=files)
+
+
+def join(client, name, *data, **fields):
+    """What the page answers to an event, all of it as one text."""
+    request = {"data": data, "fn_index": client.events[name], "session_hash": "me", **fields}
+    joined = client.post("/gradio_api/queue/join", json=request)
+    return client.get("/gradio_api/queue/data?session_hash=me").text if joined.is_success else joined.text
+
+
+def picture_bytes(index=46):
+    file = io.BytesIO()
+    render("test", index=index, seed=2026, min_digits=3).image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_an_upload_is_asked_about(client):
+    client = client()
+    (path,) = send(client, ("digits.png", picture_bytes())).json()
+    said = join(client, "ask", {"path": path, "meta": {"_type": "gradio.FileData"}}, QUESTION, 6, None)
+    assert ">purple.</button>" in said.replace("\\u003c", "<").replace('\\"', '"')
+
+
+FILE_DATA = {"meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    "meta", [{}, FILE_DATA, {**FILE_DATA, "url": "file:///etc/passwd"}], ids=["none", "file", "url"]
+)
+@pytest.mark.parametrize("name", ["ask", "compare", "check"])
+def test_a_request_cannot_name_files_of_the_server(client, tmp_path, uploads, name, meta):
+    secret = tmp_path / "secret.svg"  # of which gradio thinks lightly
+    secret.write_bytes(picture_bytes())
+    client = client()
+    data = [{"path": str(secret), **meta}, QUESTION, 6, None]
+    said = join(client, name, *data[: {"ask": 4, "compare": 3, "check": 1}[name]])
+    assert "tokens for the picture" not in said
+    assert str(tmp_path) not in said
+    assert not list(uploads.rglob("secret*"))
+    assert client.get(f"/gradio_api/file={secret}").status_code in (403, 404)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "fields"),
+    [
+        ("ask", [], {}),
+        ("ask", ["x"] * 9, {}),
+        ("ask", [{"path": {"path": 1}}, [], {}, {"path": "x"}], {}),
+        ("show_word", [{"answer": {"path": "/etc/passwd"}}], {"event_data": {"word": 0}}),
+        ("show_word", [None], {"event_data": {"word": [0]}}),
+        ("show_word", [None], {}),
+        ("compare", [None, None, None], {}),
+    ],
+)
+def test_what_no_browser_sends_is_refused_without_a_traceback(client, name, data, fields):
+    said = join(client(), name, *data, **fields)
+    assert '"success":false' in said.replace(" ", "") or "detail" in said
+    assert "Traceback" not in said
+    assert "site-packages" not in said
+
+
+def test_a_word_that_the_answer_does_not_have_is_told(shipped, upload):
+    page = page_module.build_page(*shipped)
+    session = ask(page, upload)
+    for data in ({"word": 7}, {"word": "0"}, {"word": None}, {"word": [0]}, {}):
+        with pytest.raises(gr.Error, match=r"^'The answer has no such word\.'$"):
+            event(page, "show_word")(session, gr.EventData(None, data))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "printed"),
+    [
+        (ValueError("a  line\nand more"), "a line and more", False),
+        (OSError("/secret/folder is full"), "The page failed; its log says why.", True),
+        (KeyError("x"), "The page failed; its log says why.", True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "There is not enough memory", False),
+    ],
+)
+def test_only_what_a_user_can_change_is_told_and_the_rest_is_logged(error, message, printed):
+    with pytest.raises(gr.Error) as caught, page_module._shown_errors():
+        raise error
+    assert caught.value.message.startswith(message)
+    assert caught.value.print_exception == printed
+
+
+def test_a_password_is_needed_for_all_that_the_page_has(client):
+    client = client(password="geheim ü")
+    image = picture_bytes()
+    assert send(client, ("x.png", image)).status_code == 401
+    assert "Not authenticated" in join(client, "ask", None, QUESTION, 6, None)
+    for path in ("config", "gradio_api/queue/data?session_hash=me", "gradio_api/upload_progress?upload_id=1"):
+        assert client.get(f"/{path}").status_code == 401
+    assert client.get("/gradio_api/file=/etc/passwd").status_code == 401
+    assert "Compare budgets" not in client.get("/").text
+    for password in ("", "geheim u", "geheim ü ", "\ud800".encode(errors="surrogatepass")):
+        assert client.post("/login", data={"username": "x", "password": password}).status_code in (400, 422)
+    assert client.post("/login", data={"username": "any", "password": "geheim ü"}).status_code == 200
+    assert send(client, ("x.png", image)).status_code == 200
+    assert "Compare budgets" in client.get("/").text
+
+
+def test_what_the_page_does_not_need_is_not_there(client):
+    client = client()
+    for path in ("info", "config", "openapi.json", "proxy=https://x.hf.space/", "stream/a/1/2/playlist.m3u8"):
+        expected = 200 if path in ("info",) else 404
+        assert client.get(f"/gradio_api/{path}").status_code == expected
+    for path in ("/monitoring", "/docs", "/redoc", "/openapi.json", "/gradio_api/deep_link", "/gradio_api/dev/reload"):
+        assert client.get(path).status_code == 404
+    for path in ("call/ask", "api/ask", "run/ask", "component_server", "process_recording", "vibe-edit", "stream/1"):
+        assert client.post(f"/gradio_api/{path}", json={"data": []}).status_code == 404
+    for method in ("put", "delete", "patch", "options"):
+        assert getattr(client, method)("/gradio_api/upload").status_code == 404
+
+
+def test_the_model_is_not_run_beside_the_queue(client):
+    client = client()
+    for name in ("ask", "compare", "show_word", "check"):
+        request = {"data": [None] * 4, "fn_index": client.events[name]}
+        assert client.post("/gradio_api/run/predict", json=request).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "http://127.0.0.1"}, 200),
+        ({"Origin": "https://x.live", "X-Forwarded-Host": "x.live"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://127.0.0.1.evil.example"}, 403),
+        ({"Origin": "http://evil.example@127.0.0.1"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_pages_of_other_sites_cannot_use_the_page(client, headers, status):
+    assert client().post("/gradio_api/cancel", json=CANCEL, headers=headers).status_code == status
+
+
+CANCEL = {"session_hash": "me", "fn_index": 1, "event_id": "x"}
+
+
+def test_a_name_that_leads_to_this_machine_is_not_the_page(client):
+    client = client(hosts=["127.0.0.1", "localhost"])
+    assert client.get("/config").status_code == 200
+    assert client.get("/config", headers={"Host": "rebound.example"}).status_code == 400
+
+
+def test_requests_have_a_length_that_is_bounded(client):
+    client = client()
+
+    def chunks():
+        yield b"{}"
+
+    assert client.post("/gradio_api/queue/join", content=chunks()).status_code == 411
+    assert client.post("/gradio_api/queue/join", content=b" " * (2**20 + 1)).status_code == 413
+    too_large = send(client, ("a.png", bytes(20 * 2**20)), ("b.png", bytes(13 * 2**20)))
+    assert (too_large.status_code, "the maximum of 33,619,968" in too_large.text) == (413, True)
+
+
+def test_the_oldest_uploads_make_room_for_new_ones(client, uploads, monkeypatch):
+    monkeypatch.setattr(page_module, "_MAX_UPLOADS", 5 * 2**16)
+    example = uploads / "example.png"
+    example.write_bytes(bytes(10))
+    client = client()
+    for number in range(8):
+        (path,) = send(client, (f"{number}.png", bytes(number + 1))).json()
+        os.utime(path, (1000 + number, 1000 + number))
+    left = {path.name for path in uploads.rglob("*.png")}
+    assert left == {"example.png", "3.png", "4.png", "5.png", "6.png", "7.png"}
+
+
+def test_a_request_that_does_not_arrive_ends(client, monkeypatch):
+    monkeypatch.setattr(page_module, "_BODY_TIMEOUT", 0.2)
+    ended = []
+
+    async def app(scope, receive, send):
+        ended.extend([await receive(), await receive()])
+
+    async def receive():
+        if not ended_parts:
+            ended_parts.append(1)
+            return {"type": "http.request", "body": b"a", "more_body": True}
+        await asyncio.Event().wait()
+
+    ended_parts = []
+    headers = [(b"content-length", b"9")]
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/queue/join", "headers": headers, "state": {}}
+    asyncio.run(page_module._Gate(app, Path("none"))(scope, receive, None))
+    assert [message["type"] for message in ended] == ["http.request", "http.disconnect"]
 
 
 def test_importing_the_package_and_the_command_line_does_not_import_gradio():
@@ -332,11 +716,11 @@ def test_the_space_starts(tmp_path):
         [sys.executable, "-u", str(app)],
         cwd=tmp_path,
         env={**os.environ, "MODEL_ID": str(SHIPPED_CHECKPOINT)},
-        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        assert any("Running on local URL:  http://0.0.0.0:" in line for line in process.stdout)
+        assert any("Running on local URL:  http://0.0.0.0:" in line for line in process.stderr)
     finally:
         process.terminate()
         process.wait()

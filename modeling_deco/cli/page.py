@@ -9,41 +9,55 @@ from typing import Annotated
 import typer
 
 from .. import SHIPPED_CHECKPOINT
-from .common import In4Bit, MaxNewTokens, Model, Revision, one_line_errors, quiet_transformers
+from .common import Device, DType, In4Bit, InInt8, MaxNewTokens, Model, Revision, one_line_errors, quiet_transformers
 
 
 def page(
     model: Model = str(SHIPPED_CHECKPOINT),
-    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")
+    ] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(metavar="PORT", help="Port to listen on; by default the first free one from 7860 on.")
+        int | None, typer.Option(metavar="N", help="0 is a free one; by default the first free one from 7860 on.")
     ] = None,
-    revision: Revision = None,
-    max_new_tokens: MaxNewTokens = 128,
-    in_4bit: In4Bit = False,
+    password: Annotated[
+        str | None,
+        typer.Option(envvar="DECO_PASSWORD", show_envvar=True, metavar="TEXT", help="What users must enter."),
+    ] = None,
     share: Annotated[
         bool, typer.Option("--share", help="Also ask gradio.live for a public address, through which all goes.")
     ] = False,
     open_browser: Annotated[bool, typer.Option("--open", help="Show the page in this machine's browser.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: DType = "auto",
+    in_4bit: In4Bit = False,
+    in_int8: InInt8 = False,
 ):
     """A page in the browser: a picture, a question, a token budget, and what each word of the answer rests on.
 
     \b
     deco page --open
-    deco page DIR_OR_HUB_ID --host 0.0.0.0 --port 8080 --4bit
+    deco page DIR_OR_HUB_ID --port 8080 --4bit
+    DECO_PASSWORD=secret deco page DIR_OR_HUB_ID --host 0.0.0.0
     """
     with one_line_errors("page"):
         from ..page import launch
 
         quiet_transformers()
-        with redirect_stdout(sys.stderr):  # gradio prints its address
+        with redirect_stdout(sys.stderr):  # where the page says its address
             launch(
                 model,
                 host=host,
                 port=port,
+                password=password,
                 share=share,
                 open_browser=open_browser,
                 max_new_tokens=max_new_tokens,
                 revision=revision,
+                device=device,
+                dtype=dtype,
                 in_4bit=in_4bit,
+                in_int8=in_int8,
             )
