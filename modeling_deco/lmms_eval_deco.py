@@ -23,7 +23,7 @@ from transformers import LogitsProcessorList
 from transformers.utils import logging
 
 from modeling_deco.cli.common import parse_grid_option
-from modeling_deco.configuration_deco import parse_grid
+from modeling_deco.configuration_deco import check_grid, parse_grid
 from modeling_deco.inference import RefuseNaN, encode, load_processor
 from modeling_deco.loading import load_config, load_model
 from modeling_deco.quantization import nf4_config
@@ -103,8 +103,8 @@ class Deco(lmms):
         )
         self.device = self.model.device
         config = self.model.config
-        if self.pooled_grid_size is not None:  # before data are loaded: what the vision tower cannot give is refused
-            type(config).from_dict({**config.to_dict(), "pooled_grid_size": self.pooled_grid_size})
+        if self.pooled_grid_size is not None:  # before data are loaded
+            check_grid(self.pooled_grid_size, config.patch_grid)
         self.max_length = getattr(config.text_config, "max_position_embeddings", None)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:

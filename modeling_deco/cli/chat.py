@@ -144,7 +144,8 @@ class Conversation:
 
         self.model, self.processor = model, processor
         self.prompt_cache = PromptCache(model, math.inf)  # of one conversation: `clear` when it ends
-        self.pooled_grid_size, self.max_new_tokens = pooled_grid_size, max_new_tokens
+        self.pooled_grid_size = None if pooled_grid_size is None else self._check_grid(pooled_grid_size)
+        self.max_new_tokens = max_new_tokens
         self.temperature, self.seed = temperature, seed
         question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
         with_system(processor, [question], system)  # refused before the first question
@@ -207,7 +208,7 @@ class Conversation:
     def _check_grid(self, grid: list[int]) -> list[int]:
         from ..configuration_deco import check_grid
 
-        check_grid(grid, self.model.config.patch_grid, name="/pooled-grid-size")
+        check_grid(grid, self.model.config.patch_grid, name="pooled-grid-size")
         return grid
 
 
