@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
     StoppingCriteria,
@@ -32,9 +35,10 @@ from transformers.modeling_outputs import (
 )
 from transformers.processing_utils import Unpack
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import (  # private in part, seen in 5.17 to 5.23
+from transformers.utils import (  # private in part, seen in transformers 5.19 to 5.24
     TransformersKwargs,
     can_return_tuple,
+    logging,
     torch_compilable_check,
 )
 
@@ -53,6 +57,8 @@ from .projectors import (
 
 if TYPE_CHECKING:  # and, since transformers fetches what it finds imported, beside the model when that is remote code
     from .processing_deco import DecoProcessor
+
+logger = logging.get_logger(__name__)
 
 # What quantization leaves alone: all but the language model's layers. A name counts from the start of a module's full
 # name, so "vision_tower" alone would miss "model.vision_tower.encoder". The names are DecoForConditionalGeneration's
@@ -355,27 +361,57 @@ class DecoModel(DecoPreTrainedModel):
         image_token_id = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
 
-    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features) -> torch.BoolTensor:
+    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features, cache=None) -> torch.BoolTensor:
         """`(batch, sequence, 1)`, true at the image placeholders.
 
+        Args:
+            image_features: a list, one `(rows * cols, text_hidden_size)` tensor per image.
+            cache: keys and values of the tokens before, for the message of the error.
+
         Raises:
-            ValueError: the placeholders are not as many as the features in `image_features` (a list, one per image).
+            ValueError: the placeholders are not as many as the features.
         """
         placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
-        num_placeholders = placeholder_mask.sum()
-        num_features = sum(features.shape[0] for features in image_features)
         torch_compilable_check(
-            num_placeholders == num_features,
-            lambda: (
-                f"{len(image_features)} image(s) give {num_features} features "
-                f"({', '.join(str(features.shape[0]) for features in image_features)} per image; the config's grid "
-                f"{self.config.pooled_grid_size} gives {self.config.num_image_tokens}), but the text has "
-                f"{int(num_placeholders)} placeholders (image_token_id={self.config.image_token_id}). Use one "
-                f"pooled_grid_size for processor and model: pass it to the processor and hand all that it returns, "
-                f"pooled_grid_sizes too, to the model."
-            ),
+            placeholder_mask.sum() == sum(features.shape[0] for features in image_features),
+            lambda: self._mismatch(placeholder_mask, [features.shape[0] for features in image_features], cache),
         )
         return placeholder_mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def _mismatch(self, placeholder_mask, tokens_per_image: list[int], cache) -> str:
+        """Which case of features and placeholders that are not as many this is, and what to do."""
+        num_features, num_placeholders = sum(tokens_per_image), int(placeholder_mask.sum())
+        is_cut = bool(placeholder_mask[:, -1].any() or placeholder_mask[:, 0].any())
+        one_grid = (
+            "Use one pooled_grid_size for processor and model: pass it to the processor and hand all that it returns, "
+            "pooled_grid_sizes too, to the model."
+        )
+        if num_placeholders == 0 and _is_filled(cache):
+            case = (
+                "there are none in the new tokens, which go on from a cache: an image is given once, with the tokens "
+                "that stand for it; leave out the images that are in the cache."
+            )
+        elif num_placeholders == 0:
+            case = (
+                "there are none. Write the image token once where each image belongs, as chat templates do, and let "
+                "the processor expand it."
+            )
+        elif num_placeholders < num_features and is_cut:
+            case = (
+                "there are too few, and the text begins or ends within an image: it was cut. Raise max_length, or "
+                "turn truncation off."
+            )
+        elif num_placeholders < num_features:
+            case = f"there are too few. {one_grid}"
+        else:
+            case = f"there are too many. Pass every image of the text. {one_grid}"
+        return (
+            f"Image features and image tokens do not match: {len(tokens_per_image)} image(s) give {num_features} "
+            f"features ({', '.join(map(str, tokens_per_image))} per image; the config's grid "
+            f"{self.config.pooled_grid_size} gives {self.config.num_image_tokens}), but the text has "
+            f"{num_placeholders} placeholders "
+            f"(image_token_id={self.config.image_token_id}): {case}"
+        )
 
     @can_return_tuple
     def forward(
@@ -412,6 +448,8 @@ class DecoModel(DecoPreTrainedModel):
         if sum(images is not None for images in (pixel_values, patch_features, image_outputs)) > 1:
             raise ValueError("Pass images as pixel_values, as patch_features or as mm_encoder_outputs, one of them.")
 
+        if "past_key_values" in kwargs and CACHE_NAME not in kwargs:
+            kwargs[CACHE_NAME] = kwargs.pop("past_key_values")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
@@ -424,7 +462,9 @@ class DecoModel(DecoPreTrainedModel):
                 pooler_output=self._project(patch_features, grid, pooled_grid_sizes)
             )
         if image_outputs is not None:
-            placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
+            placeholder_mask = self.get_placeholder_mask(
+                input_ids, inputs_embeds, image_outputs.pooler_output, kwargs.get(CACHE_NAME)
+            )
             image_features = torch.cat(list(image_outputs.pooler_output))  # (num_image_features, text_hidden)
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_features)
@@ -444,13 +484,17 @@ class DecoModel(DecoPreTrainedModel):
 class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
     """DeCo with its language modeling head: answers questions about images."""
 
+    # the name that embeddings have in most language models; an instance has its own's
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: DecoConfig):
         super().__init__(config)
         self.model = DecoModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.text_hidden_size, config.text_config.vocab_size, bias=config.lm_head_bias)
+        embeddings = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
 
     @classmethod
@@ -473,9 +517,8 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             dtype: of all parts; `"auto"` takes the language model's.
             config_kwargs: more fields of `DecoConfig`.
         """
-        text_model = AutoModelForCausalLM.from_pretrained(
-            text_model_name_or_path, dtype=dtype, trust_remote_code=False
-        )
+        text_model = _load_text_model(text_model_name_or_path, dtype)
+        own_logits = _own_logits(text_model)
         if image_token_id is None:
             # imported here, since its module imports the one whose import registers this class
             from transformers import AutoTokenizer
@@ -488,25 +531,34 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
 
         vision_config = AutoConfig.from_pretrained(vision_model_name_or_path, trust_remote_code=False)
         vision_config = getattr(vision_config, "vision_config", vision_config)
+        lm_head = text_model.get_output_embeddings()
         config = cls.config_class(
             vision_config=vision_config,
             text_config=text_model.config.get_text_config(),
             image_token_id=image_token_id,
+            tie_word_embeddings=lm_head.weight is text_model.get_input_embeddings().weight,
+            lm_head_bias=lm_head.bias is not None,
             **config_kwargs,
         )
         config.vision_config._name_or_path = str(vision_model_name_or_path)  # of a whole CLIP it is not in its part
         with torch.device("meta"):
             model = cls(config)
+        _take_language_model(model, text_model, own_logits)
         # the config's tower, without the layers above the one that is read: their weights are reported as unexpected
-        model.model.vision_tower = AutoModel.from_pretrained(
-            vision_model_name_or_path, config=config.vision_config, dtype=text_model.dtype, trust_remote_code=False
+        vision_tower, loading = AutoModel.from_pretrained(
+            vision_model_name_or_path,
+            config=config.vision_config,
+            dtype=text_model.dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-        model.model.language_model = text_model.base_model
-        model.lm_head = text_model.get_output_embeddings()
+        _refuse_missing_weights(vision_tower, loading)
+        model.model.vision_tower = vision_tower
         projector = build_projector(config)
         projector.smart_apply(model._initialize_weights, cls.is_custom_code())  # transformers' parts have their own
         model.model.multi_modal_projector = projector.to(text_model.dtype)
         model.generation_config = text_model.generation_config
+        model.generation_config.suppress_tokens = model._suppressed(model.generation_config.suppress_tokens)
         return model.eval()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -517,6 +569,22 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
     ) -> BaseModelOutputWithPooling:
         """See `DecoModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def generate(self, inputs=None, generation_config: GenerationConfig | None = None, **kwargs):
+        """`GenerationMixin.generate`, which never writes the image token: `suppress_tokens` has it, beside those of
+        the call or of the generation config."""
+        configs = [generation_config, self.generation_config]
+        given = [kwargs.pop("suppress_tokens", None), *(config.suppress_tokens for config in configs if config)]
+        suppressed = self._suppressed(next((tokens for tokens in given if tokens is not None), None))
+        if generation_config is None:
+            kwargs["suppress_tokens"] = suppressed
+        else:  # transformers takes either a config or arguments
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.suppress_tokens = suppressed
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _suppressed(self, tokens: list[int] | None) -> list[int]:
+        return list(dict.fromkeys([*(tokens or []), self.config.image_token_id]))
 
     @can_return_tuple
     def forward(
@@ -563,7 +631,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = _finish_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.text_config)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -609,7 +677,7 @@ class StopStrings(StoppingCriteria):
 
 def build_projector(config: DecoConfig) -> nn.Module:
     """The projector that the config asks for, in PyTorch's initialization."""
-    widths, sizes = (config.vision_config.hidden_size, config.text_config.hidden_size), config.projector_sizes
+    widths, sizes = (config.vision_config.hidden_size, config.text_hidden_size), config.projector_sizes
     mlp = {
         "num_layers": config.projector_num_layers,
         "hidden_act": config.projector_hidden_act,
@@ -625,6 +693,147 @@ def build_projector(config: DecoConfig) -> nn.Module:
         return ResamplerProjector(*widths, config.pooled_grid_size, **sizes)
     abstractor = CAbstractorProjector if config.projector_type == "c_abstractor" else DAbstractorProjector
     return abstractor(*widths, config.pooled_grid_size, config.patch_grid, **sizes)
+
+
+def _is_filled(cache) -> bool:
+    """Whether a cache has tokens; not every layer of every model counts them."""
+    try:
+        return cache is not None and cache.get_seq_length() > 0
+    except (AttributeError, ValueError):
+        return True
+
+
+def _finish_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
+    """What the language model's own causal class does to the output of `lm_head`."""
+    if text_config.model_type != "mpt":  # whose logit_scale nobody reads
+        for name in ("logit_scale", "lm_head_multiplier"):  # Cohere's; Falcon-H1's
+            if (factor := getattr(text_config, name, None)) is not None:
+                logits = logits * factor
+    if (scaling := getattr(text_config, "logits_scaling", None)) is not None:  # Granite's, MiniCPM3's
+        logits = logits * scaling if text_config.model_type == "hyperclovax" else logits / scaling
+    # Gemma's; RecurrentGemma's; xLSTM's
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if (cap := getattr(text_config, name, None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _load_text_model(name_or_path, dtype) -> PreTrainedModel:
+    """A causal language model of one decoder and one linear head, all of whose weights are in its files."""
+    text_config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{name_or_path}: its model_type, {text_config.model_type!r}, is not that of a causal language model; "
+            f"choose a decoder-only one."
+        )
+    text_model, loading = AutoModelForCausalLM.from_pretrained(
+        name_or_path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+    )
+    _refuse_missing_weights(text_model, loading)
+    lm_head = text_model.get_output_embeddings()
+    if not isinstance(lm_head, nn.Linear) or not lm_head.state_dict().keys() <= {"weight", "bias"}:
+        raise _cannot_join(text_model, "its head is not one linear layer")
+    return text_model.eval()
+
+
+def _refuse_missing_weights(model: PreTrainedModel, loading: dict) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):  # FSDP: another rank has read the files
+        return
+    missing = sorted({*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])})
+    if missing:
+        raise ValueError(
+            f"{model.name_or_path} lacks {len(missing)} weights of the model in its config.json, or has them in other "
+            f"shapes: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}."
+        )
+
+
+def _cannot_join(text_model: PreTrainedModel, reason: str) -> ValueError:
+    return ValueError(
+        f"{text_model.name_or_path}: a {type(text_model).__name__} cannot be joined: {reason}. DeCo takes a decoder "
+        f"that AutoModel builds, on embeddings, under one linear layer; choose a language model of that kind."
+    )
+
+
+@torch.no_grad()
+def _logits_of(model: PreTrainedModel, vocab_size: int, with_cache: bool) -> torch.Tensor:
+    """`(8, vocab_size)`, on a few ids; the last with the cache of those before."""
+    device = model.get_input_embeddings().weight.device
+    ids = torch.linspace(1, vocab_size - 1, 8, device=device).long()[None]
+    if not with_cache:
+        return model(input_ids=ids, return_dict=True).logits[0].float()
+    before = model(input_ids=ids[:, :5], use_cache=True, return_dict=True)
+    if type(before[CACHE_NAME]) is not DynamicCache:
+        raise TypeError("generate makes a DynamicCache")
+    after = model(input_ids=ids[:, 5:], return_dict=True, **{CACHE_NAME: before[CACHE_NAME]})
+    return torch.cat([before.logits, after.logits], dim=1)[0].float()
+
+
+def _own_logits(text_model: PreTrainedModel) -> dict[bool, torch.Tensor]:
+    """A causal language model's own logits, without and with a cache; none where its weights are not all here (ZeRO-3,
+    FSDP) or do not run here."""
+    if not all(parameter.numel() > 0 and not parameter.is_meta for parameter in text_model.parameters()):
+        return {}
+    own_logits, vocab_size = {}, text_model.get_input_embeddings().weight.shape[0]
+    for with_cache in (False, True):
+        try:
+            own_logits[with_cache] = _logits_of(text_model, vocab_size, with_cache)
+        except Exception as error:  # of many kinds: it needs kernels that this machine lacks
+            if with_cache:
+                reason = "it does not go on from a cache such as generate makes"
+                raise _cannot_join(text_model, reason) from error
+            else:
+                logger.warning(f"{type(text_model).__name__} does not run here; its logits are not compared: {error}")
+                return {}
+    if own_logits[False].isnan().any():
+        raise ValueError(
+            f"{text_model.name_or_path} has logits that are no numbers (NaN) in {text_model.dtype}: its weights are "
+            f"damaged, or need another dtype."
+        )
+    return own_logits
+
+
+def _take_language_model(model, text_model: PreTrainedModel, own_logits: dict[bool, torch.Tensor]) -> None:
+    """Put the decoder and the head of a causal language model into a DeCo.
+
+    Args:
+        own_logits: of the language model without and with a cache, which those of the DeCo have to be.
+
+    Raises:
+        ValueError: they are not, or the decoder is not the one that AutoModel builds.
+    """
+    decoder_class, lm_head = type(model.model.language_model), text_model.get_output_embeddings()
+    decoders = [module for module in text_model.modules() if type(module) is decoder_class]
+    if not decoders:
+        raise _cannot_join(text_model, f"AutoModel builds a {decoder_class.__name__}, which is no part of it")
+    if decoders[0].state_dict().keys() != model.model.language_model.state_dict().keys():
+        raise _cannot_join(text_model, f"its {decoder_class.__name__} is not the one that AutoModel builds")
+    if not own_logits:
+        model.model.language_model, model.lm_head = decoders[0], lm_head
+        return
+    if lm_head.weight.shape != model.lm_head.weight.shape:
+        raise _cannot_join(
+            text_model,
+            f"its head has the shape {tuple(lm_head.weight.shape)} where its embeddings have "
+            f"{tuple(model.lm_head.weight.shape)}",
+        )
+    model.model.language_model, model.lm_head = decoders[0], lm_head
+    for with_cache, expected in own_logits.items():
+        vocab_size = expected.shape[-1]
+        try:
+            logits = _logits_of(model.eval(), vocab_size, with_cache)[:, :vocab_size]
+            with torch.no_grad():  # embeddings of no token, as an image's are
+                model(inputs_embeds=lm_head.weight.new_full((1, 2, model.config.text_hidden_size), 0.01))
+        except Exception as error:  # of many kinds
+            reason = f"its decoder does not run on embeddings alone ({type(error).__name__})"
+            raise _cannot_join(text_model, reason) from error
+        largest = expected[expected.isfinite()].abs().max()
+        if not torch.allclose(logits, expected, rtol=0.0, atol=0.01 * largest.item()):
+            difference = (logits - expected).abs().max()
+            raise _cannot_join(
+                text_model,
+                f"its own logits and those of its decoder under its head differ by {difference:.3g}, of at most "
+                f"{largest:.3g}",
+            )
 
 
 def _with_modules_to_skip(quantization_config):

@@ -109,6 +109,102 @@ def test_a_grid_that_was_set_too_large_is_not_saved(tmp_path):
         config.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"projector_num_layers": 10_000_000}, "projector_num_layers must be at most 64, got 10000000"),
+        (
+            {"projector_type": "qformer", "projector_config": {"num_hidden_layers": 10**7}},
+            "projector_config['num_hidden_layers'] must be at most 1024, got 10000000",
+        ),
+        (
+            {"vision_config": {"image_size": 10**6}},
+            "image_size must be an int of 1 to 16384, got 1000000",
+        ),
+        (
+            {"vision_config": {"image_size": [24, 10**6]}},
+            "image_size must be an int of 1 to 16384, got [24, 1000000]",
+        ),
+        (
+            {"vision_config": {"num_hidden_layers": 10**12}},
+            "vision_config.num_hidden_layers must be an int of 1",
+        ),
+        ({"vision_config": {"patch_size": 0}}, "vision_config.patch_size must be an int of 1 to 1024, got 0"),
+        ({"text_config": {"num_hidden_layers": 10**12}}, "text_config.num_hidden_layers must be an int of 1 to 1024"),
+        ({"text_config": {"model_type": "qwen2", "num_hidden_layers": 10**12}}, "must be an int of 1 to 1024"),
+        ({"text_config": {"model_type": "gpt2", "n_layer": 10**12}}, "must be an int of 1 to 1024, got 1000000000000"),
+        ({"text_config": {"hidden_size": -4}}, "text_config.hidden_size must be an int of 1 to 262144, got -4"),
+        ({"text_config": {"vocab_size": 10**12}}, "text_config.vocab_size must be an int of 1 to 16777216"),
+        (
+            {"text_config": {"model_type": "t5"}},
+            "text_config.model_type must be that of a decoder-only",
+        ),
+        ({"text_config": {"model_type": "clip"}}, "must be that of a decoder-only language model, got 'clip'"),
+    ],
+    ids=str,
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DecoConfig(**fields)
+
+
+# --- the cut of the vision tower -------------------------------------------------------------------------------------
+
+
+def used_layers(vision_config, **kwargs) -> int:
+    return DecoConfig(vision_config=vision_config, **kwargs).vision_config.num_hidden_layers
+
+
+@pytest.mark.parametrize("vision", tiny.VISION_CONFIGS)
+@pytest.mark.parametrize(
+    "passed_on",
+    [
+        lambda config: config.vision_config,
+        lambda config: config.vision_config.to_dict(),
+        lambda config: copy.deepcopy(config.vision_config),
+        lambda config: DecoConfig.from_dict(config.to_dict()).vision_config,
+        lambda config: DecoConfig(**config.to_dict()).vision_config,
+        lambda config: DecoConfig(vision_config=config.vision_config, pooled_grid_size=1).vision_config,
+        lambda config: json.loads(config.to_json_string())["vision_config"],
+    ],
+    ids=["object", "dict", "copy", "from_dict", "fields", "a third", "json"],
+)
+def test_a_tower_that_was_cut_is_not_cut_again(vision, passed_on):
+    choices = {"vision_config": {**tiny.VISION_CONFIGS[vision], "num_hidden_layers": 8}, "pooled_grid_size": 1}
+    for layer, expected in ((None, 7), (-1, 8), (-3, 6), (5, 5)):  # of 8 layers; the default is -2
+        other = DecoConfig(**choices, vision_feature_layer=layer)
+        assert used_layers(passed_on(other), pooled_grid_size=1) == expected
+        assert used_layers(passed_on(other), pooled_grid_size=1, vision_feature_layer=-1) == expected
+
+
+def test_a_layer_that_is_asked_of_a_tower_that_was_cut_counts_as_in_the_uncut_one():
+    other = tiny.build_config()
+    assert other.vision_config.num_hidden_layers == 2  # of 3
+    assert used_layers(other.vision_config, pooled_grid_size=3, vision_feature_layer=-2) == 2
+    assert used_layers(other.vision_config, pooled_grid_size=3, vision_feature_layer=-3) == 1
+    assert used_layers(other.vision_config, pooled_grid_size=3, vision_feature_layer=1) == 1
+    with pytest.raises(ValueError, match="vision_feature_layer=3 selects no layer of a vision tower with 2"):
+        DecoConfig(vision_config=other.vision_config, pooled_grid_size=3, vision_feature_layer=3)
+
+
+def test_a_whole_tower_serves_two_configs():
+    whole = AutoConfig.for_model(**tiny.VISION_CONFIGS["clip"])
+    assert [used_layers(whole, pooled_grid_size=3, vision_feature_layer=layer) for layer in (None, -1, -2)] == [
+        2,
+        3,
+        2,
+    ]
+    assert whole.num_hidden_layers == 3
+
+
+def test_a_config_that_was_saved_before_towers_said_how_they_were_cut_is_not_cut():
+    saved = tiny.build_config().to_dict()
+    del saved["vision_config"]["num_cut_layers"]
+    loaded = DecoConfig(**saved)
+    assert loaded.vision_config.num_hidden_layers == 2
+    assert used_layers(loaded.vision_config, pooled_grid_size=3) == 2
+
+
 # --- choices and consequences ----------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,22 @@ _PROJECTOR_SIZES = {
     "d_abstractor": {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16},
 }
 
+# The largest sizes that a config may name, far above those of any model: what is larger is a mistake or an attack, and
+# would fill the memory or never end.
+_LARGEST = {
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**21,
+    "vocab_size": 2**24,
+    "image_size": 2**14,
+    "patch_size": 2**10,
+    "num_patches": 2**20,
+    "num_register_tokens": 2**10,
+}
+_MOST_PROJECTOR_LAYERS = 2**6
+
 
 def parse_grid(pooled_grid_size) -> tuple[int, int]:
     """Read a grid given as an int (square) or as two ints.
@@ -94,6 +110,8 @@ class DecoConfig(PreTrainedConfig):
 
     The vision tower is cut to the layers that are used: a `vision_feature_layer` of -2 on a tower of 24 layers is
     stored as 23 layers and -1, which gives the same features bit for bit. The given `vision_config` is not changed.
+    The stored one says how many layers were cut off (`num_cut_layers`): given to another `DecoConfig` it is not cut
+    again, and a layer that is counted from the end counts from that of the uncut tower.
 
     Args:
         vision_config: configuration (or its dict) of a CLIP, SigLIP, SigLIP 2 or DINOv2 vision tower. Default: CLIP
@@ -113,9 +131,11 @@ class DecoConfig(PreTrainedConfig):
             `num_hidden_layers`, `num_attention_heads` (`mlp_num_layers` for `"c_abstractor"`). Those that are not
             given are the field's standard; see `projector_sizes`.
         vision_feature_layer: index into the tower's hidden states, of which there are `num_hidden_layers + 1`.
+            Default: -2, or the last of a tower that was cut for a `DecoConfig`.
         vision_feature_select_strategy: `"default"` drops prefix tokens (CLS, registers); `"full"` is the same for the
             towers that have none, and refused for the others, whose CLS token has no place in the grid.
         tie_word_embeddings: whether `lm_head` is the embedding matrix; taken from `text_config` where that says so.
+        lm_head_bias: whether `lm_head` has a bias, as that of Phi, GPT-J and CodeGen.
 
     Raises:
         ValueError: a field contradicts another; the message names field, value and what is allowed.
@@ -135,9 +155,10 @@ class DecoConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     projector_config: dict | None = None
-    vision_feature_layer: int = -2
+    vision_feature_layer: int | None = None
     vision_feature_select_strategy: str = "default"
     tie_word_embeddings: bool = False
+    lm_head_bias: bool = False
 
     def __post_init__(self, **kwargs):
         self.image_token_id = kwargs.pop("image_token_index", self.image_token_id)  # LLaVA's name for it
@@ -154,6 +175,13 @@ class DecoConfig(PreTrainedConfig):
         self._validate_projector()
         if self.projector_num_layers < 1:
             raise ValueError(f"projector_num_layers must be at least 1, got {self.projector_num_layers}.")
+        if self.projector_num_layers > _MOST_PROJECTOR_LAYERS:
+            raise ValueError(
+                f"projector_num_layers must be at most {_MOST_PROJECTOR_LAYERS}, got {self.projector_num_layers}."
+            )
+        for name in ("vision_config", "text_config"):
+            part = getattr(self, name)
+            _check_sizes(name, {field: getattr(part, field, None) for field in _LARGEST})
         if self.vision_config.model_type not in _NUM_CLS_TOKENS:
             raise ValueError(
                 f"vision_config.model_type must be one of {sorted(_NUM_CLS_TOKENS)}, "
@@ -196,6 +224,9 @@ class DecoConfig(PreTrainedConfig):
                 )
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"projector_config[{name!r}] must be a positive int, got {value!r}.")
+            largest = _LARGEST.get(name, _MOST_PROJECTOR_LAYERS)
+            if value > largest:
+                raise ValueError(f"projector_config[{name!r}] must be at most {largest}, got {value!r}.")
         sizes = {**allowed, **given}
         if sizes.get("hidden_size", 0) % sizes.get("num_attention_heads", 1) != 0:
             raise ValueError(
@@ -205,18 +236,24 @@ class DecoConfig(PreTrainedConfig):
 
     def _cut_unused_vision_layers(self):
         num_layers = self.vision_config.num_hidden_layers
-        num_used = self.vision_feature_layer % (num_layers + 1)
-        if not -num_layers <= self.vision_feature_layer <= num_layers or num_used == 0:
+        num_cut = getattr(self.vision_config, "num_cut_layers", None)  # None: not yet a DecoConfig's
+        layer = self.vision_feature_layer
+        if layer is None:
+            layer = -2 if num_cut is None else -1
+        num_uncut = num_layers + (num_cut or 0)
+        num_used = min(layer % (num_uncut + 1), num_layers)
+        if not -num_uncut <= layer <= num_layers or num_used == 0:
             raise ValueError(
-                f"vision_feature_layer={self.vision_feature_layer} selects no layer of a vision tower with "
-                f"{num_layers}; it must be -{num_layers} to -1 or 1 to {num_layers}."
+                f"vision_feature_layer={layer} selects no layer of a vision tower with {num_layers}; it must be "
+                f"-{num_uncut} to -1 or 1 to {num_layers}."
             )
         self.vision_feature_layer = -1
         is_siglip = self.vision_config.model_type.startswith("siglip")
-        has_head = is_siglip and getattr(self.vision_config, "vision_use_head", True)  # unset means true before 5.19
-        if num_used == num_layers and not has_head:
+        has_head = is_siglip and getattr(self.vision_config, "vision_use_head", True)
+        if num_used == num_layers and not has_head and num_cut is not None:
             return
         fields = {**self.vision_config.to_dict(), "num_hidden_layers": num_used}
+        fields["num_cut_layers"] = num_uncut - num_used
         if has_head:  # SigLIP's attention pooling, whose output DeCo does not read
             fields["vision_use_head"] = False
         for name in ("stage_names", "out_features", "out_indices"):  # DINOv2's names of layers, made from their number
@@ -228,6 +265,11 @@ class DecoConfig(PreTrainedConfig):
         """Sizes of a compressive projector, arguments of its class: `projector_config` and the field's standard."""
         self._validate_projector()  # fields may have been set since
         return _PROJECTOR_SIZES[self.projector_type] | (self.projector_config or {})
+
+    @property
+    def text_hidden_size(self) -> int:
+        """Width of the language model's embeddings and outputs, which in some OPT models is not that of its layers."""
+        return getattr(self.text_config, "word_embed_proj_dim", self.text_config.hidden_size)
 
     @property
     def takes_any_grid(self) -> bool:
@@ -275,6 +317,17 @@ class DecoConfig(PreTrainedConfig):
             return upload(self, folder, repo_id, **kwargs)
 
 
+def _check_sizes(name: str, fields: dict) -> None:
+    """Raise a ValueError where a size in a part's config is no positive int, or absurdly large."""
+    for field, largest in _LARGEST.items():
+        value = fields.get(field)
+        for size in value if isinstance(value, (list, tuple)) else [value]:
+            is_int = isinstance(size, int) and not isinstance(size, bool)
+            lowest = 0 if field == "num_register_tokens" else 1
+            if size is not None and not (is_int and lowest <= size <= largest):
+                raise ValueError(f"{name}.{field} must be an int of {lowest} to {largest}, got {value!r}.")
+
+
 def _vision_config(vision_config) -> PreTrainedConfig:
     if vision_config is None:
         return AutoConfig.for_model(
@@ -288,6 +341,7 @@ def _vision_config(vision_config) -> PreTrainedConfig:
             projection_dim=768,
         )
     if isinstance(vision_config, dict):
+        _check_sizes("vision_config", vision_config)  # here already: some configs make a list of their layers
         return AutoConfig.for_model(**{"model_type": "clip_vision_model", **vision_config})
     return vision_config
 
@@ -296,7 +350,12 @@ def _text_config(text_config) -> PreTrainedConfig:
     if text_config is None:
         return AutoConfig.for_model("llama", vocab_size=32064)
     if isinstance(text_config, dict):
-        return AutoConfig.for_model(**{"model_type": "llama", **text_config})
+        _check_sizes("text_config", text_config)
+        text_config = AutoConfig.for_model(**{"model_type": "llama", **text_config})
+    if text_config.is_encoder_decoder or not hasattr(text_config, "vocab_size"):
+        raise ValueError(
+            f"text_config.model_type must be that of a decoder-only language model, got {text_config.model_type!r}."
+        )
     return text_config
 
 
