@@ -22,7 +22,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
-    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
     StoppingCriteria,
@@ -558,7 +557,8 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         projector.smart_apply(model._initialize_weights, cls.is_custom_code())  # transformers' parts have their own
         model.model.multi_modal_projector = projector.to(text_model.dtype)
         model.generation_config = text_model.generation_config
-        model.generation_config.suppress_tokens = model._suppressed(model.generation_config.suppress_tokens)
+        suppressed = model.generation_config.suppress_tokens or []
+        model.generation_config.suppress_tokens = model._with_image_token(suppressed)
         return model.eval()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -569,22 +569,6 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
     ) -> BaseModelOutputWithPooling:
         """See `DecoModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
-
-    def generate(self, inputs=None, generation_config: GenerationConfig | None = None, **kwargs):
-        """`GenerationMixin.generate`, which never writes the image token: `suppress_tokens` has it, beside those of
-        the call or of the generation config."""
-        configs = [generation_config, self.generation_config]
-        given = [kwargs.pop("suppress_tokens", None), *(config.suppress_tokens for config in configs if config)]
-        suppressed = self._suppressed(next((tokens for tokens in given if tokens is not None), None))
-        if generation_config is None:
-            kwargs["suppress_tokens"] = suppressed
-        else:  # transformers takes either a config or arguments
-            generation_config = copy.deepcopy(generation_config)
-            generation_config.suppress_tokens = suppressed
-        return super().generate(inputs, generation_config, **kwargs)
-
-    def _suppressed(self, tokens: list[int] | None) -> list[int]:
-        return list(dict.fromkeys([*(tokens or []), self.config.image_token_id]))
 
     @can_return_tuple
     def forward(
@@ -641,21 +625,36 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         return DecoCausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, stopping_criteria=None, **kwargs):
-        """`GenerationMixin.generate`, with `stop_strings` for every tokenizer: transformers' own search needs one that
-        can write any word, which word-level ones cannot."""
+        """`GenerationMixin.generate`, with two differences.
+
+        - The image token is never written: it is one of `suppress_tokens`, beside those of the call or the config.
+        - `stop_strings` are found with every tokenizer: transformers' own search needs one that can write any word,
+          which word-level ones cannot.
+        """
+        if generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+        settings = [config for config in (generation_config, self.generation_config) if config is not None]
+        given = [kwargs.pop("suppress_tokens", None), *(config.suppress_tokens for config in settings)]
+        suppress_tokens = self._with_image_token(next((tokens for tokens in given if tokens is not None), []))
         tokenizer, stop_strings = kwargs.get("tokenizer"), kwargs.get("stop_strings")
         if stop_strings is None and generation_config is not None:
             stop_strings = generation_config.stop_strings
         if stop_strings and tokenizer is not None:
             kwargs.pop("stop_strings", None)
             if generation_config is not None:
-                generation_config = copy.deepcopy(generation_config)
                 generation_config.stop_strings = None
             prompt = kwargs.get("input_ids") if inputs is None else inputs
             prompt_length = 0 if prompt is None else prompt.shape[1]
             criterion = StopStrings(tokenizer, stop_strings, prompt_length)
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), criterion])
+        if generation_config is None:  # transformers takes either a config or arguments
+            kwargs["suppress_tokens"] = suppress_tokens
+        else:
+            generation_config.suppress_tokens = suppress_tokens
         return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
+
+    def _with_image_token(self, tokens: list[int]) -> list[int]:
+        return list(dict.fromkeys([*tokens, self.config.image_token_id]))
 
 
 class StopStrings(StoppingCriteria):

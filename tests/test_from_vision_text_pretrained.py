@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two pretrained backbones joined under a fresh projector: what is taken over, what is new, what is left behind."""
 
+import shutil
+
 import pytest
 import tiny
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import batch, pixels, prompt
 from transformers import (
     AutoConfig,
@@ -13,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
+    LlamaForCausalLM,
     SiglipConfig,
     SiglipModel,
 )
@@ -180,9 +184,10 @@ def test_the_joined_model_answers_the_same_after_saving_and_loading(vision, join
     assert torch.equal(model.generate(**inputs, do_sample=False), loaded.generate(**inputs, do_sample=False))
 
 
-def test_the_generation_config_is_that_of_the_language_model(join, tmp_path):
+def test_the_generation_config_is_that_of_the_language_model_without_the_image_token(join, tmp_path):
     join().save_pretrained(tmp_path)
-    assert DecoForConditionalGeneration.from_pretrained(tmp_path).generation_config.max_new_tokens == 7
+    generation_config = DecoForConditionalGeneration.from_pretrained(tmp_path).generation_config
+    assert (generation_config.max_new_tokens, generation_config.suppress_tokens) == (7, [NUM_WORDS])
 
 
 def test_the_model_is_in_evaluation_mode(join):
@@ -204,3 +209,147 @@ def test_the_processor_that_goes_with_it_has_the_same_image_token_and_patch_size
     assert processor.patch_size == tiny.PATCH_SIZE
     inputs = processor(images=tiny.picture(0), text="<image> what is this ?", return_tensors="pt")
     assert model.generate(**inputs, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+# --- language models of every kind -----------------------------------------------------------------------------------
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+TEXT_MODELS = {
+    "phi": {**SIZES, "intermediate_size": 48},  # phi, gptj: lm_head has a bias
+    "gptj": {**GPT, "rotary_dim": 8},
+    "gemma2": {**GATED, "final_logit_softcapping": 2.0},
+    "cohere": {**GATED, "logit_scale": 0.25},
+    "granite": {**GATED, "logits_scaling": 8.0, "embedding_multiplier": 3.0},
+    "gpt2": GPT,  # and those below: tied embeddings of other names
+    "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "falcon": SIZES,
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 128, "logit_scale": 0.5},
+    "gpt_neox": {**SIZES, "intermediate_size": 48},
+}
+
+
+def save_text_model(folder, model_type, **sizes):
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(model_type, **{"vocab_size": NUM_WORDS, **special, **sizes})
+    text_model = tiny.randomize(AutoModelForCausalLM.from_config(config), seed=1)
+    for name, bias in text_model.named_parameters():
+        if name == "lm_head.bias":
+            torch.nn.init.normal_(bias)
+    text_model.save_pretrained(folder)
+    return text_model
+
+
+@pytest.mark.parametrize("model_type", TEXT_MODELS)
+def test_text_has_the_logits_the_loss_and_the_continuation_of_the_language_model(model_type, vision_folder, tmp_path):
+    text_model = save_text_model(tmp_path / "text", model_type, **TEXT_MODELS[model_type])
+    joined = DecoForConditionalGeneration.from_vision_text_pretrained(
+        vision_folder("clip"), tmp_path / "text", image_token_id=NUM_WORDS, pooled_grid_size=3
+    )
+    joined.save_pretrained(tmp_path / "joined")
+    loaded, loading = DecoForConditionalGeneration.from_pretrained(tmp_path / "joined", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    inputs = {**batch(prompt("what is this ?"), prompt("a red cat"))}
+    words = inputs["input_ids"][:1, 1:]
+    expected = text_model(**inputs, labels=inputs["input_ids"])
+    continued = text_model.generate(words, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    new = list(range(NUM_WORDS, 64))  # rows that the language model did not have
+    for model in (joined, loaded):
+        found = model(**inputs, labels=inputs["input_ids"])
+        torch.testing.assert_close(found.logits[..., :NUM_WORDS], expected.logits, rtol=1e-4, atol=1e-4)
+        answer = model.generate(words, max_new_tokens=6, do_sample=False, eos_token_id=None, suppress_tokens=new)
+        assert torch.equal(answer, continued)
+        tied = text_model.get_output_embeddings().weight is text_model.get_input_embeddings().weight
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+    image = {**batch(prompt(9, "what ?")), "pixel_values": pixels(1)}
+    assert torch.equal(joined(**image).logits, loaded(**image).logits)
+
+
+def test_the_loss_is_of_the_logits_that_the_language_model_gives(vision_folder, tmp_path):
+    text_model = save_text_model(tmp_path, "gemma2", **TEXT_MODELS["gemma2"])
+    model = DecoForConditionalGeneration.from_vision_text_pretrained(
+        vision_folder("clip"), tmp_path, image_token_id=3, pooled_grid_size=3
+    )
+    ids = torch.tensor([prompt("what is this ?")])
+    loss = model(ids, labels=ids).loss
+    torch.testing.assert_close(loss, text_model(ids, labels=ids).loss)
+    assert model(ids).logits.abs().max() <= 2.0  # the cap
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "reason"),
+    [
+        ("bert", {**SIZES, "intermediate_size": 48, "is_decoder": True}, "differ by|AutoModel builds"),
+        ("openai-gpt", GPT, "does not go on from a cache"),
+    ],
+)
+def test_a_language_model_that_cannot_be_reproduced_is_refused(model_type, sizes, reason, vision_folder, tmp_path):
+    save_text_model(tmp_path, model_type, **sizes)
+    with pytest.raises(ValueError, match=rf"cannot be joined: .*({reason})") as refusal:
+        DecoForConditionalGeneration.from_vision_text_pretrained(
+            vision_folder("clip"), tmp_path, image_token_id=3, pooled_grid_size=3
+        )
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_encoder_decoder_is_refused(vision_folder, tmp_path):
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type, 't5', is not that of a causal language model") as refusal:
+        DecoForConditionalGeneration.from_vision_text_pretrained(vision_folder("clip"), tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_logits_that_differ_are_refused(vision_folder, text_folder, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled(LlamaForCausalLM.forward))
+    with pytest.raises(ValueError, match=r"its own logits and those of its decoder under its head differ by \d"):
+        DecoForConditionalGeneration.from_vision_text_pretrained(
+            vision_folder("clip"), text_folder("llama"), pooled_grid_size=3
+        )
+
+
+def scaled(forward):
+    def scaled_forward(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        outputs.logits = outputs.logits * 1.1
+        return outputs
+
+    return scaled_forward
+
+
+@pytest.mark.parametrize("part", ["vision", "text"])
+def test_backbones_that_lack_weights_are_refused(part, vision_folder, text_folder, tmp_path):
+    folders = {"vision": vision_folder("clip"), "text": text_folder("llama")}
+    shutil.copytree(folders[part], tmp_path / part)
+    weights = load_file(tmp_path / part / "model.safetensors")
+    name = next(name for name in weights if "layers.0.self_attn.q_proj.weight" in name)
+    del weights[name]
+    save_file(weights, tmp_path / part / "model.safetensors", metadata={"format": "pt"})
+    folders[part] = tmp_path / part
+    with pytest.raises(ValueError, match=r"lacks 1 weights of the model .*layers.0.self_attn.q_proj.weight"):
+        DecoForConditionalGeneration.from_vision_text_pretrained(*folders.values(), pooled_grid_size=3)
+
+
+def test_weights_that_are_no_numbers_are_refused(vision_folder, text_folder, tmp_path):
+    shutil.copytree(text_folder("llama"), tmp_path / "text")
+    weights = load_file(tmp_path / "text" / "model.safetensors")
+    weights["model.norm.weight"].fill_(torch.nan)
+    save_file(weights, tmp_path / "text" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has logits that are no numbers \(NaN\)"):
+        DecoForConditionalGeneration.from_vision_text_pretrained(
+            vision_folder("clip"), tmp_path / "text", pooled_grid_size=3
+        )
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "bloom", "mpt"])
+def test_embeddings_of_other_names_are_resized_with_their_head(model_type, vision_folder, tmp_path):
+    save_text_model(tmp_path, model_type, **TEXT_MODELS[model_type])
+    model = DecoForConditionalGeneration.from_vision_text_pretrained(
+        vision_folder("clip"), tmp_path, image_token_id=3, pooled_grid_size=3
+    )
+    model.resize_token_embeddings(70)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert len(model.lm_head.weight) == model.config.text_config.vocab_size == 70
+    assert model(torch.tensor([[1, 69]])).logits.shape == (1, 2, 70)

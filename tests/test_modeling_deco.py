@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model against LLaVA, against a computation by hand, and against itself asked one image at a time."""
 
+import copy
 import re
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ import transformers
 from safetensors import safe_open
 from test_projectors import mean_over_windows, windows
 from tiny import batch, pixels, prompt
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Siglip2ImageProcessorPil
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, Siglip2ImageProcessorPil
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_deco import DecoForConditionalGeneration, DecoModel
@@ -663,6 +664,59 @@ def test_features_that_disagree_with_embeddings_are_an_error(model):
     embeds = model.get_input_embeddings()(torch.tensor([prompt(10)]))
     with pytest.raises(ValueError, match="give 9 features .* 10 placeholders"):
         model(inputs_embeds=embeds, pixel_values=pixels(1))
+
+
+@pytest.mark.parametrize(
+    ("parts", "num_images", "case"),
+    [
+        (("what ?",), 1, "give 9 features .* 0 placeholders .*: there are none. Write the image token once"),
+        (("a", 5, "what ?"), 1, r"1 image\(s\) give 9 features .* 5 placeholders .*: there are too few. Use one"),
+        (("a", 9, "what ?"), 2, r"2 image\(s\) give 18 features \(9, 9 per image; .* 9 placeholders .* too few"),
+        (("a", 18, "?"), 1, r"1 image\(s\) give 9 features .* 18 placeholders .* too many. Pass every image"),
+        (("what ?", 5), 1, "5 placeholders .* too few, and the text begins or ends within an image: it was cut"),
+    ],
+)
+def test_features_and_placeholders_that_disagree_say_which_case_it_is(parts, num_images, case, model):
+    with pytest.raises(ValueError, match=f"^Image features and image tokens do not match: .*{case}"):
+        model(**batch(prompt(*parts)), pixel_values=pixels(num_images))
+
+
+def test_images_that_are_in_the_cache_already_are_not_given_again(model):
+    first = model(**batch(prompt(9, "what ?")), pixel_values=pixels(1), use_cache=True)
+    message = (
+        "^Image features and image tokens do not match: .* 0 placeholders .* go on from a cache: an image is given"
+    )
+    for arguments in ({CACHE_NAME: first[CACHE_NAME]}, {"past_key_values": first[CACHE_NAME]}):
+        with pytest.raises(ValueError, match=message):
+            model(torch.tensor([[5, 6]]), pixel_values=pixels(1), **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"suppress_tokens": [7]},
+        {"generation_config": GenerationConfig(max_new_tokens=8)},
+        {"generation_config": GenerationConfig(max_new_tokens=8, suppress_tokens=[7])},
+        {"do_sample": True},
+        {"num_beams": 2},
+    ],
+    ids=str,
+)
+def test_the_image_token_is_never_written(arguments):
+    model, ids = tiny.build_model(), torch.tensor([prompt("what is this ?")])
+    with torch.no_grad():
+        model.lm_head.weight[tiny.IMAGE_TOKEN_ID] = 10 * model.model(ids).last_hidden_state[0, -1]
+    assert model(ids).logits[0, -1].argmax() == tiny.IMAGE_TOKEN_ID
+    model.generation_config.suppress_tokens = [11]
+    given = copy.deepcopy(arguments)
+    answer = model.generate(ids, **arguments)
+    written = set(answer[0, ids.shape[1] :].tolist())
+    config = given.get("generation_config") or GenerationConfig()
+    assert not written & {tiny.IMAGE_TOKEN_ID, *(given.get("suppress_tokens") or config.suppress_tokens or [11])}
+    if "generation_config" in given:  # the caller's own is left as it was
+        assert arguments["generation_config"].to_dict() == config.to_dict()
+    assert model.generation_config.suppress_tokens == [11]
 
 
 def test_an_image_without_a_placeholder_is_an_error(model):
