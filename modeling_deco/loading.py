@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import get_safetensors_metadata, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    get_safetensors_metadata,
+    hf_hub_download,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -227,6 +233,10 @@ def _file(name: str | os.PathLike, filename: str, revision: str | None) -> str |
         file = os.path.join(path, filename)
         return file if os.path.exists(file) else None
     try:
+        if not is_offline_mode() and not isinstance(
+            try_to_load_from_cache(path, "config.json", revision=revision), str
+        ):
+            HfApi().model_info(path, revision=revision, timeout=10)  # asks once, where a download tries six times
         return hf_hub_download(path, filename, revision=revision)
     except GatedRepoError:
         raise ValueError(f"{name} is gated: ask for access on its page, huggingface.co/{name}, and log in.") from None
@@ -237,12 +247,12 @@ def _file(name: str | os.PathLike, filename: str, revision: str | None) -> str |
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         if is_offline_mode() and _is_cached(path, revision):
             return None
-        reason = "this is offline mode" if is_offline_mode() else one_line(error)
-        raise ValueError(f"There is no folder {name}, and the Hub cannot be asked for it: {reason}.") from None
+        reason = "this is offline mode" if is_offline_mode() else "there is no connection"
+        raise ValueError(f"There is no folder {name}, and the Hub cannot be asked for it: {reason}.") from error
     except EntryNotFoundError:
         return None
-    except (OSError, HfHubHTTPError) as error:
-        raise ValueError(f"There is no folder {name}, and asking the Hub for it failed: {one_line(error)}") from None
+    except Exception as error:  # of the Hub, or of the library that asks it, of which huggingface_hub has had several
+        raise ValueError(f"There is no folder {name}, and asking the Hub for it failed: {one_line(error)}") from error
 
 
 def _is_cached(repo_id: str, revision: str | None) -> bool:

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
@@ -288,10 +289,9 @@ def test_what_the_hub_does_not_have_is_one_line(arguments, message, whole, tmp_p
     ],
 )
 def test_what_the_hub_answers_is_one_line(error, message, monkeypatch):
-    import httpx
     import huggingface_hub.errors
 
-    response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co/me/it"))
+    response = MagicMock()
 
     def fail(*args, **kwargs):
         kind = getattr(huggingface_hub.errors, error)
@@ -301,6 +301,24 @@ def test_what_the_hub_answers_is_one_line(error, message, monkeypatch):
     monkeypatch.setattr("modeling_deco.loading.hf_hub_download", fail)
     with pytest.raises(ValueError, match=message):
         load_config("me/it", "v2")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    from huggingface_hub import HfApi
+
+    asked = []
+
+    def fail(api, repo_id, **kwargs):
+        asked.append(repo_id)
+        raise RuntimeError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("modeling_deco.loading.is_offline_mode", lambda: False)
+    monkeypatch.setattr(HfApi, "model_info", fail)
+    with pytest.raises(
+        ValueError, match=r"^There is no folder chekpoints/deco-7b, and asking the Hub for it failed: \["
+    ):
+        load_config("chekpoints/deco-7b")
+    assert asked == ["chekpoints/deco-7b"]
 
 
 def test_heads_of_files_on_the_hub_are_asked_for_where_they_are_not_cached(whole, tmp_path, monkeypatch):
