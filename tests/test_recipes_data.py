@@ -109,6 +109,8 @@ def photos(tmp_path_factory):
     (folder / "link.jpg").symlink_to("deep/c.webp")
     (folder / "way out.jpg").symlink_to(place / "outside.jpg")
     (folder / "way").symlink_to(place)
+    (folder / "passwd.jpg").symlink_to("/etc/passwd")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
     (folder / "loop.jpg").symlink_to("loop.jpg")
     return folder
 
@@ -199,6 +201,15 @@ def report_of(folder):
 )
 def test_images_stand_where_their_tags_stood(value, parts):
     assert to_parts(value) == parts
+
+
+def test_links_of_the_folder_may_lead_out_of_it(make, photos):
+    records = [record(name, [name]) for name in ("link.jpg", "way out.jpg", "way/outside.jpg")]
+    rows = load_dataset(str(make(records)), split="train").with_format(None)
+    inside, outside = photos / "deep" / "c.webp", photos.parent / "outside.jpg"
+    for row, target in zip(rows, (inside, outside, outside), strict=True):
+        (image,) = row["images"]
+        assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(Image.open(target).convert("RGB")))
 
 
 def test_rows_are_the_records_in_their_order(make, photos):
@@ -390,8 +401,9 @@ FAULTS = {
     "up": ("image outside DIR", record("sick", "../outside.jpg")),
     "up and down": ("image outside DIR", record("sick", "deep/../a.jpg")),
     "absolute": ("image outside DIR", record("sick", "/etc/passwd")),
-    "link outside": ("image outside DIR", record("sick", "way out.jpg")),
-    "linked folder outside": ("image outside DIR", record("sick", "way/outside.jpg")),
+    "back through a link": ("image outside DIR", record("sick", "way/images/../outside.jpg")),
+    "link to no picture": ("unreadable image", record("sick", "passwd.jpg")),
+    "link to nothing": ("image missing", record("sick", "gone.jpg")),
     "folder": ("image is no file", record("sick", "folder.jpg")),
     "FIFO": ("image is no file", record("sick", "fifo.jpg")),
     "empty name": ("image is no file", record("sick", "")),
