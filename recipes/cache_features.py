@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -34,6 +32,7 @@ from trl import ModelConfig, TrlParser
 from modeling_deco.errors import one_line
 from modeling_deco.processing_deco import read_images
 from modeling_deco.projectors import pool_patch_grid
+from modeling_deco.recipes.command import run
 from modeling_deco.recipes.data import load_data
 from modeling_deco.recipes.feature_cache import (
     MANIFEST,
@@ -245,16 +244,11 @@ def _replace(path: Path, write) -> None:
         staged.unlink(missing_ok=True)
 
 
-def main(*arguments) -> None:
-    """The command: what is wrong with the input is one line and exit code 2, what fails on the way is 1."""
-    try:
-        cache_features(*arguments)
-    except (CacheError, OSError, SafetensorError) as error:
-        text = str(error).rpartition(f"{CacheError.__name__}: ")[2]  # a worker's has its traceback before
-        print(one_line(text), file=sys.stderr)  # noqa: T201
-        sys.exit(2 if isinstance(error, CacheError) else 1)
+def main(words: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    parser = TrlParser((DecoArguments, DecoSFTConfig, ModelConfig, CacheArguments))
+    run("cache_features", lambda: cache_features(*parser.parse_args_and_config(words)))
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    main(*TrlParser((DecoArguments, DecoSFTConfig, ModelConfig, CacheArguments)).parse_args_and_config())
+    main()

@@ -36,6 +36,7 @@ from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcesso
 from modeling_deco.configuration_deco import num_image_tokens
 from modeling_deco.loading import load_model
 from modeling_deco.recipes.collator import IGNORE_INDEX, DecoCollator, expand_images
+from modeling_deco.recipes.command import run as run_recipe
 from modeling_deco.recipes.compare_report import write_report
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.optimizer import MuonAdamW
@@ -389,13 +390,10 @@ def compare(args: CompareArguments) -> list[dict]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     (args,) = TrlParser((CompareArguments,)).parse_args_and_config()
-    try:
-        results = compare(args)
-    except ValueError as error:
-        raise SystemExit(f"compare_projectors: {error}") from None
+    results = compare(args)
     write_report(results, args)
     typer.echo((Path(args.output_dir) / "table.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe("compare_projectors", main)

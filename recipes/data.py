@@ -16,7 +16,6 @@ import os
 import re
 import signal
 import stat
-import sys
 import threading
 import warnings
 from collections import defaultdict, deque
@@ -45,6 +44,7 @@ from modeling_deco.conversion.errors import ConversionError
 from modeling_deco.conversion.staging import check_destination, staged
 from modeling_deco.decoding import UNTRUSTED_FORMATS
 from modeling_deco.errors import one_line
+from modeling_deco.recipes.command import run
 from modeling_deco.recipes.rows import (
     COLUMNS,
     FEATURES,
@@ -505,11 +505,7 @@ def load_data(
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        typer.run(build_data)
-    except DataError as error:
-        typer.echo(one_line(error), err=True)
-        sys.exit(2)
+    run("data", lambda: typer.run(build_data))
 
 
 if __name__ == "__main__":

@@ -15,29 +15,38 @@ Stage 2, instruction tuning of the result, or of a converted LLaVA checkpoint: s
 
 `--data_path` is a folder that `python -m modeling_deco.recipes.data` writes, or any data set with `messages` and
 `images`. `--resume_from_checkpoint latest` goes on where a run was killed, or begins. The result lies in `output_dir`;
-with LoRA that is the adapter, and `--merge_adapter` writes the whole model to `output_dir/merged`.
+with LoRA that is the adapter, and `--merge_adapter` writes the whole model to `output_dir/merged`. An `output_dir`
+that has a model or checkpoints is refused without `--overwrite_output_dir true` or `--resume_from_checkpoint`.
 """
 
 import json
 import logging
+import shutil
 import time
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_deco import DecoForConditionalGeneration, DecoProcessor
 from modeling_deco.chat_templates import CHAT_TEMPLATES, read_chat_template
 from modeling_deco.conversion.processing import pad_to_square
+from modeling_deco.errors import one_line
 from modeling_deco.loading import find_adapter, load_model
+from modeling_deco.recipes.command import run
 from modeling_deco.recipes.data import load_data
 from modeling_deco.recipes.plots import plot_training
-from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
+from modeling_deco.recipes.trainer import INCOMPLETE, DecoSFTConfig, DecoSFTTrainer
 
+BASE = "base"  # under output_dir: two backbones, joined, where what is trained is an adapter of them
 SHUFFLE_BUFFER_SIZE = 1000  # rows of a streamed data set, images not decoded
 
 
@@ -76,6 +85,9 @@ class DecoArguments:
         default=False, metadata={"help": "Pad images to a square before resizing, as LLaVA-1.5 was trained."}
     )
     merge_adapter: bool = field(default=False, metadata={"help": "Write output_dir/merged, adapter and model in one."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the model and the checkpoints that output_dir holds."}
+    )
 
 
 def load(args: DecoArguments, model_args: ModelConfig) -> tuple[DecoForConditionalGeneration, DecoProcessor]:
@@ -159,20 +171,106 @@ def merge_adapter(adapter_dir: str, revision: str = "main") -> None:
     processor.save_pretrained(Path(adapter_dir, "merged"))
 
 
+# --- the output folder -----------------------------------------------------------------------------------------------
+
+
+def on_first_process(training_args: DecoSFTConfig, function: Callable[..., Any], *args) -> Any:
+    """Call a function on one process alone; all get its result, or raise its error as a ValueError."""
+    result = error = None
+    if training_args.process_index == 0:
+        try:
+            result = function(*args)
+        except (ValueError, OSError) as failure:
+            error = one_line(failure)
+    result, error = broadcast_object_list([result, error])
+    if error is not None:
+        raise ValueError(error)
+    return result
+
+
+def check_output_dir(args: "DecoArguments", training_args: DecoSFTConfig, model_args: ModelConfig) -> None:
+    """Refuse an `output_dir` that has what the run reads, or a model or checkpoints that it would replace."""
+    out = Path(training_args.output_dir)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--output_dir {out} is a file; name a folder.")
+    read = {
+        "--model_name_or_path": [model_args.model_name_or_path],
+        "--vision_model_name_or_path": [args.vision_model_name_or_path],
+        "--data_path": args.data_path,
+        "--eval_data_path": args.eval_data_path or [],
+    }
+    written = [out.resolve(), *(path.resolve() for path in _results(out))]
+    for option, names in read.items():
+        for path in (Path(name).resolve() for name in names if name is not None):
+            if path.exists() and (path in written or any(parent in written[1:] for parent in path.parents)):
+                raise ValueError(f"--output_dir {out} has {option} {path} in it, which the run reads; name another.")
+    found = sorted(path.name for path in _results(out))
+    if found and not args.overwrite_output_dir and training_args.resume_from_checkpoint is None:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ValueError(
+            f"--output_dir {out} has a model or checkpoints ({shown}): go on by --resume_from_checkpoint latest, "
+            f"replace them by --overwrite_output_dir true, or name another folder."
+        )
+    if args.overwrite_output_dir and training_args.resume_from_checkpoint is not None:
+        raise ValueError("--overwrite_output_dir removes what --resume_from_checkpoint goes on from; choose one.")
+
+
+def _results(out: Path) -> list[Path]:
+    """What earlier runs have left in a folder: models, and checkpoints."""
+    folders = [*out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(out / name for name in (BASE, "merged", INCOMPLETE))]
+    names = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
+    files = [path for name in names for path in out.glob(name)]
+    return [*(path for path in folders if path.is_dir()), *(path for path in files if path.is_file())]
+
+
+def remove_results(out: Path) -> None:
+    """Remove what earlier runs have left, of which parts would be taken for this run's: checkpoints, an adapter."""
+    for path in _results(out):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def save_base(args: DecoArguments, model_args: ModelConfig, base: Path) -> None:
+    """Write two backbones, joined, as the model that an adapter is of."""
+    if base.is_dir():  # of a run that is resumed
+        return
+    staged = base.with_name(INCOMPLETE) / BASE
+    shutil.rmtree(staged, ignore_errors=True)
+    model, processor = load(args, model_args)
+    model.save_pretrained(staged)
+    processor.save_pretrained(staged)
+    staged.rename(base)
+
+
 def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelConfig) -> DecoSFTTrainer:
     """Train, save, plot; returns the trainer."""
-    if model_args.use_peft and args.pooled_grid_size is not None and not args.merge_adapter:
+    joins = args.vision_model_name_or_path is not None
+    if model_args.use_peft and args.pooled_grid_size is not None and not (args.merge_adapter or joins):
         raise ValueError(
             "An adapter keeps its model's grid: with --pooled_grid_size, set --merge_adapter true as well."
         )
-    set_seed(training_args.seed)  # a new projector is drawn before the trainer does so
-    model, processor = load(args, model_args)
+    out = Path(training_args.output_dir)
+    on_first_process(training_args, check_output_dir, args, training_args, model_args)
     train_dataset = load_data(args.data_path, streaming=args.streaming, decode=False)
     if args.streaming:  # one endless pass, of which Trainer knows how much a resumed run has seen
         train_dataset = train_dataset.repeat(None).shuffle(seed=training_args.seed, buffer_size=SHUFFLE_BUFFER_SIZE)
     eval_dataset = None
     if args.eval_data_path is not None:
         eval_dataset = load_data(args.eval_data_path, streaming=args.streaming, decode=False)
+    set_seed(training_args.seed)  # a new projector is drawn before the trainer does so
+    if model_args.use_peft and joins:
+        if training_args.push_to_hub or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "LoRA on two backbones is of a model that is on this disk alone, and joined by one process: train the "
+                "projector first (stage 1), or leave out --push_to_hub and ZeRO-3."
+            )
+        if args.overwrite_output_dir:
+            on_first_process(training_args, remove_results, out)
+        base = (out / BASE).resolve()
+        on_first_process(training_args, save_base, args, model_args, base)
+        args, model_args = copy(args), copy(model_args)
+        args.vision_model_name_or_path = args.projector_type = args.projector_config = args.pooled_grid_size = None
+        args.pad_images, model_args.model_name_or_path = False, str(base)
+    model, processor = load(args, model_args)
     trainer = DecoSFTTrainer(
         model=model,
         args=training_args,
@@ -181,15 +279,16 @@ def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelCon
         processing_class=processor,
         peft_config=get_peft_config(model_args),
     )
+    if args.overwrite_output_dir and not (model_args.use_peft and joins):
+        on_first_process(training_args, remove_results, out)
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint == "latest":
-        has_run = Path(training_args.output_dir).is_dir()
         # what the first process finds, or processes without a shared disk would begin at different steps
-        (checkpoint,) = broadcast_object_list([get_last_checkpoint(training_args.output_dir) if has_run else None])
+        checkpoint = on_first_process(training_args, lambda: get_last_checkpoint(out) if out.is_dir() else None)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        plot_training(trainer.state.log_history, Path(training_args.output_dir, "training.png"))
+        plot_training(trainer.state.log_history, out / "training.png")
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.end_training()
@@ -204,4 +303,4 @@ def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelCon
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    main(*TrlParser((DecoArguments, DecoSFTConfig, ModelConfig)).parse_args_and_config())
+    run("sft", lambda: main(*TrlParser((DecoArguments, DecoSFTConfig, ModelConfig)).parse_args_and_config()))

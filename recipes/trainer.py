@@ -1,10 +1,10 @@
 """TRL's SFTTrainer for DeCo: token budgets drawn per step, a learning rate for each part, batches of one modality,
 runs that stop at a bad loss and go on where they were killed."""
 
+import copy
 import functools
 import logging
 import math
-import os
 import shutil
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from datasets import Dataset, concatenate_datasets
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME  # not documented; in 5.19 to 5.24
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
@@ -205,12 +205,13 @@ class DecoSFTTrainer(SFTTrainer):
         rng = np.random.default_rng([self.args.seed, step])
         return int(rng.choice(self.args.pooled_grid_sizes, p=np.array(weights) / sum(weights)))
 
-    def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        self._sample_ids = inputs["sample_ids"]
-        grid = self.grid_of_step(self.state.global_step) if self.model.training else None
-        return expand_images(inputs, grid, self.processing_class)
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer would do steps more
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    # private, seen in transformers 5.19 to 5.24
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, Dataset):
@@ -247,61 +248,58 @@ class DecoSFTTrainer(SFTTrainer):
         optimizer.param_groups = groups
         return optimizer
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs):
+        sample_ids = inputs["sample_ids"]
+        inputs = expand_images(inputs, self.grid_of_step(self.state.global_step), self.processing_class)
+        loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}, on samples "
-                f"{', '.join(self._sample_ids)}. Nothing was learned from them; checkpoints before this step are good."
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}, on samples {', '.join(sample_ids)}. "
+                f"Nothing was learned from them; checkpoints before this step are good."
             )
         return loss
 
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer would do steps more
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, expand_images(inputs, None, self.processing_class), *args, **kwargs)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _get_output_dir(self, trial):
-        output_dir = super()._get_output_dir(trial)
-        return os.path.join(output_dir, INCOMPLETE) if getattr(self, "_is_saving", False) else output_dir
-
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model, trial):  # private, seen in transformers 5.19 to 5.24; nothing public wraps it
+        run_dir = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        run_dir = Path(self._get_output_dir(trial))
         staged, final = run_dir / INCOMPLETE / name, run_dir / name
         if self.args.should_save:
             shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)  # of a run that was killed
         self.accelerator.wait_for_everyone()
-        self._is_saving, self._pushes = True, False
+        settings, self.args = self.args, copy.copy(self.args)
+        self.args.output_dir, self.args.push_to_hub, self.args.save_total_limit = str(staged.parent), False, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._is_saving = False
+            self.args = settings
         self.accelerator.wait_for_everyone()
         is_best = self.state.best_model_checkpoint == str(staged)
         if is_best:
             self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
+            torch.save(self.args, staged / TRAINING_ARGS_NAME)
             if is_best:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             if final.exists():  # of a run that went on from an older checkpoint
                 final.rename(run_dir / INCOMPLETE / "replaced")
             staged.rename(final)
             shutil.rmtree(run_dir / INCOMPLETE)
-            if self._pushes:
-                super()._push_from_checkpoint(str(final))
+        self.accelerator.wait_for_everyone()
+        if not final.exists():
+            raise FileNotFoundError(f"{final} was written on another machine: output_dir must be on a shared disk.")
+        self.create_model_card(self.args.hub_model_id and self.args.hub_model_id.split("/")[-1])
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))  # private, seen in transformers 5.19 to 5.24
+        if self.args.should_save:
             rotate_checkpoints(
                 str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
         self.accelerator.wait_for_everyone()
-        if not final.exists():
-            raise FileNotFoundError(f"{final} was written on another machine: output_dir must be on a shared disk.")
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        self._pushes = True  # when it has its name
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **metadata):
         """DeCo's card, in the place of TRL's, whose example shows a text model."""
@@ -320,7 +318,7 @@ class DecoSFTTrainer(SFTTrainer):
             **metadata,
         )
         tags = [tags] if isinstance(tags, str) else tags or []
-        card.data.tags = list(dict.fromkeys([*card.data.tags, "generated_from_trainer", *self._tag_names, *tags]))
+        card.data.tags = list(dict.fromkeys([*card.data.tags, "generated_from_trainer", "trl", "sft", *tags]))
         card.save(Path(self.args.output_dir, "README.md"))
 
 

@@ -440,7 +440,7 @@ def test_a_fault_stops_the_run_and_is_named(fault, photos, monkeypatch, caplog, 
     assert f"        1 {kind}: {name!r}" in "\n".join(caplog.messages)
     output, errors = capsys.readouterr()
     assert output == ""
-    assert re.fullmatch("1 of 3 are bad, more than --max-bad 0; nothing is written.*\n", errors)
+    assert re.fullmatch("data: 1 of 3 are bad, more than --max-bad 0; nothing is written.*\n", errors)
     assert [path.name for path in tmp_path.iterdir()] == ["source.json"]
 
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--max-bad", "1"])

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from modeling_deco import DecoForConditionalGeneration
 from modeling_deco.chat_templates import PLAIN_CHAT_TEMPLATE
 from modeling_deco.recipes import sft
+from modeling_deco.recipes.collator import expand_images
 from modeling_deco.recipes.trainer import INCOMPLETE, DecoSFTConfig, DecoSFTTrainer, ModalityLengthSampler, part_of
 
 
@@ -600,23 +602,118 @@ def test_a_run_killed_at_any_step_goes_on_bit_for_bit(config, checkpoint, data, 
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+def test_an_adapter_of_two_backbones_has_them_joined_beside_it(backbones, data, template, tmp_path):
+    vision, text = backbones
+    out = tmp_path / "out"
+    settings = {"vision_model_name_or_path": vision, "chat_template": template, "use_peft": True, "max_steps": 2}
+    settings |= {"lora_target_modules": r".*language_model.*\.(q_proj|v_proj)", "learning_rate": 0.1, "save_steps": 1}
+    trainer = run(text, data, out, pooled_grid_size=2, merge_adapter=True, **settings)
+    adapter = json.loads((out / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(out / "base")
+    base = AutoModelForImageTextToText.from_pretrained(out / "base")
+    assert base.config.pooled_grid_size == 2
+    tuned, merged = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (out, out / "merged"))
+    batch = trainer.data_collator([conversation(0)])
+    inputs = expand_images(batch, None, AutoProcessor.from_pretrained(out))
+    with torch.no_grad():
+        logits = {name: model.eval()(**inputs).logits for name, model in
+                  {"trained": trainer.model, "tuned": tuned, "merged": merged, "base": base}.items()}  # fmt: skip
+    torch.testing.assert_close(logits["tuned"], logits["trained"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits["merged"], logits["trained"], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits["base"], logits["trained"], atol=1e-2)
+
+    before = load_file(out / "base" / "model.safetensors")
+    resumed = run(text, data, out, resume_from_checkpoint=out / "checkpoint-1", **settings)
+    assert losses_of(resumed.state.log_history) == losses_of(trainer.state.log_history)
+    assert all(
+        torch.equal(before[name], value) for name, value in load_file(out / "base" / "model.safetensors").items()
+    )
+
+
+def test_an_adapter_of_two_backbones_is_not_pushed(backbones, data, tmp_path):
+    vision, text = backbones
+    with pytest.raises(ValueError, match="leave out --push_to_hub and ZeRO-3"):
+        run(text, data, tmp_path / "out", vision_model_name_or_path=vision, use_peft=True, push_to_hub=True,
+            hub_model_id="me/it")  # fmt: skip
+
+
+# --- the output folder -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "adapter_config.json", "model-00001-of-00002.safetensors", "checkpoint-3/x", "merged/x", "base/x"],
+)
+def test_a_folder_with_a_model_is_not_written_into(name, checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "load", lambda *args: 1 / 0)  # before the model is loaded
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).touch()
+    with pytest.raises(
+        ValueError, match=rf"out has a model or checkpoints \({name.partition('/')[0]}\).*--overwrite_output"
+    ):
+        run(checkpoint, data, tmp_path / "out")
+    for permission in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(ZeroDivisionError):
+            run(checkpoint, data, tmp_path / "out", **permission)
+    assert (tmp_path / "out" / name).exists()  # until the run is known to be possible
+
+
+def test_a_folder_of_other_things_is_written_into(checkpoint, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.txt").write_text("mine")
+    run(checkpoint, data, tmp_path / "out")
+    assert (tmp_path / "out" / "log.txt").read_text() == "mine"
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_run(checkpoint, data, template, tmp_path):
+    out = tmp_path / "out"
+    run(
+        checkpoint,
+        data,
+        out,
+        "stage2_lora.yaml",
+        max_steps=3,
+        save_steps=3,
+        chat_template=template,
+        merge_adapter=True,
+    )
+    (out / "notes.txt").write_text("mine")
+    run(checkpoint, data, out, max_steps=1, save_steps=1, overwrite_output_dir=True)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (out / "adapter_config.json").exists()
+    assert not (out / "merged").exists()
+    assert (out / "config.json").exists()
+    assert (out / "notes.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="--overwrite_output_dir removes what --resume_from_checkpoint goes on from"):
+        run(checkpoint, data, out, overwrite_output_dir=True, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_does_not_write_over_what_it_reads(overwrite, checkpoint, data, tmp_path):
+    part = shutil.copytree(checkpoint, tmp_path / "out" / "checkpoint-3")
+    for model, out, option in (
+        (checkpoint, checkpoint, "model_name_or_path"),
+        (checkpoint, data, "data_path"),
+        (part, tmp_path / "out", "model_name_or_path"),
+    ):
+        with pytest.raises(ValueError, match=rf"--output_dir .* has --{option} .* in it, which the run reads"):
+            run(model, data, out, overwrite_output_dir=overwrite)
+    assert (part / "model.safetensors").exists()
+    assert (checkpoint / "model.safetensors").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file; name a folder"):
+        run(checkpoint, data, tmp_path / "file")
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_model_and_data_have_no_default(capsys):
+def test_model_and_data_have_no_default(data, capsys):
     with pytest.raises(SystemExit):
         parse(["--config", str(CONFIGS / "stage1.yaml"), "--output_dir", "unused"])
     assert "--data_path" in capsys.readouterr().err
-    words = [
-        "--config",
-        str(CONFIGS / "stage1.yaml"),
-        "--output_dir",
-        "unused",
-        "--data_path",
-        "unused",
-        "--bf16",
-        "false",
-    ]
+    words = ["--config", str(CONFIGS / "stage1.yaml"), "--output_dir", "unused", "--data_path", str(data)]
+    words += ["--bf16", "false"]
     with pytest.raises(ValueError, match="Name the model that is trained: --model_name_or_path"):
         sft.main(*parse([*words, "--use_cpu", "true"]))
 

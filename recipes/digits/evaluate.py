@@ -19,6 +19,7 @@ from transformers import LogitsProcessorList
 
 from modeling_deco.configuration_deco import parse_grid
 from modeling_deco.inference import RefuseNaN, encode, load
+from modeling_deco.recipes.command import run
 from modeling_deco.recipes.digits.world import KINDS, SPLITS, questions, render, score
 from modeling_deco.recipes.measure import environment
 
@@ -147,4 +148,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run("digits.evaluate", lambda: typer.run(main))

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from modeling_deco.configuration_deco import parse_grid
 from modeling_deco.inference import load
+from modeling_deco.recipes.command import run
 from modeling_deco.recipes.digits.world import IMAGE_SIZE, SPLITS, Box, questions, render
 from modeling_deco.recipes.measure import environment
 from modeling_deco.relevance import METHODS, explain
@@ -108,4 +109,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run("digits.pointing_game", lambda: typer.run(main))

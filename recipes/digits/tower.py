@@ -35,6 +35,7 @@ from transformers import (
     set_seed,
 )
 
+from modeling_deco.recipes.command import run
 from modeling_deco.recipes.digits.optimizer import MuonAdamW
 from modeling_deco.recipes.digits.world import COLOURS, IMAGE_SIZE, Scene, render
 
@@ -384,4 +385,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("digits.tower", main)

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from transformers import AutoConfig, CLIPVisionModel, HfArgumentParser, LlamaCon
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor, pool_patch_grid
+from modeling_deco.recipes.command import run
 from modeling_deco.recipes.digits import tower
 from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
 from modeling_deco.recipes.digits.optimizer import MuonAdamW
@@ -222,9 +223,31 @@ def faster_attention():
     return nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)
 
 
+def check_arguments(args: DigitsArguments) -> None:
+    """Raise a ValueError where `output_dir` has a run of other arguments, which would be replaced or gone on with."""
+    output_dir = Path(args.output_dir)
+    path, given = output_dir / "arguments.json", {**asdict(args), "output_dir": None}
+    if path.exists():
+        other = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in given.items():
+            if other.get(name) != value:
+                raise ValueError(
+                    f"--output_dir {output_dir} has a run with --{name} {other.get(name)}, not {value}: name another "
+                    f"folder, or go on with the arguments in {path.name}."
+                )
+    elif (output_dir / "deco").exists() or (output_dir / "final").exists():
+        raise ValueError(
+            f"--output_dir {output_dir} has a model, and no {path.name} of this recipe; name another folder."
+        )
+    else:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(given, indent=1) + "\n", encoding="utf-8")
+
+
 def train(args: DigitsArguments) -> Path:
     """Train what is missing of both stages; returns the folder of the finished checkpoint."""
     output_dir = Path(args.output_dir)
+    check_arguments(args)
     tower_dir = Path(args.tower or output_dir / "tower")
     if args.tower is None and not (tower_dir / "model.safetensors").exists():
         tower.train(tower.TowerArguments(output_dir=str(tower_dir)))
@@ -284,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("digits.train", main)

@@ -28,6 +28,8 @@ from scipy.ndimage import map_coordinates, spline_filter
 from sklearn.datasets import load_digits
 from tqdm.auto import tqdm
 
+from modeling_deco.errors import run
+
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
@@ -443,4 +445,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("digits.world", main, bad_input=(ValueError,))
