@@ -68,11 +68,12 @@ def count_calls(monkeypatch, model_class=DecoForConditionalGeneration) -> list[i
     real = model_class.from_pretrained.__func__
 
     def hooked(cls, *args, **kwargs):
-        model = real(cls, *args, **kwargs)
+        loaded = real(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # beside what was found in the files
         model.base_model.vision_tower.register_forward_pre_hook(
             lambda module, args, kwargs: calls.append(len(kwargs["pixel_values"])), with_kwargs=True
         )
-        return model
+        return loaded
 
     monkeypatch.setattr(model_class, "from_pretrained", classmethod(hooked))
     return calls
@@ -197,7 +198,7 @@ def test_evaluation_reads_the_cache_at_the_models_own_grid(checkpoint, data, tmp
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     with pytest.raises(CacheError, match=r"lacks 4 images of these data, as sample 'sample-40' has"):
-        run(checkpoint, data, tmp_path / "out", **settings, feature_cache=cached)
+        run(checkpoint, data, tmp_path / "other", **settings, feature_cache=cached)
 
 
 # --- what is in a cache ----------------------------------------------------------------------------------------------
