@@ -98,6 +98,8 @@ def convert(
     generation_folder = source.folder if has_own else checkpoint.tokenizer.folder
     with refusing(f"generation_config.json of {generation_folder}"):
         generation_config = load_generation_config(generation_folder, getattr(processor, "tokenizer", None))
+        suppressed = [*(generation_config.suppress_tokens or []), config.image_token_id]  # an answer has no image
+        generation_config.suppress_tokens = list(dict.fromkeys(suppressed))
 
     def write_small_files(folder: Path) -> None:
         (rows, cols), num_tokens = config.patch_grid, config.num_image_tokens

@@ -99,6 +99,8 @@ def _read_config(source) -> DecoConfig:
             f"projector_num_layers={config.projector_num_layers} in config.json of {source.name}: LLaVA's projector "
             f"has 2 linear layers."
         )
+    if config.lm_head_bias:
+        raise ConversionError(f"lm_head_bias in config.json of {source.name}: LLaVA's lm_head has no bias.")
     model_type = config.vision_config.model_type
     if model_type not in ("clip_vision_model", "siglip_vision_model"):
         raise ConversionError(f"The vision tower of {source.name} is a {model_type}; CLIP and SigLIP can be exported.")

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeCo vision-language models for Transformers.
 
-`import modeling_deco` registers DeCo with AutoConfig, AutoModel, AutoModelForImageTextToText and AutoProcessor.
+`import modeling_deco` registers DeCo with AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+and AutoProcessor.
 """
 
 from importlib import import_module

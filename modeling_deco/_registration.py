@@ -22,6 +22,12 @@ _REGISTRATIONS = [
         f"{__package__}.modeling_deco",
         "DecoForConditionalGeneration",
     ),
+    (
+        f"{_AUTO}.modeling_auto",
+        "AutoModelForMultimodalLM",
+        f"{__package__}.modeling_deco",
+        "DecoForConditionalGeneration",
+    ),
     (f"{_AUTO}.processing_auto", "AutoProcessor", f"{__package__}.processing_deco", "DecoProcessor"),
 ]
 
@@ -65,7 +71,8 @@ class _RegisteringFinder(MetaPathFinder):
 
 
 def register_with_auto_classes() -> None:
-    """Register DeCo with AutoConfig, AutoModel, AutoModelForImageTextToText and AutoProcessor."""
+    """Register DeCo with AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM and
+    AutoProcessor."""
     sys.meta_path.insert(0, _RegisteringFinder())
     for registration in _REGISTRATIONS:
         _register(*registration)

@@ -9,9 +9,10 @@ properties.
 import shutil
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download, is_offline_mode
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download, is_offline_mode
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RevisionNotFoundError,
@@ -24,6 +25,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_deco.DecoConfig",
     "AutoModel": "modeling_deco.DecoModel",
     "AutoModelForImageTextToText": "modeling_deco.DecoForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_deco.DecoForConditionalGeneration",
     "AutoProcessor": "processing_deco.DecoProcessor",
 }
 _REMOTE_CODE_FILES = (
@@ -138,12 +140,17 @@ def load_card(repo_id: str, token: str | bool | None = None, revision: str | Non
         return None
 
 
+def files_of(folder) -> dict[str, int]:
+    """Names of the files in a folder and below, and when they were last written (nanoseconds)."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in paths}
+
+
 def upload(
-    part,
     folder,
     repo_id: str,
     card=None,
-    unchanged: dict[str, float] | None = None,
+    unchanged: dict[str, int] | None = None,
     *,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -151,14 +158,14 @@ def upload(
     metadata: dict | None = None,
     **commit,
 ):
-    """Upload what `part`, a config, processor or model, has saved in a folder, in one commit.
+    """Upload what a config, processor or model has saved in a folder, in one commit.
 
     A `README.md` in the folder stays as it is, and is the card of a repository that has none. One that the repository
     has stays too; `tags` and `metadata` are added to it, unless the folder has its own.
 
     Args:
         card: a function from the repository's id and metadata to the card that it gets where neither has one.
-        unchanged: names and times of files that are not uploaded (`_get_files_timestamps` before the saving).
+        unchanged: `files_of` the folder before the saving: what has not been written since is not uploaded.
         private, token, tags: see `PreTrainedModel.push_to_hub`.
         metadata: fields of the card: `license`, `language`, `datasets`, `widget`, ...
         commit: `commit_message`, `commit_description`, `revision`, `create_pr`.
@@ -182,5 +189,17 @@ def upload(
         if tags:
             on_hub.data.tags = list(dict.fromkeys([*(on_hub.data.tags or []), *tags]))
         on_hub.save(readme)
-    # private, seen in 5.17 to 5.23
-    return part._upload_modified_files(folder, repo_id, unchanged, token=token, **commit)
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(Path(folder, name)))
+        for name, written in files_of(folder).items()
+        if unchanged.get(name) != written
+    ]
+    revision = commit.get("revision")
+    if revision is not None and not revision.startswith("refs/pr/"):
+        try:
+            HfApi().create_branch(repo_id=repo_id, branch=revision, token=token, exist_ok=True)
+        except HfHubHTTPError:
+            if not commit.get("create_pr"):  # of which the branch need not be one's own
+                raise
+    commit.setdefault("commit_message", "Upload DeCo")
+    return HfApi().create_commit(repo_id=repo_id, operations=operations, token=token, **commit)

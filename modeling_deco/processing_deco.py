@@ -269,7 +269,7 @@ class DecoProcessor(ProcessorMixin):
         """`ProcessorMixin.push_to_hub`, with the code and without a card: that is the model's."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload(self, folder, repo_id, **kwargs)
+            return upload(folder, repo_id, **kwargs)
 
 
 def _adapted(chat_template, tokenizer):

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     GenerationConfig,
     pipeline,
@@ -145,11 +146,24 @@ def test_the_package_lists_its_names():
         (AutoConfig, DecoConfig),
         (AutoModel, DecoModel),
         (AutoModelForImageTextToText, DecoForConditionalGeneration),
+        (AutoModelForMultimodalLM, DecoForConditionalGeneration),
         (AutoProcessor, DecoProcessor),
     ],
 )
 def test_a_checkpoint_is_loaded_by_the_classes_of_the_package_without_trust(auto_class, expected, checkpoint):
     assert type(auto_class.from_pretrained(checkpoint)) is expected
+
+
+def test_the_pipeline_of_any_modality_answers_as_that_of_images(checkpoint, monkeypatch):
+    # the pipeline asks for torchvision, which DeCo's processor does without
+    monkeypatch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *_: None)
+    content = [{"type": "image", "image": tiny.picture(0)}, {"type": "text", "text": "what is this ?"}]
+    messages = [{"role": "user", "content": content}]
+    answers = [
+        pipeline(task, model=str(checkpoint))(text=messages, return_full_text=False)[0]["generated_text"]
+        for task in ("any-to-any", "image-text-to-text")
+    ]
+    assert answers[0] == answers[1] != ""
 
 
 @pytest.fixture(scope="module")

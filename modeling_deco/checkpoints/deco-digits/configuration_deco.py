@@ -314,7 +314,7 @@ class DecoConfig(PreTrainedConfig):
         """`PreTrainedConfig.push_to_hub`, with the code and without a card: that is the model's."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload(self, folder, repo_id, **kwargs)
+            return upload(folder, repo_id, **kwargs)
 
 
 def _check_sizes(name: str, fields: dict) -> None:

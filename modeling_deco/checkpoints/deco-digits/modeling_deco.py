@@ -8,7 +8,6 @@ layer above the one that is read. Names of parameters are LLaVA's.
 """
 
 import copy
-import os
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -42,7 +41,7 @@ from transformers.utils import (  # private in part, seen in transformers 5.19 t
 )
 
 from .configuration_deco import DecoConfig, check_grid, fit_grid, num_image_tokens
-from .hub import base_models, model_card, upload
+from .hub import base_models, files_of, model_card, upload
 from .projectors import (
     AvgPoolProjector,
     CAbstractorProjector,
@@ -154,8 +153,7 @@ class DecoPreTrainedModel(PreTrainedModel):
         if not push_to_hub or kwargs.get("distributed_checkpoint"):  # of which super uploads a consolidated copy
             return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         arguments = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
-        is_there = os.path.isdir(save_directory)
-        unchanged = self._get_files_timestamps(save_directory) if is_there else {}  # private, seen in 5.17 to 5.23
+        unchanged = files_of(save_directory)
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         if self.should_save_on_this_rank(is_main_process):
             arguments.setdefault("repo_id", Path(save_directory).name)
@@ -194,7 +192,7 @@ class DecoPreTrainedModel(PreTrainedModel):
         if processor is not None:
             processor.save_pretrained(folder)
         tags = [tags] if isinstance(tags, str) else tags or []
-        return upload(self, folder, repo_id, self._card, tags=[*(self.model_tags or []), *tags], **kwargs)
+        return upload(folder, repo_id, self._card, tags=[*(self.model_tags or []), *tags], **kwargs)
 
     def _card(self, repo_id, **metadata):
         fields = {
