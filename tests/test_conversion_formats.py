@@ -1053,7 +1053,9 @@ def test_a_revision_reaches_every_file(hub, tmp_path):
     report = convert("someone/some-llava", tmp_path / "deco", pooled_grid_size=PATCH_GRID, revision="v1")
     assert report["revision"] == "a" * 40
     assert "license: mit" in (tmp_path / "deco" / "README.md").read_text()
-    assert GenerationConfig.from_pretrained(tmp_path / "deco").max_new_tokens == 17
+    generation_config = GenerationConfig.from_pretrained(tmp_path / "deco")
+    assert generation_config.max_new_tokens == 17
+    assert generation_config.suppress_tokens == [load_deco(tmp_path / "deco").config.image_token_id]
     assert_equals_llava_hf(load_deco(tmp_path / "deco"), tmp_path / "old")
 
 
