@@ -9,6 +9,7 @@ from huggingface_hub import metadata_load, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..errors import one_line
+from ..loading import checkpoint_name
 from .errors import ConversionError
 from .files import read_json
 from .weights import StoredTensor, read_weight_map, read_weights, weight_entry
@@ -82,13 +83,15 @@ def open_source(name: str | Path, revision: str | None = None, what: str = "SRC"
     """
     if not isinstance(name, str | Path) or not str(name):
         raise ConversionError(f"{what} {name!r} is no name of a folder or a Hub repository.")
+    try:
+        name = checkpoint_name(name)
+    except ValueError as error:
+        raise ConversionError(f"{what}: {error}") from None
     folder = Path(name)
     if folder.is_dir():
         if revision is not None:
             raise ConversionError(f"--revision {revision!r} is for the Hub, and {what} {name} is a folder.")
         return Source(str(name), folder, what)
-    if folder.exists():
-        raise ConversionError(f"{what} {name} is a file; name the folder of the checkpoint.")
     folder = _download(str(name), revision, _SMALL_FILES, what)
     return Source(str(name), folder, what, revision=folder.name)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration
 from modeling_deco.conversion import ConversionError
+from modeling_deco.conversion import convert as convert_checkpoint
 from modeling_deco.conversion import export as export_checkpoint
 from modeling_deco.inference import load
 from modeling_deco.info import describe
@@ -72,6 +73,15 @@ def test_a_mistyped_name_is_said_at_once(here, name, message):
     """Sockets are blocked, and a name that is looked for on the Hub would end in another message."""
     with pytest.raises(ValueError, match=message):
         load_config(name)
+
+
+def test_a_mistyped_source_of_a_conversion_is_said_at_once(here):
+    for name in ("llava-7b", "models/llava-7b", "model.safetensors"):
+        with pytest.raises(ValueError) as said:  # noqa: PT011  its words are what is compared with
+            checkpoint_name(name)
+        for run in (convert_checkpoint, export_checkpoint):
+            with pytest.raises(ConversionError, match=re.escape(f"SRC: {said.value}")):
+                run(name, "out")
 
 
 @pytest.mark.parametrize("fields", [{"model_type": "llava"}, {}])
