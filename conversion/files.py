@@ -30,9 +30,11 @@ def read_json(path: Path) -> dict:
 
 def without_duplicates(pairs: list[tuple]) -> dict:
     """For `json.loads(object_pairs_hook=...)`, which by itself keeps the last of several."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
+    names = set()
+    for name, _ in pairs:
+        if name in names:
+            raise ValueError(f"duplicate key {name!r}")
+        names.add(name)
     return dict(pairs)
 
 

@@ -8,14 +8,17 @@ read by torch's `weights_only` unpickler, which runs no code.
 
 import json
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +27,7 @@ from ..errors import one_line
 from .errors import ConversionError
 from .files import read_json, without_duplicates
 
+_MAX_HEADER_BYTES = 16 << 20  # of what is parsed; that of a model of 13 billion parameters has 0.1 MB
 CHUNK_BYTES = 256 << 10  # stays in the processor's cache between reading, hashing and writing
 
 # safetensors' names; other types (8-bit floats, 4-bit) belong to quantized checkpoints.
@@ -120,12 +124,14 @@ def read_weight_file(path: Path) -> dict[str, StoredTensor]:
 
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
-        with safe_open(path, framework="pt"):  # refuses holes, overlaps, ranges past the end and lengths that lie
-            pass
         with open(path, "rb") as file:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
+            if header_bytes > _MAX_HEADER_BYTES:
+                raise ValueError(f"its header has {header_bytes:,} bytes, of at most {_MAX_HEADER_BYTES:,}")
+            with safe_open(path, framework="pt"):  # refuses holes, overlaps, ranges past the end and lengths that lie
+                pass
             header = json.loads(file.read(header_bytes), object_pairs_hook=without_duplicates)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
         raise ConversionError(f"{path} is not a whole safetensors file: {one_line(error)}") from None
     header.pop("__metadata__", None)
     tensors = {}
@@ -142,7 +148,8 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, StoredTensor]:
-    is_zip = zipfile.is_zipfile(path)  # what torch.save has written since 1.6; else the whole file is loaded
+    is_zip = _is_zip(path)
+    record_ends = _check_zip(path) if is_zip else _check_legacy(path)
     with torch.device("cpu"):
         state = _load(path, map_location="meta", mmap=True) if is_zip else _load(path, mmap=False)
     is_state_dict = isinstance(state, dict) and all(
@@ -151,17 +158,19 @@ def _read_pickle(path: Path) -> dict[str, StoredTensor]:
     )
     if not is_state_dict:
         raise ConversionError(f"{path} holds a {type(state).__name__} that is not a flat dict of names and tensors.")
-    record_ends = _zip_records(path) if is_zip else {}
     tensors = {}
     for key, tensor in state.items():
         if tensor.is_quantized:
             raise ConversionError(f"{key!r} in {path} is quantized; use the float checkpoint that it was made from.")
-        start = _storage_offset(tensor)
+        start, storage_bytes = _storage_offset(tensor), tensor.untyped_storage().nbytes()
+        if start is not None and start not in record_ends:  # torch computes where it would have put it
+            raise ConversionError(f"{path} was packed by another program; load it with torch.load and save it again.")
+        is_past_end = start is not None and start + storage_bytes > record_ends[start]
+        if is_past_end or tensor.nbytes > storage_bytes:  # or one value stands for many
+            raise ConversionError(f"{key!r} in {path} reaches past the end of its data; download the file again.")
         offset = None
-        if is_zip and start in record_ends and tensor.is_contiguous() and not tensor.is_neg():
+        if start is not None and tensor.is_contiguous() and not tensor.is_neg():
             offset = start + tensor.storage_offset() * tensor.dtype.itemsize
-            if offset + tensor.nbytes > record_ends[start]:
-                raise ConversionError(f"{key!r} in {path} reaches past the end of its data; download the file again.")
         elif _load_tensor(path, key).device.type != "cpu":
             raise ConversionError(f"{key!r} in {path} was saved without its values.")
         tensors[key] = StoredTensor(path, key, tensor.dtype, tuple(tensor.shape), offset)
@@ -174,7 +183,7 @@ def _storage_offset(tensor: torch.Tensor) -> int | None:
 
 
 def _load_tensor(path: Path, key: str) -> torch.Tensor:
-    return _load(path, mmap=zipfile.is_zipfile(path))[key].resolve_neg()
+    return _load(path, mmap=_is_zip(path))[key].resolve_neg()
 
 
 @lru_cache(maxsize=1)  # legacy files are read whole, and several tensors of a file one after the other
@@ -196,19 +205,118 @@ def release_files() -> None:
     _load.cache_clear()
 
 
-def _zip_records(path: Path) -> dict[int, int]:
-    """Where the uncompressed records of a zip file begin and end."""
-    records = {}
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        for info in archive.infolist():
-            if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
-                raise ConversionError(f"{path} was written on a big-endian machine; save it again on this one.")
-            if info.compress_type == zipfile.ZIP_STORED:
-                file.seek(info.header_offset + 26)  # the local header's lengths differ from the directory's
-                name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-                start = info.header_offset + 30 + name_bytes + extra_bytes
-                records[start] = start + info.file_size
+def _is_zip(path: Path) -> bool:
+    """Whether a file is what torch.save has written since 1.6, as torch.load tells; else the whole file is loaded."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _check_zip(path: Path) -> dict[int, int]:
+    """Where the records of a zip file begin and end, each as it lies in the file: none compressed, none over another,
+    none twice. The directory lies where every reader looks for it: else torch might read another than is checked."""
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            count = _check_directory(file, path.stat().st_size)
+            infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+            if len(infos) != count:
+                raise ValueError(f"its directory has {len(infos)} records and should have {count}")
+            if len({info.filename.lower() for info in infos}) < len(infos):
+                raise ValueError("two records have one name")
+            records, end = {}, 0
+            for info in infos:
+                is_plain = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+                if not is_plain or info.flag_bits & 0x2041:  # encrypted, in one of three ways
+                    raise ValueError(f"the record {info.filename} is compressed or encrypted")
+                if not info.filename.isascii() or info.orig_filename != info.filename:
+                    raise ValueError(f"a record is called {info.orig_filename!r}")
+                if info.header_offset < end or (not records and info.header_offset > 0):
+                    raise ValueError(
+                        f"the record {info.filename} lies over another one or is hidden behind other data"
+                    )
+                start = _data_offset(file, info)
+                end = start + info.file_size
+                records[start] = end
+                if end > archive.start_dir:
+                    raise ValueError(f"the record {info.filename} is larger than the file")
+                if info.filename.endswith("/data.pkl"):
+                    if info.file_size > _MAX_HEADER_BYTES:
+                        raise ValueError(f"the record {info.filename} has {info.file_size:,} bytes")
+                    _check_pickles(archive.read(info), 1)
+                if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
+                    raise ConversionError(f"{path} was written on a big-endian machine; save it again on this one.")
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(
+            f"{path} is not as torch.save writes it: {one_line(error)}; it was not loaded. Where you trust it, load "
+            f"it with torch.load and save it again."
+        ) from None
     return records
+
+
+def _check_directory(file: BinaryIO, num_bytes: int) -> int:
+    """The number of records in the directory. It must end where its end record begins, which ends the file, and what is
+    said twice (zip64) must be the same."""
+    file.seek(max(0, num_bytes - 98))
+    tail = file.read(98)
+    signature, *disks, count, size, offset, comment_bytes = struct.unpack("<4s4H2LH", tail[-22:])
+    if signature != b"PK\x05\x06" or comment_bytes or disks != [0, 0, count]:
+        raise ValueError("something follows its directory")
+    end = num_bytes - 22
+    if tail[-42:-38] == b"PK\x06\x07":
+        fields = struct.unpack("<4sQ2H2L4Q4sLQL", tail[-98:-22])
+        signature, same_count, long_count, long_size, long_offset = fields[0], *fields[6:10]
+        end = num_bytes - 98
+        if signature != b"PK\x06\x06" or fields[1] != 44 or fields[12] != end or same_count != long_count:
+            raise ValueError("its zip64 directory is not before its end")
+        short = [(count, long_count, 0xFFFF), (size, long_size, 2**32 - 1), (offset, long_offset, 2**32 - 1)]
+        if any(value not in (long, unset) for value, long, unset in short):
+            raise ValueError("its two directories differ")
+        count, size, offset = long_count, long_size, long_offset
+    if offset + size != end or size > _MAX_HEADER_BYTES:
+        raise ValueError("its directory is not where it should be")
+    return count
+
+
+def _data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Where a record's data begins: its own header must agree with the directory, whose lengths differ from it."""
+    file.seek(info.header_offset)
+    header = file.read(30)
+    signature, _, flags, method, _, _, _, packed, size, name_bytes, extra_bytes = struct.unpack("<4s5H3L2H", header)
+    sizes = {info.file_size, 2**32 - 1} | ({0} if flags & 8 else set())  # 8: said behind the data
+    if signature != b"PK\x03\x04" or method != 0 or file.read(name_bytes) != info.filename.encode():
+        raise ValueError(f"the record {info.filename} is another one than the directory says")
+    if not {packed, size} <= sizes:
+        raise ValueError(f"the record {info.filename} has another size than the directory says")
+    return info.header_offset + 30 + name_bytes + extra_bytes
+
+
+def _check_legacy(path: Path) -> dict[int, int]:
+    """What torch.save wrote before 1.6: four pickles, the names of the tensors' data, then the data."""
+    with open(path, "rb") as file:
+        head = file.read(_MAX_HEADER_BYTES)
+    try:
+        _check_pickles(head, 5)
+    except ValueError as error:
+        raise ConversionError(
+            f"{path} cannot be read, it is truncated or no PyTorch file: {one_line(error)}"
+        ) from None
+    return {}
+
+
+def _check_pickles(data: bytes, number: int) -> None:
+    """Read pickles without obeying them. torch's unpickler allows some calls that make gigabytes of a number.
+
+    Raises:
+        ValueError: they do so, or are no pickles or too large.
+    """
+    file = BytesIO(data)
+    for index in range(number):
+        if index and file.tell() == len(data):
+            return
+        for _, argument, _ in pickletools.genops(file):
+            if isinstance(argument, str) and re.fullmatch(r"\w+ bytearray|torch[\w.]* \w*Tensor", argument):
+                raise ValueError(f"its pickle calls {argument.replace(' ', '.')}")
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

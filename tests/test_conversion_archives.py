@@ -1,0 +1,184 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`.bin` files that say other than they hold: a zip's directory, its records, the pickle in it. None is loaded."""
+
+import io
+import pickle
+import struct
+import zipfile
+
+import pytest
+import torch
+
+from modeling_deco.conversion import ConversionError, weights
+
+
+def archive(values=None) -> bytes:
+    file = io.BytesIO()
+    torch.save({"a": torch.arange(100.0), "b": torch.ones(7)} if values is None else values, file)
+    return file.getvalue()
+
+
+def rewrite(change, compression=zipfile.ZIP_STORED, comment=b"") -> bytes:
+    """The archive written by zipfile, with `change(name, data)` of each record. Without the two records of torch since
+    2.7 by which it computes where the others are."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive())) as old, zipfile.ZipFile(file, "w", compression) as new:
+        names = [name for name in old.namelist() if not name.endswith((".format_version", ".storage_alignment"))]
+        for info in map(old.getinfo, names):
+            new.writestr(info.filename, change(info.filename, old.read(info)))
+        new.comment = comment
+    return file.getvalue()
+
+
+def compressed(suffix):
+    """One record deflated, the others stored: 100 kB that become 100 MB."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive())) as old, zipfile.ZipFile(file, "w") as new:
+        for info in old.infolist():
+            data, method = old.read(info), zipfile.ZIP_STORED
+            if info.filename.endswith(suffix):
+                data, method = data + bytes(100_000_000), zipfile.ZIP_DEFLATED
+            new.writestr(info.filename, data, method)
+    assert len(file.getvalue()) < 200_000
+    return file.getvalue()
+
+
+def entry(content: bytes, name: bytes) -> int:
+    """Where the directory's entry of a record begins."""
+    return content.rindex(name) - 46
+
+
+def changed(content: bytes, offset: int, layout: str, value) -> bytes:
+    data, offset = struct.pack(layout, value), offset % len(content)
+    return content[:offset] + data + content[offset + len(data) :]
+
+
+def plain():
+    return rewrite(lambda name, data: data)
+
+
+def pickled(*calls) -> bytes:
+    """A state dict with what calls return: `(module, name, number)`."""
+    body = b"".join(b"c%s\n%s\nJ%s\x85R" % (m.encode(), n.encode(), struct.pack("<i", k)) for m, n, k in calls)
+    return b"\x80\x02}X\x01\x00\x00\x00a" + body + b"s."
+
+
+def repacked(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    return file.getvalue()
+
+
+def with_pickle(data: bytes) -> bytes:
+    return rewrite(lambda name, old: data if name.endswith("data.pkl") else old)
+
+
+def legacy(data: bytes) -> bytes:
+    head = b"".join(pickle.dumps(part, protocol=2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    return head + data + pickle.dumps([], protocol=2)
+
+
+def longer_storage() -> bytes:
+    """The tensor `a` of 100 numbers on a storage that says it has 10,000."""
+    return rewrite(lambda name, data: data.replace(b"cpuq\x06Kdt", b"cpuq\x06M\x10't"))
+
+
+def two_directories() -> bytes:
+    """zip64 says another number of records than the end of the file."""
+    content = archive()
+    return changed(changed(content, len(content) - 22 + 8, "<H", 3), len(content) - 22 + 10, "<H", 3)
+
+
+HOSTILE = {
+    "compressed data": (lambda: compressed("data/0"), "the record archive/data/0 is compressed"),
+    "compressed pickle": (lambda: compressed("data.pkl"), r"the record archive/data\.pkl is compressed"),
+    "all compressed": (lambda: rewrite(lambda _, data: data, zipfile.ZIP_DEFLATED), "is compressed"),
+    "larger in the directory": (
+        lambda: changed(plain(), entry(plain(), b"archive/data/1") + 24, "<L", 2**31),
+        "the record archive/data/1 is compressed",
+    ),
+    "larger than the file": (
+        lambda: (
+            content := plain(),
+            at := entry(content, b"archive/.data/serialization_id"),
+            changed(changed(content, at + 20, "<L", 2**31), at + 24, "<L", 2**31),
+        )[-1],
+        "serialization_id has another size than the directory says",
+    ),
+    "over another": (
+        lambda: changed(plain(), entry(plain(), b"archive/data/1") + 42, "<L", 0),
+        "lies over another one",
+    ),
+    "hidden behind a file": (lambda: b"PK\x03\x04" + bytes(96) + plain(), "its directory is not where it should be"),
+    "a comment": (
+        lambda: rewrite(lambda _, data: data, comment=b"PK\x05\x06" + bytes(18)),
+        "its directory is not where it should be",
+    ),
+    "more behind it": (lambda: plain() + b"more", "something follows"),
+    "packed again": (
+        lambda: repacked(archive()),
+        "was packed by another program; load it with torch.load and save it again",
+    ),
+    "fewer records than it has": (
+        lambda: changed(changed(plain(), -14, "<H", 3), -12, "<H", 3),
+        "its directory has 6 records and should have 3",
+    ),
+    "two directories": (two_directories, "its two directories differ"),
+    "another name in front of the data": (
+        lambda: plain().replace(b"archive/data/1", b"archive/data/2", 1),
+        "the record archive/data/1 is another one than the directory says",
+    ),
+    "another method in front of the data": (
+        lambda: changed(plain(), plain().index(b"archive/data/1") - 22, "<H", 8),
+        "the record archive/data/1 is another one than the directory says",
+    ),
+    "encrypted": (
+        lambda: changed(plain(), entry(plain(), b"archive/data/1") + 8, "<H", 1),
+        "the record archive/data/1 is compressed or encrypted",
+    ),
+    "one name twice": (lambda: plain().replace(b"archive/data/1", b"archive/DATA/0"), "two records have one name"),
+    "a storage beyond its record": (longer_storage, "'a' in .* reaches past the end of its data"),
+    "one number for a billion": (
+        lambda: archive({"a": torch.ones(1).expand(10**9)}),
+        "'a' in .* reaches past the end of its data",
+    ),
+    "a byte array": (lambda: with_pickle(pickled(("builtins", "bytearray", 2**31 - 1))), r"calls builtins\.bytearray"),
+    "a byte array of old": (
+        lambda: with_pickle(pickled(("__builtin__", "bytearray", 2**31 - 1))),
+        r"calls __builtin__\.bytearray",
+    ),
+    "a tensor of a size": (
+        lambda: with_pickle(pickled(("torch", "FloatTensor", 2**31 - 1))),
+        r"calls torch\.FloatTensor",
+    ),
+    "a byte array, legacy": (
+        lambda: legacy(pickled(("builtins", "bytearray", 2**31 - 1))),
+        r"calls builtins\.bytearray",
+    ),
+    "code": (
+        lambda: with_pickle(b"cos\nsystem\nX\x04\x00\x00\x00true\x85R."),
+        r"would run code when it is unpickled \(os",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_an_archive_that_lies_is_not_loaded(kind, tmp_path):
+    make, match = HOSTILE[kind]
+    path = tmp_path / "weights.bin"
+    path.write_bytes(make())
+    with pytest.raises(ConversionError, match=match) as raised:
+        weights.read_weight_file(path)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("make", [archive, plain])
+def test_an_honest_archive_is_read(make, tmp_path):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(make())
+    tensors = weights.read_weight_file(path)
+    assert tensors["a"].read().tolist() == [float(number) for number in range(100)]
+    assert tensors["b"].read().tolist() == [1.0] * 7
