@@ -17,7 +17,7 @@ from transformers import AutoConfig, LlavaConfig
 from ..configuration_deco import DecoConfig, check_grid, fit_grid
 from ..modeling_deco import DecoForConditionalGeneration
 from .errors import ConversionError
-from .files import read_json, refusing
+from .files import read_json, refusing, value_errors
 from .layouts import (
     COPIED_TOWER,
     LLAVA_HF,
@@ -407,10 +407,8 @@ def _build_config(pooled_grid_size, grid_name="--pooled-grid-size", **fields) ->
     if pooled_grid_size is None:
         rows, cols = fit_grid((12, 12), patch_grid)
     else:
-        try:
+        with value_errors():
             rows, cols = check_grid(pooled_grid_size, patch_grid, name=grid_name)
-        except ValueError as error:
-            raise ConversionError(str(error)) from None
     return DecoConfig(**fields, pooled_grid_size=rows if rows == cols else [rows, cols])
 
 

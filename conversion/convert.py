@@ -6,17 +6,19 @@ import logging
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .. import __version__
 from ..configuration_deco import parse_grid
+from ..folders import check_processor, run_within_limits
 from ..processing_deco import DecoProcessor
 from .card import build_card
 from .checkpoints import EMBEDDINGS, LlavaCheckpoint, read_checkpoint
 from .errors import ConversionError
-from .files import refusing
+from .files import refusing, value_errors
 from .output import check_login, upload, write_checkpoint
 from .parity import compare_logits
 from .processing import (
@@ -79,7 +81,8 @@ def convert(
     folders = [Path(name) for name in (source, vision_tower, base_model) if name is not None and Path(name).exists()]
     check_destination(destination, overwrite, folders)
     if pooled_grid_size is not None:
-        _check_grid(pooled_grid_size)
+        with value_errors():
+            parse_grid(pooled_grid_size)
     if push_to_hub:
         check_login(push_to_hub)
     source = open_source(source, revision)
@@ -130,13 +133,6 @@ def convert(
     return report
 
 
-def _check_grid(pooled_grid_size) -> None:
-    try:
-        parse_grid(pooled_grid_size)
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
-
-
 def _licence_files(source: Source) -> list[Path]:
     """Those in the source's own folder: a link in a folder may lead anywhere, on the Hub it leads to the cache."""
     files = [path for pattern in _LICENCE_FILES for path in source.folder.glob(pattern) if path.is_file()]
@@ -172,11 +168,15 @@ def _build_processor(
         template, origin = named_chat_template(chat_template, use_im_start_end), chat_template
     else:
         template = load_chat_template(checkpoint.tokenizer.folder, tokenizer)
-        model_type = config.text_config.model_type
-        template, origin = choose_chat_template(template, tokenizer, model_type, use_im_start_end)
+        choose = partial(choose_chat_template, template, tokenizer, config.text_config.model_type, use_im_start_end)
+        with value_errors():
+            run_within_limits(choose, f"The chat template of {source.name}")
+        template, origin = choose()
     tokenizer.chat_template = template  # in place of several by name, maybe
     patch_size = config.vision_config.patch_size
     processor = DecoProcessor(image_processor, tokenizer, config.pooled_grid_size, template, patch_size=patch_size)
+    with value_errors():
+        check_processor(processor, source.name)
     return processor, origin
 
 

@@ -13,7 +13,7 @@ from ..loading import check_is_deco
 from ..processing_deco import DecoProcessor
 from .checkpoints import check_shapes, parameter_shapes
 from .errors import ConversionError
-from .files import refusing
+from .files import refusing, value_errors
 from .output import write_checkpoint
 from .sources import open_source
 from .staging import check_destination
@@ -79,10 +79,8 @@ def _llava_name(key: str) -> str:
 
 def _read_config(source) -> DecoConfig:
     raw_config = source.read_config()
-    try:
+    with value_errors():
         check_is_deco(raw_config.get("model_type"), source.name)
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
     if raw_config.get("quantization_config"):
         raise ConversionError(
             f"config.json of {source.name} has a quantization_config; export the float checkpoint of before."

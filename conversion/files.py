@@ -39,6 +39,15 @@ def without_duplicates(pairs: list[tuple]) -> dict:
 
 
 @contextmanager
+def value_errors() -> Iterator[None]:
+    """A ValueError of another part of the package, whose message is one line, as a ConversionError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+
+
+@contextmanager
 def refusing(what: str) -> Iterator[None]:
     """Whatever a library makes of broken input becomes one line that names `what` was read."""
     try:

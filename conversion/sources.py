@@ -9,6 +9,7 @@ from huggingface_hub import metadata_load, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..errors import one_line
+from ..folders import check_folder
 from ..loading import checkpoint_name
 from .errors import ConversionError
 from .files import read_json
@@ -85,9 +86,11 @@ def open_source(name: str | Path, revision: str | None = None, what: str = "SRC"
         raise ConversionError(f"{what} {name!r} is no name of a folder or a Hub repository.")
     try:
         name = checkpoint_name(name)
+        folder = Path(name)
+        if folder.is_dir():
+            check_folder(folder)
     except ValueError as error:
         raise ConversionError(f"{what}: {error}") from None
-    folder = Path(name)
     if folder.is_dir():
         if revision is not None:
             raise ConversionError(f"--revision {revision!r} is for the Hub, and {what} {name} is a folder.")

@@ -255,7 +255,7 @@ def _check_zip(path: Path) -> dict[int, int]:
 
 
 def _check_directory(file: BinaryIO, num_bytes: int) -> int:
-    """The number of records in the directory. It must end where its end record begins, which ends the file, and what is
+    """The number of records in the directory. It must end where its end record begins, which ends the file; what is
     said twice (zip64) must be the same."""
     file.seek(max(0, num_bytes - 98))
     tail = file.read(98)

@@ -3,14 +3,17 @@
 """`.bin` files that say other than they hold: a zip's directory, its records, the pickle in it. None is loaded."""
 
 import io
+import json
+import os
 import pickle
 import struct
 import zipfile
 
+import hostile
 import pytest
 import torch
 
-from modeling_deco.conversion import ConversionError, weights
+from modeling_deco.conversion import ConversionError, convert, export, sources, weights
 
 
 def archive(values=None) -> bytes:
@@ -182,3 +185,53 @@ def test_an_honest_archive_is_read(make, tmp_path):
     tensors = weights.read_weight_file(path)
     assert tensors["a"].read().tolist() == [float(number) for number in range(100)]
     assert tensors["b"].read().tolist() == [1.0] * 7
+
+
+# --- metadata of a source --------------------------------------------------------------------------------------------
+
+
+def test_a_source_with_a_pipe_or_an_exploding_template_is_refused(tmp_path):
+    place = hostile.Place(tmp_path, "llava-hf")
+    (place.source / "chat_template.jinja").write_text("<image>{{ 'a' * 8000000000 }}")
+    hostile.assert_refused(place, r"^The chat template of .* takes more than 10 seconds or 2 GB")
+    (place.source / "chat_template.jinja").unlink()
+    os.mkfifo(place.source / "chat_template.jinja")
+    with pytest.raises(ConversionError, match=r"chat_template\.jinja is not a regular file but a pipe or a device"):
+        convert(place.source, place.destination)
+
+
+def test_a_source_whose_image_size_explodes_is_refused(tmp_path):
+    place = hostile.Place(tmp_path, "original")
+    hostile.edit_json(
+        place.options["vision_tower"] / "preprocessor_config.json", size={"height": 10**6, "width": 10**6}
+    )
+    hostile.assert_refused(
+        place, r"its chat template, tokenizer or image processor takes more than 10 seconds or 2 GB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("llva-7b", r"There is no folder llva-7b; a Hub id would be owner/name"),
+        ("models/llva-7b", r"There is no folder models/llva-7b\. The Hub is not asked, since models is a folder here"),
+        ("link", r"There is no folder link"),
+        ("file", r"file is a file; a model is a folder or a Hub id"),
+    ],
+)
+@pytest.mark.parametrize("direction", [convert, export])
+def test_a_mistyped_folder_is_said_at_once(direction, name, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "snapshot_download", lambda *args, **kwargs: pytest.fail("the Hub was asked"))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "link").symlink_to("gone")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConversionError, match=match):
+        direction(name, tmp_path / "out")
+
+
+def test_a_link_to_a_source_is_a_source(tmp_path):
+    place = hostile.Place(tmp_path, "llava-hf")
+    (tmp_path / "link").symlink_to(place.source)
+    convert(tmp_path / "link", place.destination)
+    assert json.loads((place.destination / "config.json").read_text())["model_type"] == "deco"

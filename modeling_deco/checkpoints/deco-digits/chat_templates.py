@@ -242,6 +242,8 @@ def render(template: str, messages: list[dict], **special_tokens) -> str | None:
         rendered, _ = render_jinja_template(
             [messages], chat_template=template, add_generation_prompt=True, **special_tokens
         )
+    except MemoryError:
+        raise
     except Exception:  # whatever a template does wrong
         return None
     return rendered[0]
