@@ -46,7 +46,7 @@ class ImageLimits:
         max_pixels: width times height. Default: where Pillow sees a bomb.
         timeout: seconds that a download may take, the look-up of the name and redirects included.
         connect_timeout: seconds that an address may take to accept a connection, before the next one is tried.
-        decode_timeout: seconds that a picture of others may take to be decoded.
+        decode_timeout: seconds that a picture of others, or those of a request together, may take to be decoded.
     """
 
     max_bytes: int = 32 * 2**20
@@ -69,17 +69,12 @@ def read_image(
     source: str | Path | bytes | BinaryIO,
     *,
     limits: ImageLimits = ImageLimits(),  # noqa: B008  frozen
-    allow_files: bool = True,
-    allow_private: bool = True,
 ) -> Image.Image:
-    """Read a picture, whole.
+    """Read a picture of one's own, whole. What others send or name is for a `PictureReader`.
 
     Args:
         source: path, `file:`, `http:`, `https:` or `data:` URL, an encoded picture as bytes, or an open binary file.
         limits: see `ImageLimits`.
-        allow_files: whether strings may name files. Turn it off for what strangers send.
-        allow_private: whether URLs may lead, at once or by redirects, to addresses that are not public: this machine,
-            its network, a cloud's metadata service. Where not, proxies are not used either, since they would connect.
 
     Returns:
         An upright (EXIF) RGB image. Transparent parts are white; 16-bit grey is scaled to 8 bit, and so is floating
@@ -91,10 +86,8 @@ def read_image(
     """
     with _named(source):
         if isinstance(source, str) and not _is_file(source):
-            encoded = _fetch(source, limits, allow_files, allow_private, _Stop())
+            encoded = _fetch(source, limits, allow_files=False, allow_private=True, stop=_Stop())
             return decode(io.BytesIO(encoded), limits.max_pixels)
-        if isinstance(source, str) and not allow_files:
-            raise ImageError("only http, https and data URLs are read")
         return decode(_own(source, limits), limits.max_pixels, formats=None)
 
 
@@ -198,9 +191,10 @@ class PictureReader:
     cancelled task has begun ends at once: connections are closed, a decoder is killed.
 
     Args:
-        limits: of each picture; see `ImageLimits`. `max_bytes` and `max_pixels` are also those of a request.
+        limits: of a picture, and of those of a request together; only the time of a download is one picture's.
         allow_files: whether strings may name files of this machine.
-        allow_private: whether URLs may lead to addresses that are not public; see `read_image`.
+        allow_private: whether URLs may lead, at once or by redirects, to addresses that are not public: this machine,
+            its network, a cloud's metadata service. Where not, proxies are not used either, since they would connect.
         num_decoders: processes, and requests whose decoded pictures are in memory at the same time.
         max_downloads: at the same time; a request has one. As many as there may be requests, so that none waits for
             the slow host of another.
@@ -247,17 +241,7 @@ class PictureReader:
                 mib = self.limits.max_bytes / 2**20
                 raise ImageError(f"Images 1 to {position} have more than {mib:.4g} MiB together.")
         async with self._places:
-            images, num_pixels = [], 0
-            for position, source in enumerate(sources, 1):
-                with _at(position):
-                    images.append(await self._in_thread(self._decoders, self._decode, source, encoded.pop(0)))
-                num_pixels += images[-1].width * images[-1].height
-                if num_pixels > self.limits.max_pixels:
-                    raise ImageError(
-                        f"Images 1 to {position} have {num_pixels:,} pixels together, more than the "
-                        f"{self.limits.max_pixels:,} allowed in a request."
-                    )
-            yield images
+            yield await self._in_thread(self._decoders, self._decode, sources, encoded)
 
     async def read(self, source: str | bytes) -> Image.Image:
         """One picture, as `read_image` returns it.
@@ -266,12 +250,12 @@ class PictureReader:
             ImageError: it cannot be read.
         """
         encoded = await self._in_thread(self._fetchers, self._fetch, source)
-        return await self._in_thread(self._decoders, self._decode, source, encoded)
+        return await self._in_thread(self._decoders, self._decode_one, source, encoded)
 
     def read_sync(self, source: str | bytes) -> Image.Image:
         """`read` for code that is not asynchronous; it waits for the same processes."""
         encoded = self._fetch(source, _Stop())
-        return self._decoders.submit(self._decode, source, encoded, _Stop()).result()
+        return self._decoders.submit(self._decode_one, source, encoded, _Stop()).result()
 
     def close(self) -> None:
         """End what is under way, and the processes."""
@@ -293,11 +277,28 @@ class PictureReader:
         with _named(source):
             return _fetch(source, self.limits, self.allow_files, self.allow_private, stop)
 
-    def _decode(self, source, encoded: bytes, stop: "_Stop") -> Image.Image:
+    def _decode(self, sources, encoded: list[bytes], stop: "_Stop") -> list[Image.Image]:
+        images, num_pixels = [], 0
+        with stop.after(self.limits.decode_timeout):
+            for position, source in enumerate(sources, 1):
+                with _at(position), _named(source):
+                    images.append(self._decoder().decode(encoded.pop(0), stop))
+                num_pixels += images[-1].width * images[-1].height
+                if num_pixels > self.limits.max_pixels:
+                    raise ImageError(
+                        f"Images 1 to {position} have {num_pixels:,} pixels together, more than the "
+                        f"{self.limits.max_pixels:,} allowed in a request."
+                    )
+        return images
+
+    def _decode_one(self, source, encoded: bytes, stop: "_Stop") -> Image.Image:
+        with stop.after(self.limits.decode_timeout), _named(source):
+            return self._decoder().decode(encoded, stop)
+
+    def _decoder(self) -> "_Decoder":
         if not hasattr(self._of_thread, "decoder"):
             self._of_thread.decoder = _Decoder(self.limits)
-        with _named(source):
-            return self._of_thread.decoder.decode(encoded, stop)
+        return self._of_thread.decoder
 
 
 @contextmanager
@@ -372,19 +373,21 @@ class _Decoder:
         Raises:
             ImageError: it cannot be decoded, or not within the limits.
         """
-        if self.process is None or self.process.poll() is not None:  # or the system was out of memory, and killed it
-            self._end()
-            self._start(stop)
         is_whole = False
         try:
-            with stop.ending_by(self.process.kill), stop.after(self.limits.decode_timeout):
+            if self.process is None or self.process.poll() is not None:  # or the system, short of memory, killed it
+                self._end()
+                self._start(stop)
+            with stop.ending_by(self.process.kill):
                 answer = self._ask(encoded)
             is_whole = True
-        except (OSError, ValueError, TypeError, KeyError) as error:  # it died, or answers what it should not
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             if stop.is_set:
                 seconds = f"{self.limits.decode_timeout:g} seconds"
                 raise ImageError(f"it took longer than {seconds} to decode") from error
-            raise ImageError("it is broken (the decoder crashed)") from error
+            if isinstance(error, RuntimeError):
+                raise
+            raise ImageError("it is broken (the decoder crashed)") from error  # or answers what it should not
         finally:
             if not is_whole:
                 self._end()
@@ -403,10 +406,9 @@ class _Decoder:
             env=os.environ
             | {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"},  # more count against the limit of memory
         )
-        with stop.ending_by(self.process.kill), stop.after(60):
+        with stop.ending_by(self.process.kill):
             is_ready = self.process.stdout.readline(len(READY)) == READY
         if not is_ready:
-            self._end()
             raise RuntimeError(f"Pictures cannot be decoded: {sys.executable!r} could not start a process for it.")
 
     def _ask(self, encoded: bytes) -> Image.Image | str:

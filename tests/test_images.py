@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from modeling_deco import images
-from modeling_deco.images import ImageError, ImageLimits, read_image
+from modeling_deco.images import ImageError, ImageLimits, PictureReader, read_image
 from modeling_deco.pixels import to_rgb
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -197,7 +197,7 @@ def test_a_file_of_ones_own_may_be_large(red, tmp_path):
 def test_files_of_strangers_are_refused(source, red, tmp_path):
     (tmp_path / "red.png").write_bytes(red)
     with pytest.raises(ImageError, match=r"only http, https and data URLs are read\.$"):
-        read_image(source.format(path=tmp_path / "red.png"), allow_files=False)
+        PictureReader().read_sync(source.format(path=tmp_path / "red.png"))
 
 
 # --- downloads -------------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_a_private_address_is_refused_and_not_connected_to(red):
         port = address.rpartition(":")[2]
         for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "0.0.0.0"):
             with pytest.raises(ImageError, match=r"is not a public address \(.*\)\.$"):
-                read_image(f"http://{host}:{port}/red.png", allow_private=False)
+                PictureReader().read_sync(f"http://{host}:{port}/red.png")
         assert read_image(f"{address}/red.png").size == (4, 3)
     assert asked == ["/red.png"]
 
@@ -377,7 +377,7 @@ def test_a_redirect_to_a_private_address_is_refused(red, monkeypatch):
         send(handler, code=302, Location="/inner")
 
     with serving(respond) as address, pytest.raises(ImageError, match=r"'127\.0\.0\.1' is not a public address"):
-        read_image(f"{address}/outer", allow_private=False)
+        PictureReader().read_sync(f"{address}/outer")
     assert asked == ["/outer"]
 
 
@@ -395,7 +395,7 @@ def test_a_name_is_resolved_once_so_that_it_cannot_change_after_the_check(red, m
     with serving(lambda handler: send(handler, red)) as address:
         monkeypatch.setattr(images.socket, "getaddrinfo", answer)
         url = address.replace("127.0.0.1", "rebinding.example")
-        assert read_image(url, allow_private=False).size == (4, 3)
+        assert PictureReader().read_sync(url).size == (4, 3)
     with pytest.raises(StopIteration):
         next(answers)
 
@@ -407,8 +407,9 @@ def test_a_proxy_of_the_environment_is_used_for_oneself_and_not_for_strangers(re
         monkeypatch.setenv("http_proxy", address)
         monkeypatch.delenv("no_proxy", raising=False)
         assert read_image("http://pictures.invalid/red.png").size == (4, 3)
+        monkeypatch.setattr(images, "_is_public", lambda ip: True)  # a proxy might be
         with pytest.raises(ImageError, match="cannot be read"):
-            read_image("http://pictures.invalid/red.png", allow_private=False)
+            PictureReader().read_sync("http://pictures.invalid/red.png")
     assert asked == ["http://pictures.invalid/red.png"]
 
 

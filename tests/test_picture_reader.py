@@ -205,6 +205,35 @@ def test_a_picture_that_takes_too_much_memory_is_refused_and_the_next_one_is_rea
     assert colours(reader.read_sync(red)) == {RED}
 
 
+@pytest.mark.parametrize(
+    "encoded", [encode(Image.new("L", (9, 8), 100)), encode(Image.new("L", (9, 8)), "GIF")], ids=["PNG", "GIF"]
+)
+def test_as_many_pixels_as_are_allowed_are_read(encoded, make):
+    assert make(ImageLimits(max_pixels=72)).read_sync(encoded).size == (9, 8)
+    assert read_image(encoded, limits=ImageLimits(max_pixels=72)).size == (9, 8)
+    for read in (
+        make(ImageLimits(max_pixels=71)).read_sync,
+        lambda it: read_image(it, limits=ImageLimits(max_pixels=71)),
+    ):
+        with pytest.raises(ImageError, match=r"its 9 x 8 pixels are more than the 71 allowed|more than the 71 pixels"):
+            read(encoded)
+
+
+def test_the_defaults_are_those_of_the_documentation():
+    limits = images.UNTRUSTED_LIMITS
+    assert (limits.max_pixels, limits.max_bytes) == (50_000_000, 33_554_432)
+    assert (limits.timeout, limits.connect_timeout, limits.decode_timeout) == (15, 5, 10)
+
+
+def test_the_pictures_of_a_request_have_one_time_limit(make, timers, red):
+    async def read():
+        async with make(ImageLimits(decode_timeout=7.0)).read_all([red, red, red]) as pictures:
+            return len(pictures)
+
+    assert asyncio.run(read()) == 3
+    assert timers == [7.0]
+
+
 def test_memory_is_enough_for_the_largest_picture():
     limits = ImageLimits(max_bytes=2**20, max_pixels=10_000_000)
     assert limits.decode_memory == 256 * 2**20 + 3 * 2**20 + 320_000_000
@@ -405,8 +434,8 @@ def test_a_look_up_that_hangs_ends_at_the_time_limit(timers, monkeypatch):
 @pytest.mark.usefixtures("loopback")
 def test_an_address_that_does_not_accept_is_left_for_the_next_one(red, monkeypatch):
     """The first of the two does not answer; the time limit of that is not the one of the download."""
-    tried = []
-    connect = socket.socket.connect
+    tried, waits = [], []
+    connect, open_connection = socket.socket.connect, images._Connector.connect
 
     def connect_or_not(self, place):
         tried.append((place[0], self.gettimeout()))
@@ -414,13 +443,20 @@ def test_an_address_that_does_not_accept_is_left_for_the_next_one(red, monkeypat
             raise TimeoutError("timed out")
         connect(self, ("127.0.0.1", place[1]))
 
+    def open_and_note(*arguments):
+        connection = open_connection(*arguments)
+        waits.append(connection.gettimeout())
+        return connection
+
     with serving(lambda handler: send(handler, red)) as address:
         port = int(address.rpartition(":")[2])
         answer = [(2, 1, 6, "", (ip, port)) for ip in ("127.0.0.1", "127.0.0.2")]
         monkeypatch.setattr(images.socket, "getaddrinfo", lambda *arguments, **kwargs: answer)
         monkeypatch.setattr(images.socket.socket, "connect", connect_or_not)
-        assert colours(read_image(address, limits=ImageLimits(connect_timeout=3.0))) == {RED}
+        monkeypatch.setattr(images._Connector, "connect", open_and_note)
+        assert colours(read_image(address, limits=ImageLimits(connect_timeout=3.0, timeout=9.0))) == {RED}
     assert tried == [("127.0.0.1", 3.0), ("127.0.0.2", 3.0)]
+    assert waits == [9.0]  # for each packet, once connected
 
 
 @pytest.mark.usefixtures("loopback")
