@@ -32,6 +32,7 @@ from trl import ModelConfig, TrlParser
 from modeling_deco.errors import one_line
 from modeling_deco.processing_deco import read_images
 from modeling_deco.projectors import pool_patch_grid
+from modeling_deco.recipes.collator import DecoCollator
 from modeling_deco.recipes.command import run
 from modeling_deco.recipes.data import load_data
 from modeling_deco.recipes.feature_cache import (
@@ -122,6 +123,8 @@ def cache_features(
     model, processor = load(args, model_args)
     dataset = load_data([*args.data_path, *(args.eval_data_path or ())])
     names = grids_of_run(model, processor, training_args, evaluates=args.eval_data_path is not None)
+    if names != [PATCHES]:
+        DecoCollator(processor).check_grids(dataset, [list(map(int, name.split("x"))) for name in names])
     places = {}
     for row, keys in enumerate(image_keys(dataset)):
         for position, key in enumerate(keys):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.chat_template_utils import (
@@ -20,10 +21,10 @@ from trl.chat_template_utils import has_generation_markers  # not documented; in
 
 from modeling_deco import DecoProcessor, num_image_tokens
 from modeling_deco.chat_templates import CHAT_TEMPLATES
-from modeling_deco.configuration_deco import parse_grid
+from modeling_deco.configuration_deco import check_grid, parse_grid
 from modeling_deco.processing_deco import read_images
 from modeling_deco.recipes.feature_cache import PATCHES, FeatureCache, grid_name
-from modeling_deco.recipes.rows import open_image, read_row
+from modeling_deco.recipes.rows import COLUMNS, image_size, open_image, read_row, report_faults, undecoded
 
 IGNORE_INDEX = -100
 PADDING, SHARED = -1, 0  # owners of tokens; the turns of a conversation are 1, 2, ...
@@ -48,6 +49,7 @@ class DecoCollator:
         max_length: most tokens of a sample, its images at their largest.
         largest_grid: the largest grid that an image may take. Default: the processor's.
         feature_cache: where the features of images are read; examples have their numbers in it in place of images.
+        grids: that are asked for explicitly, of which none may be larger than the patches of an image.
     """
 
     processor: DecoProcessor
@@ -55,6 +57,7 @@ class DecoCollator:
     max_length: int | None = None
     largest_grid: int | list[int] | None = None
     feature_cache: FeatureCache | None = None
+    grids: list[int] | None = None
 
     def __post_init__(self):
         tokenizer = self.processor.tokenizer
@@ -102,7 +105,36 @@ class DecoCollator:
         if self.feature_cache is not None:
             return batch | {"patch_features": self.feature_cache.read(images)}
         images = read_images(images or [Image.new("RGB", (8, 8))])
-        return batch | dict(self.processor.image_processor(images, return_tensors="pt"))
+        inputs = dict(self.processor.image_processor(images, return_tensors="pt"))
+        of_images = [example for example in examples for _ in example["images"]]
+        for example, patch_grid in zip(of_images, inputs.get("spatial_shapes", ()), strict=False):
+            with _naming(example):
+                for grid in self.grids or ():
+                    check_grid(grid, tuple(patch_grid.tolist()), of="an image", name="pooled_grid_sizes")
+        return batch | inputs
+
+    def check_grids(self, dataset: Dataset, grids: list) -> None:
+        """Refuse grids that are larger than the patches of an image, where an image processor leaves images their own
+        shapes (SigLIP 2, NaFlex).
+
+        Raises:
+            ValueError: with the number of such samples, and the first of them.
+        """
+        if not hasattr(self.processor.image_processor, "max_num_patches"):
+            return
+        faults, patch_grids = [], {}
+        for index, example in enumerate(undecoded(dataset).select_columns(_columns_of_images(dataset))):
+            name = example.get("id") or f"row {index}"
+            try:
+                for size in map(image_size, self.read(example)["images"]):
+                    if size not in patch_grids:
+                        blank = self.processor.image_processor([Image.new("RGB", size[::-1])], return_tensors="pt")
+                        patch_grids[size] = tuple(blank["spatial_shapes"][0].tolist())
+                    for grid in grids:
+                        check_grid(grid, patch_grids[size], of=f"an image of {size[0]} x {size[1]} pixels")
+            except ValueError as error:
+                faults.append(f"{name!r}: {error}")
+        report_faults(faults, len(dataset))
 
     def read(self, example: dict[str, Any]) -> dict[str, Any]:
         """`example` as `read_row` has it. Raises a ValueError that names the sample."""
@@ -187,6 +219,10 @@ class DecoCollator:
         num_images = row["input_ids"].count(self.processor.image_token_id)
         tokens_per_image = num_image_tokens(self.largest_grid or self.processor.pooled_grid_size)
         return len(row["input_ids"]) + num_images * (tokens_per_image - 1)
+
+
+def _columns_of_images(dataset: Dataset) -> list[str]:
+    return [name for name in dataset.column_names if name in COLUMNS]
 
 
 @contextmanager

@@ -13,6 +13,7 @@
 
 import base64
 import binascii
+import io
 import os
 import re
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import ExifTags, Image
 
 from modeling_deco.errors import one_line
 
@@ -172,6 +173,29 @@ def _bytes_of_url(url: str) -> bytes:
         return base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
         raise ValueError(f"an image is a data URL, and not base64 of an image: {url[:40]!r}") from None
+
+
+def image_size(image: Any) -> tuple[int, int]:
+    """`(height, width)` of an image as it is shown. Of what is not decoded, only the beginning is read.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not isinstance(image, Image.Image):
+        is_dict = isinstance(image, Mapping)
+        source = image["path"] if is_dict and image.get("bytes") is None else image["bytes"] if is_dict else image
+        if isinstance(source, str) and (source.startswith("data:") or _is_remote(source)):
+            source = open_image(source)
+        try:
+            if isinstance(source, (bytes, bytearray)):
+                source = io.BytesIO(source)
+            image = source if not isinstance(source, (str, PurePath, io.BytesIO)) else Image.open(source)
+        except Exception as error:  # of many kinds
+            raise ValueError(f"an image cannot be read: {one_line(error)}") from error
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(np.asarray(image))
+    size = image.height, image.width
+    return size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else size
 
 
 def unread_media(row: Mapping[str, Any], has_images: bool) -> list[str]:

@@ -252,7 +252,8 @@ def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelCon
     on_first_process(training_args, check_output_dir, args, training_args, model_args)
     train_dataset = load_data(args.data_path, streaming=args.streaming, decode=False)
     if args.streaming:  # one endless pass, of which Trainer knows how much a resumed run has seen
-        train_dataset = train_dataset.repeat(None).shuffle(seed=training_args.seed, buffer_size=SHUFFLE_BUFFER_SIZE)
+        seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+        train_dataset = train_dataset.repeat(None).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER_SIZE)
     eval_dataset = None
     if args.eval_data_path is not None:
         eval_dataset = load_data(args.eval_data_path, streaming=args.streaming, decode=False)

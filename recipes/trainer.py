@@ -145,6 +145,7 @@ class DecoSFTTrainer(SFTTrainer):
             max_length=args.max_length,
             largest_grid=max(grids, key=num_image_tokens),
             feature_cache=feature_cache,
+            grids=args.pooled_grid_sizes,
         )
         with args.main_process_first(desc="measuring samples"):
             train_dataset = measured(train_dataset, collator, args)
@@ -403,6 +404,8 @@ def measured(dataset, collator: DecoCollator, args: DecoSFTConfig):
     measurements = measurements.with_format(None)
     report_faults([fault for fault in measurements["fault"][:] if fault], len(dataset))
     dataset = concatenate_datasets([dataset, measurements.remove_columns("fault")], axis=1)
+    if args.pooled_grid_sizes and collator.feature_cache is None:
+        collator.check_grids(dataset, args.pooled_grid_sizes)
     if args.max_length is None:
         return dataset
     lengths = np.array(dataset["length"][:])

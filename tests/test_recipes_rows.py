@@ -18,6 +18,7 @@ import tiny_training
 import torch
 from datasets import Dataset, List
 from PIL import Image
+from transformers import Siglip2ImageProcessorPil
 
 from modeling_deco.recipes.collator import DecoCollator
 from modeling_deco.recipes.data import load_data
@@ -348,3 +349,33 @@ def test_a_collator_reads_rows_as_they_come(photos):
     assert (batch["input_ids"] == collator.processor.image_token_id).sum(1).tolist() == [1, 0, 0]
     with pytest.raises(ValueError, match="Sample None: column 'videos' has media"):
         collator([{"messages": asked, "videos": ["a.mp4"]}])
+
+
+# --- grids of images in their own shapes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_grid_larger_than_a_pictures_own_patches_is_found_with_its_row(streaming, tmp_path):
+    """SigLIP 2's processor gives a picture of 1 : 4 at most 36 patches as 3 x 12."""
+    rows = []
+    for name, size in (("square", (24, 24)), ("wide", (96, 24)), ("tall", (24, 96))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+        rows.append({"id": name, "messages": [user("what ?"), ANSWER], "images": [str(tmp_path / f"{name}.png")]})
+    data = load_data(folder_of(tmp_path / "data", *rows), streaming, decode=False)
+    processor = tiny_training.build_processor()
+    processor.image_processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=36)
+
+    def trainer(*grids):
+        args = DecoSFTConfig(
+            output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
+            max_steps=3, per_device_train_batch_size=1, pooled_grid_sizes=list(grids),
+        )  # fmt: skip
+        return DecoSFTTrainer(tiny.build_model("siglip2"), args, data, processor)
+
+    assert np.isfinite(trainer(2, 3).train().training_loss)
+    if streaming:
+        with pytest.raises(ValueError, match="Sample 'wide': pooled_grid_sizes=5: 5 x 5 is larger than the 3 x 12"):
+            trainer(2, 5).train()
+    else:
+        with pytest.raises(ValueError, match="2 of 3 rows .* 'wide': .*5 x 5 is larger than .*; 'tall': "):
+            trainer(2, 5)

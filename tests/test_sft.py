@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 pytest.importorskip("trl")
 
 import tiny_training
+from datasets import IterableDataset
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -235,12 +236,17 @@ def test_a_frozen_tower_is_not_differentiated_through(config, checkpoint, data, 
     assert set(seen) == {False}
 
 
-def test_a_trained_tower_is_checkpointed_with_its_gradients(checkpoint, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_partly_frozen", [False, True])
+def test_a_trained_tower_is_checkpointed_with_its_gradients(is_partly_frozen, tmp_path, monkeypatch):
     gradients = {}
     for name in (True, False):
         trainer = build_trainer(
             tmp_path / str(name), gradient_checkpointing=name, examples=conversations(2), max_grad_norm=0
         )
+        if is_partly_frozen:  # the tower's last layers are trained, and nothing before them
+            tower = trainer.model.model.vision_tower
+            tower.requires_grad_(False)
+            tower.encoder.layers[-1].requires_grad_(True)
         stepped = torch.optim.AdamW.step
 
         def step(self, *args, stepped=stepped, trainer=trainer, name=name, **kwargs):
@@ -252,10 +258,79 @@ def test_a_trained_tower_is_checkpointed_with_its_gradients(checkpoint, data, tm
         monkeypatch.setattr(torch.optim.AdamW, "step", step)
         trainer.train()
         monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
-    assert any("vision_tower" in name for name in gradients[True])
+    trained = {name.split("layers.")[1][0] for name in gradients[True] if "vision_tower.encoder.layers" in name}
+    assert trained == ({"1"} if is_partly_frozen else {"0", "1"})
     assert gradients[True].keys() == gradients[False].keys()
     for name in gradients[True]:
         torch.testing.assert_close(gradients[True][name], gradients[False][name])
+
+
+def test_evaluation_pools_to_the_models_grid_whatever_the_step_drew(tmp_path):
+    seen = []
+    trainer = DecoSFTTrainer(
+        model=tiny.build_model(),
+        args=DecoSFTConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=2,
+            pooled_grid_sizes=[1, 2], eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4,
+        ),
+        train_dataset=build_dataset([conversation(index) for index in range(8)]),
+        eval_dataset=build_dataset([conversation(index) for index in range(4)]),
+        processing_class=tiny_training.build_processor(),
+    )  # fmt: skip
+    trainer.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((module.training, kwargs.get("pooled_grid_sizes"))), with_kwargs=True
+    )
+    trainer.train()
+    assert [grids for is_training, grids in seen if not is_training] == [None] * 2  # the model's own
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    examples = [conversation(index) for index in range(4)]
+    batch = expand_images(trainer.data_collator(examples), None, trainer.processing_class)
+    assert (batch["input_ids"] == tiny.IMAGE_TOKEN_ID).sum() == 4 * 9
+    with torch.no_grad():
+        expected = trainer.model.eval()(**batch).loss.item()
+    assert losses[-1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_each_picture_is_encoded_once_per_step_and_per_evaluation(tmp_path):
+    calls = []
+    trainer = DecoSFTTrainer(
+        model=tiny.build_model(),
+        args=DecoSFTConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=2,
+            gradient_accumulation_steps=2, per_device_train_batch_size=2, eval_strategy="steps", eval_steps=2,
+            per_device_eval_batch_size=3, gradient_checkpointing=False,
+        ),
+        train_dataset=build_dataset([conversation(index) for index in range(8)]),
+        eval_dataset=build_dataset([conversation(index, num_images=2) for index in range(5)]),
+        processing_class=tiny_training.build_processor(),
+    )  # fmt: skip
+    trainer.model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len((args or list(kwargs.values()))[0])), with_kwargs=True
+    )
+    trainer.train()
+    assert calls == [2, 2, 2, 2, 6, 4]  # two micro-batches a step; the last batch of the evaluation has two rows
+
+
+def test_the_order_of_samples_is_the_data_seeds(checkpoint, data, tmp_path, monkeypatch):
+    settings = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2}
+    orders = {}
+    for seed, data_seed in ((1, 5), (2, 5), (1, 6), (5, None)):
+        loader = build_trainer(tmp_path, seed=seed, data_seed=data_seed, **settings).get_train_dataloader()
+        orders[seed, data_seed] = [sample_id for batch in loader for sample_id in batch["sample_ids"]]
+    assert orders[1, 5] == orders[2, 5] == orders[5, None] != orders[1, 6]
+    monkeypatch.setattr(sft, "load", lambda *args: 1 / 0)
+    shuffled = []
+    real = IterableDataset.shuffle
+
+    def shuffle(self, seed=None, **kwargs):
+        shuffled.append(seed)
+        return real(self, seed=seed, **kwargs)
+
+    monkeypatch.setattr(IterableDataset, "shuffle", shuffle)
+    for data_seed in (5, 6):
+        with pytest.raises(ZeroDivisionError):
+            run(checkpoint, data, tmp_path / "out", streaming=True, seed=1, data_seed=data_seed)
+    assert shuffled == [5, 6]
 
 
 def test_frozen_bfloat16_needs_autocast(checkpoint, data, tmp_path):
