@@ -117,8 +117,9 @@ class _Refused(HTTPException):
 
 
 def _error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict:
-    """OpenAI's form, which does not repeat what a client sent at length."""
+    """OpenAI's form, which does not repeat what a client sent at length, or what cannot be sent back."""
     message = message if len(message) <= 400 else message[:397] + "..."
+    param = None if param is None else param[:100].encode(errors="replace").decode()
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -142,8 +143,8 @@ async def _fail(request: Request, error: Exception) -> JSONResponse:
 
 # --- requests --------------------------------------------------------------------------------------------------------
 
-# For each of these as many bytes as a picture needs for thousands of pixels: a body of them alone would take a hundred
-# times its size in memory. No context holds a text with so many commas.
+# A value of two bytes in a body takes a hundred in memory. A picture is one value, and no context holds a text with
+# so many commas.
 _MAX_JSON_VALUES = 1_000_000
 
 
@@ -203,7 +204,7 @@ def _parse(body: bytes) -> _ChatRequest:
             near = difflib.get_close_matches(name[:100], _CHECKS, n=1)
             advice = f"did you mean {near[0]}?" if near else "leave it out."
             message = f"This server does not know the field {_shown(name)}; {advice}"
-            raise _Refused(400, message, name[:100], "unknown_parameter")
+            raise _Refused(400, message, name, "unknown_parameter")
     return _ChatRequest(**chat)
 
 
@@ -291,7 +292,7 @@ def _object(checks: dict[str, Callable]) -> Callable:
         for name in value:
             if name not in checks:
                 message = f"{path} has the field {_shown(name)}, which this server does not know; leave it out."
-                raise _Refused(400, message, f"{path}.{name}"[:100], "unknown_parameter")
+                raise _Refused(400, message, f"{path}.{name}", "unknown_parameter")
         return {name: checks[name](item, f"{path}.{name}") for name, item in value.items() if item is not None}
 
     return check
@@ -356,14 +357,14 @@ _NO_TOOLS = "tools are not supported by this model"
 _NO_PENALTIES = "penalties and biases are not supported by this server"
 _CHECKS = {
     "model": _string,
-    "max_completion_tokens": _number(int, "an integer from 1 on", lambda number: number >= 1),
-    "max_tokens": _number(int, "an integer from 1 on", lambda number: number >= 1),
+    "max_completion_tokens": _number(int, "an integer from 1 on", lambda number: 1 <= number < 2**63),
+    "max_tokens": _number(int, "an integer from 1 on", lambda number: 1 <= number < 2**63),
     "temperature": _number(float, "a number from 0 to 2", lambda number: 0 <= number <= 2),
     "top_p": _number(float, "a number above 0 and up to 1", lambda number: 0 < number <= 1),
     "seed": _number(int, "an integer of 64 bits", lambda number: -(2**63) <= number < 2**63),
     "stop": _stop,
     "stream": _boolean,
-    "stream_options": _object({"include_usage": _boolean, "include_obfuscation": _only([False], "nothing is added")}),
+    "stream_options": _object({"include_usage": _boolean, "include_obfuscation": _boolean}),
     "pooled_grid_size": lambda value, path: value,
     "mm_processor_kwargs": _object({"pooled_grid_size": lambda value, path: value}),
 }
@@ -532,12 +533,14 @@ class _Chat:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise _Refused(415, "The Content-Type header must be application/json.")
         in_thread = asyncio.get_running_loop().run_in_executor
-        with self.room.place("answers"):
-            # nothing here keeps the body: a request that waits is a few tensors
-            chat = await in_thread(self.texts, self._check, (await receive())["body"])
-        if chat.images:
-            with self.room.place("pictures"):
-                inputs = await self._read(chat)
+        message = await receive()
+        with self.room.memory(len(message["body"])):
+            with self.room.place("answers"):
+                # nothing here keeps the body: a request that waits is a few tensors
+                chat = await in_thread(self.texts, self._check, message.pop("body"))
+            if chat.images:
+                with self.room.place("pictures"):
+                    inputs = await self._read(chat)
         with self.room.place("answers"):
             if not chat.images:
                 inputs = await in_thread(self.texts, self._encode, chat)
@@ -716,12 +719,13 @@ class _Room:
         # Requests that wait for the model or are answered ("answers"), and those whose pictures are being read
         # ("pictures"), which so keep no other request from the model.
         self.taken = Counter()
-        # Of requests that have not arrived: one that only trickles in takes nobody's place.
-        self.num_bytes_arriving = 0
+        # Of requests that are on their way, or whose pictures are being read: one that only trickles in takes nobody's
+        # place.
+        self.num_bytes = 0
 
     def check(self, place: str = "answers") -> None:
         most_bytes = (self.options.max_queue + 1) * self.options.max_body_bytes
-        if self.taken[place] > self.options.max_queue or self.num_bytes_arriving > most_bytes:
+        if self.taken[place] > self.options.max_queue or self.num_bytes > most_bytes:
             message = "Too many requests are waiting; try again in a second."
             raise _Refused(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 
@@ -733,6 +737,14 @@ class _Room:
             yield
         finally:
             self.taken[name] -= 1
+
+    @contextmanager
+    def memory(self, num_bytes: int):
+        self.num_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self.num_bytes -= num_bytes
 
 
 class _LimitMiddleware:
@@ -799,13 +811,13 @@ class _LimitMiddleware:
             try:
                 async for piece in request.stream():
                     body += piece
-                    self.room.num_bytes_arriving += len(piece)
+                    self.room.num_bytes += len(piece)
                     if len(body) > limit:
                         raise too_large
                     self.room.check()
                 return bytes(body)
             finally:
-                self.room.num_bytes_arriving -= len(body)
+                self.room.num_bytes -= len(body)
 
         try:
             return await asyncio.wait_for(read(), self.options.body_timeout)

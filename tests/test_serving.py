@@ -664,6 +664,7 @@ REFUSED = [
     ({"max_tokens": True}, "max_tokens is true; it must be an integer", "max_tokens"),
     ({"max_tokens": "5"}, 'max_tokens is "5"; it must be an integer', "max_tokens"),
     ({"max_tokens": 10**400}, "max_tokens is a huge number; it must be an integer", "max_tokens"),
+    ({"max_tokens": 2**63}, "max_tokens is 9223372036854775808; it must be an integer", "max_tokens"),
     ({"max_completion_tokens": -1}, "max_completion_tokens is -1; it must be an", "max_completion_tokens"),
     ({"temperature": -1}, "temperature is -1; it must be a number from 0 to 2.", "temperature"),
     ({"temperature": 2.5}, "temperature is 2.5; it must be a number from 0 to 2.", "temperature"),
@@ -705,6 +706,7 @@ REFUSED = [
     ({"top_k": 5}, 'This server does not know the field "top_k"; did you mean top_p?', "top_k"),
     ({"maxtokens": 5}, 'This server does not know the field "maxtokens"; did you mean max_tokens?', "maxtokens"),
     ({"guided_json": {}}, 'This server does not know the field "guided_json"; leave it out.', "guided_json"),
+    ({"\ud800": 1}, 'This server does not know the field "\\ud800"; leave it out.', "?"),
     ({"mm_processor_kwargs": 3}, "mm_processor_kwargs is 3; it must be an object with pool", "mm_processor_kwargs"),
     (
         {"mm_processor_kwargs": {"size": 9}},
@@ -746,6 +748,10 @@ def test_a_field_that_cannot_be_is_named_with_its_value_and_what_to_do(port, fie
         (b"[" + b"0," * 1_000_001 + b"0]", "The body has more than 1,000,000 values; send a shorter conversation."),
         (b"[]", 'The body is a list of 0; it must be an object like {"messages": [...]}.'),
         (b"null", 'The body is null; it must be an object like {"messages": [...]}.'),
+        (
+            b'{"max_tokens": 1e999, "messages": [{"role": "user", "content": ""}]}',
+            "max_tokens is Infinity; it must be",
+        ),
         (b'{"temperature": 1e999, "messages": [{"role": "user", "content": ""}]}', "temperature is Infinity; it must"),
     ],
 )
