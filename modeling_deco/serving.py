@@ -903,44 +903,52 @@ class _Connection(H11Protocol):
         super().__init__(*args, app_state={**app_state, "connection": self}, **kwargs)
         self.all = connections
         self.num_requests = 0
+        self.is_unread = False  # more was sent than the client has read and the system holds
         self.timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
-        self._abort_in(self.all.options.header_timeout)
         self.all.add(self)
+        self._set_timer()
 
     def connection_lost(self, exc) -> None:
-        self._abort_in(None)
+        self.timer.cancel()
         self.all.discard(self)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._abort_in(self.all.options.body_timeout)
+        self.is_unread = True
+        self._set_timer()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self.num_requests > 0:
-            self._abort_in(None)
+        self.is_unread = False
+        self._set_timer()
 
-    def _abort_in(self, seconds: float | None) -> None:
+    def _set_timer(self) -> None:
+        """For what the client keeps the server waiting for now, if anything."""
         if self.timer is not None:
             self.timer.cancel()
-        self.timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self.transport.abort)
+        options, loop = self.all.options, asyncio.get_running_loop()
+        if self.is_unread:
+            self.timer = loop.call_later(options.body_timeout, self.transport.abort)
+        elif self.num_requests == 0:
+            self.timer = loop.call_later(options.header_timeout, self.transport.abort)
 
     @contextmanager
     def request(self):
         """While the server is busy with a request. After it, the client is to read its answer or send another."""
         self.num_requests += 1  # of which there may be two for a moment, when one follows at the other's heels
-        self._abort_in(None)
+        self._set_timer()
         try:
             yield
         finally:
             self.num_requests -= 1
             if self.num_requests == 0 and self in self.all.open:
-                self._abort_in(self.all.options.header_timeout)
-                self.all.waiting[self] = None
+                self._set_timer()
+                self.keep()
+                self.all.waiting[self] = None  # as the last
 
     def keep(self) -> None:
         """The request has arrived: the connection waits for the server."""

@@ -1163,20 +1163,22 @@ def test_a_body_that_is_on_its_way_makes_room_too(start):
         assert post(port, None, "GET", "/health")[0] == 200
 
 
-def test_a_client_that_does_not_read_is_left():
+@pytest.mark.parametrize("num_requests", [1, 2])
+def test_a_client_that_does_not_read_is_left(num_requests):
     left = Event()
 
     async def flood(scope, receive, send):
-        with scope["state"]["connection"].request():
+        connection = scope["state"]["connection"]
+        with connection.request():
             await send({"type": "http.response.start", "status": 200, "headers": []})
-            while True:
-                await send({"type": "http.response.body", "body": b" " * 2**20, "more_body": True})
-                if scope["state"]["connection"].transport.is_closing():
-                    left.set()
-                    return
+            await send({"type": "http.response.body", "body": b" " * 2**24, "more_body": num_requests == 1})
+            if num_requests == 1:  # else it is the second request that waits until there is room
+                await send({"type": "http.response.body", "body": b" ", "more_body": True})
+        if connection.transport.is_closing():
+            left.set()
 
-    with running(flood, ServerOptions(body_timeout=0.2, header_timeout=10)) as port:
-        with half_open(port, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"):
+    with running(flood, ServerOptions(body_timeout=0.2, header_timeout=20)) as port:
+        with half_open(port, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * num_requests):
             assert left.wait(10)
 
 
