@@ -547,12 +547,11 @@ class _Chat:
             task = self._task(chat, inputs)
             del chat, inputs
             answer = _Answer(self.processor.tokenizer, task.stop)
-            generation = self.inference.submit(answer.generate, self.prompts, task.inputs, task.config, task.seed)
+            self.inference.submit(answer.generate, self.prompts, task.inputs, task.config, task.seed)
             try:
                 response = await self._respond(answer, task)
                 await response(scope, receive, send)
             finally:
-                generation.cancel()
                 answer.cancel()
 
     def _check(self, body: bytes) -> _ChatRequest:
