@@ -405,6 +405,12 @@ def test_sampling_draws_and_a_seed_repeats(port, how):
     assert len({draw(seed=seed) for seed in range(4)}) > 1
 
 
+def test_top_p_leaves_out_the_unlikely(port):
+    likeliest = answer(port, "Where?", max_tokens=20, temperature=0)
+    for seed in range(3):
+        assert answer(port, "Where?", max_tokens=20, temperature=1.5, top_p=1e-6, seed=seed) == likeliest
+
+
 def test_what_a_seed_draws_is_not_what_comes_after_it(port):
     drawn = set()
     for _ in range(4):
@@ -549,18 +555,19 @@ def test_bytes_that_are_no_character_come_at_the_end():
 
 
 @pytest.mark.parametrize(
-    ("stop", "expected", "num_tokens"),
+    ("text", "stop", "expected", "num_tokens"),
     [
-        (["bcd"], "a", 4),
-        (["abd", "cde"], "ab", 5),
-        (["bce", "bcf"], "abcdef", 6),
-        (["f"], "abcde", 6),
-        (["de", "cd"], "ab", 4),
+        ("abcdef", ["bcd"], "a", 4),
+        ("abcdef", ["abd", "cde"], "ab", 5),
+        ("abcdef", ["bce", "bcf"], "abcdef", 6),
+        ("abcdef", ["f"], "abcde", 6),
+        ("abcdef", ["de", "cd"], "ab", 4),
+        ("baaab", ["aab"], "ba", 5),  # of what is held back a later part begins it, too
     ],
 )
-def test_a_stop_text_may_lie_over_several_pieces(stop, expected, num_tokens):
+def test_a_stop_text_may_lie_over_several_pieces(text, stop, expected, num_tokens):
     tokenizer = byte_tokenizer()
-    pieces, written = asyncio.run(pieces_of(tokenizer, tokenizer("abcdef")["input_ids"], stop))
+    pieces, written = asyncio.run(pieces_of(tokenizer, tokenizer(text)["input_ids"], stop))
     assert ("".join(pieces), written.num_tokens, written.finish_reason) == (expected, num_tokens, "stop")
 
 
