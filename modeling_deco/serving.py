@@ -431,6 +431,8 @@ class _Answer(BaseStreamer):
     def generate(self, prompts: PromptCache, inputs: dict, config: GenerationConfig, seed: int | None) -> None:
         """Runs in the inference thread."""
         try:
+            if self._is_cancelled:  # while it waited; `generate` runs the vision tower before it asks the streamer
+                raise _Ended
             # A request with a seed must not decide what the ones after it draw.
             torch.manual_seed(torch.seed() if seed is None else seed)
             (sequence,) = prompts.generate(

@@ -988,15 +988,22 @@ def test_generation_stops_when_its_client_hangs_up(port, steps, streamed):
     assert ask(port, about(PICTURE), max_tokens=1)
 
 
-def test_a_request_that_hangs_up_in_the_queue_never_gets_to_the_model(start, steps, shipped):
-    port, looks = start(max_queue=1, prompt_cache_bytes=0), []
-    hook = shipped[0].model.vision_tower.register_forward_pre_hook(lambda module, args: looks.append(1))
+def test_a_request_that_hangs_up_in_the_queue_never_gets_to_the_model(start, steps, looks, monkeypatch):
+    waiting = []
+
+    class Waiting(_Answer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            waiting.append(self)
+
+    monkeypatch.setattr("modeling_deco.serving._Answer", Waiting)
+    port = start(max_queue=1, prompt_cache_bytes=0)
     with sent(port, about(PICTURE)):
         wait_until(lambda: steps)
         with sent(port, about(PICTURE, PICTURE)):
-            time.sleep(0.5)
+            wait_until(lambda: len(waiting) == 2)
+        wait_until(lambda: waiting[1]._is_cancelled)
     assert ask(port, about(PICTURE), max_tokens=1)
-    hook.remove()
     assert len(looks) == len([length for length in steps if length > 1]) == 2
 
 
