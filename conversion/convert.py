@@ -116,7 +116,12 @@ def convert(
         build_card(checkpoint, __version__).save(folder / "README.md")
 
     def check(folder: Path) -> dict:
-        return {"parity": compare_logits(source.folder, folder, is_cast=dtype is not None) if check_logits else None}
+        if not check_logits:
+            return {"parity": None}
+        parity = compare_logits(source.folder, folder, is_cast=dtype is not None)
+        difference, num_logits = parity["max_abs_difference"], parity["num_logits"]
+        logger.info(f"{num_logits:,} logits of LLaVA and DeCo in float32 differ by at most {difference:.3g}")
+        return {"parity": parity}
 
     facts = {
         "format": checkpoint.format,

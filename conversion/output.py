@@ -78,6 +78,7 @@ def write_checkpoint(
                 for role, source in sources.items()
             },
             "written": written.files,
+            "nonfinite": written.nonfinite,
             "tensors": {
                 name: {
                     "key": tensor.key,
@@ -94,6 +95,13 @@ def write_checkpoint(
             },
         }
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    if written.nonfinite:
+        names = sorted(written.nonfinite)
+        count, first = sum(written.nonfinite.values()), ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        logger.warning(
+            f"{destination}: {count:,} weights of {len(names)} tensors are NaN or infinite as in the source: {first}. "
+            f"Such a model does not answer."
+        )
     size = tqdm.format_sizeof(num_bytes, "B")
     logger.info(f"{destination}: {len(tensors)} tensors, {size}, read back and equal to the source's")
     return report

@@ -37,7 +37,7 @@ def compare_logits(source: Path, converted: Path, is_cast: bool) -> dict:
     logits["llava"] = model(**inputs).logits
     num_rows = logits["llava"].shape[-1]  # DeCo's vocabulary may have grown
     difference = (logits["deco"][..., :num_rows] - logits["llava"]).abs().max().item()
-    if difference > 0 and not is_cast:
+    if not difference <= 0 and not is_cast:  # NaN is a difference too
         raise ConversionError(f"The logits of {converted} differ from LLaVA's on {source} by up to {difference:.3g}.")
     return {"max_abs_difference": difference, "num_logits": logits["llava"].numel()}
 

@@ -63,7 +63,7 @@ class MergedLora(_Computed):
         for first in range(0, self.shape[0], rows_per_piece):
             last = first + rows_per_piece
             merged = self.tensor.read(first, last).float() + (lora_b[first:last] @ lora_a) * self.scale
-            yield to_bytes(merged.to(self.dtype))
+            yield to_bytes(_cast(merged, self.dtype, self.key))
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,11 @@ class Cast(_Computed):
     def read_bytes(self) -> Iterator[memoryview]:
         for piece in self.tensor.read_bytes():
             values = torch.frombuffer(piece, dtype=self.tensor.dtype)
-            cast = values.to(self.dtype)
-            if cast.isinf().sum() > values.isinf().sum():
-                raise ConversionError(
-                    f"A value of {self.tensor.key!r} does not fit {self.dtype}; choose --dtype bfloat16 or float32."
-                )
-            yield to_bytes(cast)
+            yield to_bytes(_cast(values, self.dtype, self.key))
+
+
+def _cast(values: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
+    cast = values.to(dtype)
+    if cast.isinf().sum() > values.isinf().sum():
+        raise ConversionError(f"A value of {key!r} does not fit {dtype}; choose --dtype bfloat16 or float32.")
+    return cast

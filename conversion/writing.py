@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
+import torch
 from safetensors import safe_open
 from xxhash import xxh3_128
 
@@ -24,11 +25,13 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 @dataclass(frozen=True)
 class Digests:
-    """XXH3 (128 bits) of the tensors by name, of the files that were written by name, and of the source's by path."""
+    """XXH3 (128 bits) of the tensors by name, of the files that were written by name, and of the source's by path; and
+    how many values of tensors are NaN or infinite, by name, of those that have such."""
 
     tensors: dict[str, str]
     files: dict[str, str]
     source_files: dict[Path, str]
+    nonfinite: dict[str, int]
 
 
 def digest_of(tensor) -> str:
@@ -43,6 +46,17 @@ def _digest(pieces: Iterable, stop: Event | None = None) -> str:
             break
         hasher.update(piece)
     return hasher.hexdigest()
+
+
+def _digest_written(pieces: Iterable, dtype: torch.dtype, stop: Event) -> tuple[str, int]:
+    """The digest of a tensor's bytes, and the number of its values that are NaN or infinite."""
+    hasher, num_nonfinite = xxh3_128(), 0
+    for piece in pieces:
+        if stop.is_set():
+            break
+        hasher.update(piece)
+        num_nonfinite += piece.nbytes // dtype.itemsize - int(torch.frombuffer(piece, dtype=dtype).isfinite().sum())
+    return hasher.hexdigest(), num_nonfinite
 
 
 def write_weights(tensors: dict, folder: Path, source_files: list[Path], progress: Callable[[int], None]) -> Digests:
@@ -73,17 +87,21 @@ def write_weights(tensors: dict, folder: Path, source_files: list[Path], progres
                 for key, tensor in shard.items():
                     written[key] = _write_tensor(file, tensor, progress)
                     written_bytes = read_range(folder / name, offsets[key], tensor.num_bytes)
-                    read_back[key] = reader.submit(_digest, written_bytes, stop)
+                    read_back[key] = reader.submit(_digest_written, written_bytes, tensor.dtype, stop)
                     if not isinstance(tensor, StoredTensor):
                         recomputed[key] = reader.submit(_digest, tensor.read_bytes(), stop)
             files[name] = file.hasher.hexdigest()
+        nonfinite = {}
         for key, result in read_back.items():
-            if result.result() != written[key]:
+            digest, num_nonfinite = result.result()
+            if num_nonfinite:
+                nonfinite[key] = num_nonfinite
+            if digest != written[key]:
                 raise ConversionError(f"{key!r} was read back with other bytes than were written; try again.")
         for key, result in recomputed.items():
             if result.result() != written[key]:
                 raise ConversionError(f"{key!r} was computed twice with different results; try again.")
-        digests = Digests(written, files, {path: result.result() for path, result in sources.items()})
+        digests = Digests(written, files, {path: result.result() for path, result in sources.items()}, nonfinite)
     finally:
         stop.set()
         for executor in (reader, flusher):

@@ -8,12 +8,13 @@ import shutil
 import zipfile
 from collections import namedtuple
 
+import hostile
 import llava_sources
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaForConditionalGeneration
 
 from modeling_deco.conversion import ConversionError, convert, export, tensors, weights, writing
 
@@ -80,6 +81,83 @@ def test_a_value_that_float16_does_not_hold_is_refused(llava, tmp_path):
     edit_tensors(llava / "model.safetensors", **{"multi_modal_projector.linear_1.bias": torch.full((40,), 1e6)})
     with pytest.raises(ConversionError, match=r"linear_1.bias' does not fit torch.float16; choose --dtype bfloat16"):
         convert(llava, tmp_path / "deco", dtype="float16")
+
+
+def test_one_value_among_others_that_float16_does_not_hold_is_refused(llava, tmp_path):
+    bias = torch.zeros(40)
+    bias[17] = -65520.0  # the smallest that is rounded to infinity
+    edit_tensors(llava / "model.safetensors", **{"multi_modal_projector.linear_1.bias": bias})
+    with pytest.raises(ConversionError, match=r"linear_1.bias' does not fit torch.float16"):
+        convert(llava, tmp_path / "deco", dtype="float16")
+    bias[17] = -65519.0
+    edit_tensors(llava / "model.safetensors", **{"multi_modal_projector.linear_1.bias": bias})
+    convert(llava, tmp_path / "deco", dtype="float16")
+    converted = load_file(tmp_path / "deco" / "model.safetensors")["model.multi_modal_projector.linear_1.bias"]
+    assert converted[17] == -65504
+
+
+def test_a_sum_with_lora_that_float16_does_not_hold_is_refused(tmp_path):
+    weights_of = {"w": torch.zeros(2, 2), "a": torch.full((1, 2), 300.0), "b": torch.tensor([[0.0], [300.0]])}
+    save_file(weights_of, tmp_path / "a.safetensors")
+    stored = weights.read_weight_file(tmp_path / "a.safetensors")
+    merged = tensors.MergedLora(stored["w"], stored["a"], stored["b"], scale=1.0, dtype=torch.float16)
+    with pytest.raises(ConversionError, match=r"A value of 'w' does not fit torch.float16"):
+        list(merged.read_bytes())
+
+
+def test_weights_that_are_no_numbers_are_counted_and_named(llava, tmp_path, caplog):
+    bias = torch.zeros(40)
+    bias[3], bias[39] = float("nan"), float("-inf")
+    edit_tensors(llava / "model.safetensors", **{"multi_modal_projector.linear_1.bias": bias})
+    report = convert(llava, tmp_path / "deco")
+    name = "model.multi_modal_projector.linear_1.bias"
+    assert report["nonfinite"] == {name: 2}
+    message = next(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert f"2 weights of 1 tensors are NaN or infinite as in the source: {name}." in message
+
+
+def test_the_largest_difference_of_logits_is_said(llava, tmp_path, caplog):
+    caplog.set_level("INFO")
+    convert(llava, tmp_path / "deco", check_logits=True)
+    assert any("logits of LLaVA and DeCo in float32 differ by at most 0" in text for text in caplog.messages)
+
+
+def test_new_rows_have_a_hundred_thousandth_of_the_variance_of_the_old_ones(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    rows = 5 + 100 * torch.randn(2000, 64, generator=generator)
+    save_file({"rows": rows}, tmp_path / "a.safetensors")
+    extended = tensors.Extended(weights.read_weight_file(tmp_path / "a.safetensors")["rows"], 2000 + 500)
+    data = b"".join(map(bytes, extended.read_bytes()))
+    new = torch.frombuffer(bytearray(data), dtype=torch.float32).view(2500, 64)[2000:]
+    assert torch.allclose(new.mean(0), rows.mean(0), atol=0.1)
+    assert new.std(0).mean().item() == pytest.approx(100 * 1e-5**0.5, rel=0.03)  # 0.316
+
+
+# --- fields of the original's config ---------------------------------------------------------------------------------
+
+
+def test_new_tokens_have_the_ids_that_the_original_gives_them(tmp_path):
+    place = hostile.Place(tmp_path, "original")
+    num_pieces = json.loads((place.source / "config.json").read_text())["vocab_size"]
+    edit_json(place.source / "config.json", mm_use_im_start_end=True, mm_use_im_patch_token=True)
+    convert(place.source, place.destination, **place.options)
+    tokenizer = AutoTokenizer.from_pretrained(place.destination, trust_remote_code=False)
+    names = ["<im_patch>", "<im_start>", "<im_end>", "<image>"]
+    assert tokenizer.convert_tokens_to_ids(names) == [num_pieces + index for index in range(4)]
+
+
+@pytest.mark.parametrize("layer", [None, -2, -1])
+def test_without_a_layer_the_last_but_one_is_read_as_in_llava(layer, tmp_path):
+    place = hostile.Place(tmp_path, "original")
+    content = json.loads((place.source / "config.json").read_text())
+    del content["mm_vision_select_layer"]
+    if layer is not None:
+        content["mm_vision_select_layer"] = layer
+    (place.source / "config.json").write_text(json.dumps(content))
+    convert(place.source, place.destination, **place.options)
+    config = json.loads((place.destination / "config.json").read_text())
+    num_layers = tiny.VISION_CONFIGS["clip"]["num_hidden_layers"]
+    assert config["vision_config"]["num_hidden_layers"] == (num_layers if layer == -1 else num_layers - 1)
 
 
 def test_a_pickle_whose_data_is_shorter_than_it_says_is_refused(tmp_path):
