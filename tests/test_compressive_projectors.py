@@ -22,6 +22,7 @@ from modeling_deco import (
     QFormerProjector,
     ResamplerProjector,
 )
+from modeling_deco.projectors import GridPositions
 
 ATTENTION_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES = {
@@ -419,3 +420,23 @@ def test_grids_may_be_lists(projector_type):
 def test_a_patch_grid_that_is_not_square_must_be_said(projector_type):
     with pytest.raises(ValueError, match="24 patches are not square"):
         build_alone(projector_type)(torch.randn(3, 24, 8))
+
+
+def cubic(distance: float) -> float:
+    """Keys' kernel (1981), with a = -0.75 as in PyTorch and OpenCV."""
+    a, x = -0.75, abs(distance)
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+def test_learned_positions_are_interpolated_bicubically():
+    positions = GridPositions(1, (8, 8))
+    with torch.no_grad():
+        positions.weight.zero_()
+        positions.weight[0, 0, 4, 3] = 1.0  # what is read around it is the kernel itself
+    found = positions(torch.zeros(1, 1, 16, 16))[0, 0]
+    for row, col in ((8, 6), (9, 7), (7, 5), (10, 4), (11, 8)):
+        source_row, source_col = (row + 0.5) / 2 - 0.5, (col + 0.5) / 2 - 0.5
+        expected = cubic(source_row - 4) * cubic(source_col - 3)
+        assert found[row, col].item() == pytest.approx(expected, abs=1e-6)

@@ -197,8 +197,8 @@ def image_features_by_hand(model, pixel_values, patch_grid, pooled_grid, num_pre
 @pytest.mark.parametrize(
     ("vision", "num_prefix_tokens"), [("clip", 1), ("siglip", 0), ("dinov2", 1), ("dinov2_with_registers", 5)]
 )
-@pytest.mark.parametrize(("height", "width"), [(24, 40), (40, 24), (16, 36), (26, 43)])
-def test_images_that_are_not_square_are_pooled_in_rows_and_columns(vision, num_prefix_tokens, height, width):
+@pytest.mark.parametrize(("height", "width"), [(24, 40), (40, 24), (16, 36), (26, 43), (36, 36)])
+def test_images_of_other_sizes_are_pooled_in_rows_and_columns(vision, num_prefix_tokens, height, width):
     model = tiny.build_model(vision)
     pixel_values, pooled_grid = pixels(2, height, width), (2, 5)
     features = model.get_image_features(pixel_values, pooled_grid_sizes=grids(pooled_grid, pooled_grid)).pooler_output
@@ -456,6 +456,32 @@ def test_hidden_states_and_attentions_of_the_language_model_come_on_request():
     assert [weights.shape for weights in outputs.attentions] == [(1, 2, 12, 12)] * 2
 
 
+def test_the_images_may_be_encoded_in_another_dtype_than_the_language_model_has():
+    model, inputs = tiny.build_model(), {**batch(prompt(9, "what ?")), "pixel_values": pixels(1)}
+    expected = model(**inputs).logits
+    model.model.language_model.to(torch.bfloat16)
+    model.lm_head.to(torch.bfloat16)
+    found = model(**inputs).logits
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    model.float()
+    model.model.vision_tower.to(torch.bfloat16)
+    model.model.multi_modal_projector.to(torch.bfloat16)
+    found = model(**inputs).logits
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_embeddings_that_share_a_number_with_the_placeholder_are_none():
+    model = tiny.build_model()
+    embeddings = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings[5:10, :16] = embeddings[tiny.IMAGE_TOKEN_ID, :16]  # of 32 dimensions
+    ids = torch.tensor([[1, 5, 6, *[tiny.IMAGE_TOKEN_ID] * 9, 7, 8, 9]])
+    found = model(inputs_embeds=model.get_input_embeddings()(ids), pixel_values=pixels(1)).logits
+    assert torch.equal(found, model(ids, pixel_values=pixels(1)).logits)
+
+
 @pytest.mark.parametrize("vision", tiny.VISION_CONFIGS)
 def test_a_model_in_bfloat16_takes_the_pixels_of_the_processor_as_they_are(vision):
     model = tiny.build_model(vision).to(torch.bfloat16)
@@ -613,6 +639,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     assert len(num_calls) == 4  # each once more on the way back
     for name, gradient in expected.items():
         assert (gradient is None) == (found[name] is None), name
+        assert gradient is None or torch.equal(gradient, found[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_a_tower_that_is_trained_in_part_gets_its_gradients_under_reentrant_checkpointing():
+    model = tiny.build_model().train()
+    model.model.vision_tower.requires_grad_(False)
+    trained = model.model.vision_tower.encoder.layers[1].mlp.fc1
+    trained.requires_grad_(True)
+    expected = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    found = gradients(model)
+    assert expected["model.vision_tower.encoder.layers.1.mlp.fc1.weight"].any()
+    for name, gradient in expected.items():
         assert gradient is None or torch.equal(gradient, found[name]), name
 
 
