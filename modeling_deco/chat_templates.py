@@ -288,8 +288,13 @@ def adapt_chat_template(template: str | None, vocabulary, render=render, **speci
             for messages in (_TURNS[:1], [_SYSTEM, *_TURNS[:1]])
         ):
             return adapted
-    wrapped = _PARTS_TO_TEXT + template
+    wrapped = parts_to_text(template)
     return wrapped if shows_images(wrapped, render, **special_tokens) else None
+
+
+def parts_to_text(template: str) -> str:
+    """A template that takes strings alone, with what makes strings of parts in front."""
+    return _PARTS_TO_TEXT + template
 
 
 def _with_systems_of(candidate: str, rendered: str, **special_tokens) -> str | None:

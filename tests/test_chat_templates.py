@@ -6,6 +6,7 @@ The expected texts are written by hand after the model cards of the families.
 """
 
 import re
+import time
 
 import pytest
 import tiny
@@ -333,9 +334,21 @@ def test_a_joined_chatml_model_sees_the_first_picture(backbones):
     assert torch.equal(inputs["pixel_values"], expected)
 
 
-def test_a_processor_put_together_by_hand_adapts_its_tokenizers_template():
+def test_a_processor_put_together_by_hand_shows_images_in_its_tokenizers_format():
     processor = DecoProcessor(tiny.build_image_processor(), byte_tokenizer(chat_template=LLAMA3), pooled_grid_size=2)
-    assert processor.chat_template == CHAT_TEMPLATES["llama3"]
+    expected = FORMATS["llama3"][1].replace("Hi?", "<image>\nHi?")
+    assert processor.apply_chat_template([QUESTION, *TURNS[1:]]) == expected
+
+
+def test_a_template_is_not_rendered_where_a_processor_is_loaded(tmp_path):
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = byte_tokenizer(chat_template=endless)
+    start = time.perf_counter()
+    DecoProcessor(tiny.build_image_processor(), tokenizer, pooled_grid_size=2).save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(tmp_path)
+    assert endless in DecoProcessor.from_pretrained(tmp_path).chat_template
+    assert time.perf_counter() - start < 20
 
 
 def test_a_joined_model_whose_template_cannot_show_images_is_refused(backbones):

@@ -13,7 +13,7 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 
-from .chat_templates import CHAT_TEMPLATES, adapt_chat_template
+from .chat_templates import CHAT_TEMPLATES, adapt_chat_template, parts_to_text
 from .configuration_deco import check_grid, fit_grid, num_image_tokens, parse_grid
 from .hub import AUTO_MAP, copy_remote_code, upload
 from .pixels import channels_first, read_image
@@ -47,8 +47,8 @@ class DecoProcessor(ProcessorMixin):
         image_processor: of the vision tower.
         tokenizer: of the language model, with the image token in its vocabulary.
         pooled_grid_size: default grid, an int (square) or `[rows, cols]`: the model's.
-        chat_template: Jinja template. Default: the tokenizer's, adapted where it knows text alone; see
-            `chat_templates.adapt_chat_template`.
+        chat_template: Jinja template. Default: the tokenizer's; where it knows text alone, with `"<image>"` written
+            into the text.
         image_token: placeholder of an image in the text, where the tokenizer does not name one.
         patch_size: of the vision tower, in pixels. With it a grid that is larger than an image's patch grid is refused
             here; without it the model refuses it, which in vLLM ends the server.
@@ -79,8 +79,8 @@ class DecoProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         if chat_template is None:
             chat_template = getattr(tokenizer, "chat_template", None)
-            if isinstance(chat_template, str):  # and not several by name
-                chat_template = _adapted(chat_template, tokenizer) or chat_template
+            if isinstance(chat_template, str) and "image" not in chat_template:
+                chat_template = parts_to_text(chat_template)  # not rendered: it may be anybody's
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
