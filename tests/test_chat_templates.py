@@ -367,6 +367,6 @@ def test_a_joined_model_without_a_known_format_has_no_template(backbones):
 
 
 def test_the_default_among_several_templates_is_adapted(backbones):
-    folders = backbones({"default": LLAMA3, "tool_use": "{{ tools }}"})
+    folders = backbones({"default": LLAMA3, "tool_use": "{{ tools }}"}, marks=[])
     processor = DecoProcessor.from_vision_text_pretrained(*folders)
     assert processor.chat_template == CHAT_TEMPLATES["llama3"]

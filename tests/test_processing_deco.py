@@ -87,6 +87,11 @@ def test_the_model_makes_as_many_features_as_there_are_placeholders(grid, proces
     assert len(model(**inputs).image_hidden_states) == (inputs["input_ids"] == tiny.IMAGE_TOKEN_ID).sum()
 
 
+def test_the_placeholders_of_an_image_are_asked_for_by_its_number(processor):
+    inputs = processor(**TWO, pooled_grid_size=[[2, 3], [5, 1]], return_tensors="pt")
+    assert [processor.replace_image_token(inputs, index).count("<image>") for index in (0, 1)] == [6, 5]
+
+
 def test_placeholders_stand_where_the_image_tokens_stood(processor):
     ids = processor(**TWO, pooled_grid_size=[[1, 2], [3, 1]])["input_ids"]
     assert ids == [tiny.prompt("two", 2, "is", 3, "?")[1:]]
