@@ -72,7 +72,7 @@ def load_tokenizer(folder, extra_tokens=()) -> PreTrainedTokenizerFast:
     `extra_tokens`, `"<image>"` and, where no token is there for padding alone, `"<pad>"` are added in this order, each
     only where it is missing. Padding is on the left, as generation needs.
 
-    A `tokenizer.model` is converted here and not by transformers (seen in 5.17 and 5.23), which wants protobuf, gives
+    A `tokenizer.model` is converted here and not by transformers (seen in 5.19 to 5.24), which wants protobuf, gives
     other ids where several spaces stand together, and takes an unset `legacy` for false. The ids are those of the
     original LLaVA: it cuts a prompt at its images and reads each piece as a text of its own, and Llama begins a text
     with a space. After other special tokens there is such a space only if the tokenizer is `legacy`.

@@ -134,7 +134,8 @@ def _count(*modules: nn.Module) -> int:
 
 
 def _read_card(model: str, revision: str | None) -> dict:
-    """The metadata of the model card, or nothing where there is none."""
+    """What the model card says of licence and base models; nothing where there is none. Other types than text are left
+    out: YAML's references can stand for more than memory holds when they are written out."""
     model = checkpoint_name(model)
     path = Path(model, "README.md")
     if not Path(model).is_dir():
@@ -143,6 +144,11 @@ def _read_card(model: str, revision: str | None) -> dict:
         except (EntryNotFoundError, LocalEntryNotFoundError):
             return {}
     try:
-        return metadata_load(path) or {}
+        card = metadata_load(path) or {}
     except Exception:  # no card, or what YAML makes of a malformed one
         return {}
+    return {name: value for name, value in card.items() if _is_text(value)} if isinstance(card, dict) else {}
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))

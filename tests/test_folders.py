@@ -151,6 +151,16 @@ def test_what_explodes_when_a_question_is_encoded_is_refused(kind, deco, tmp_pat
     assert run("info", deco).exit_code == 0  # which encodes nothing
 
 
+def test_a_card_of_references_is_not_written_out(deco):
+    """Nine lists of nine references each: 80 bytes a line, and 9 ** 30 words when it is printed."""
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 31))]
+    (deco / "README.md").write_text(
+        "---\n" + "\n".join([*lines, "license: *a30", "base_model: [a/b, *a30]"]) + "\n---\n"
+    )
+    result = run("info", deco, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["license"]) == (0, None)
+
+
 def test_a_function_is_stopped_after_its_time():
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"^The loop takes more than 0\.2 seconds or 2 GB\.$"):
