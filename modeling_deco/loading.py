@@ -196,7 +196,7 @@ def _check_weights(name, num_tensors, missing, mismatched, unexpected) -> None:
 
 def _first(names: Iterable[str], number: int = 3) -> str:
     names = sorted(names)
-    return ", ".join(names[:number]) + (", ..." if len(names) > number else "")
+    return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")
 
 
 def empty_model(config: DecoConfig) -> DecoForConditionalGeneration:

@@ -183,7 +183,7 @@ def test_a_temperature_counts_before_the_checkpoints_own(loaded):
 def test_the_same_seed_draws_the_same_answer(loaded):
     model, processor = loaded
     ask_once = partial(stream, model, processor, ask(tiny.picture(0)), max_new_tokens=12, temperature=5.0)
-    answers = ["".join(ask_once(seed=seed)) for seed in (7, 8, 7)]
+    answers = ["".join(ask_once(seed=seed)) for seed in (0, 8, 0)]
     assert answers[0] == answers[2] != answers[1]
 
 
