@@ -100,7 +100,7 @@ def stored_pictures() -> dict[str, tuple[bytes, np.ndarray]]:
         "grey": (encode(Image.fromarray(GREY)), grey(GREY)),
         "grey with a transparent grey": (png(2, 1, 8, 0, b"\x07\x09", b"\x00\x07"), grey([[255, 9]])),
         "16-bit grey": (encode(Image.fromarray(GREY.astype(np.uint16) * 257)), grey(GREY)),
-        "16-bit grey, dark": (encode(Image.fromarray(np.array([[0, 257, 514]], np.uint16))), grey([[0, 1, 2]])),
+        "16-bit grey, dark": (encode(Image.fromarray(np.array([[0, 200, 255]], np.uint16))), grey([[0, 0, 0]])),
         "16-bit grey with a transparent grey": (
             png(2, 1, 16, 0, b"\x01\x01\x07\x07", b"\x01\x01"),
             grey([[255, 7]]),
@@ -110,7 +110,7 @@ def stored_pictures() -> dict[str, tuple[bytes, np.ndarray]]:
             np.array([[[1, 2, 3], [9, 8, 7]]]),
         ),
         "16-bit RGB with a transparent colour": (
-            png(2, 1, 16, 2, b"\x01\x01\x02\x02\x03\x03\x09\x09\x08\x08\x07\x07", b"\x09\x09\x08\x08\x07\x07"),
+            png(2, 1, 16, 2, b"\x01\x01\x02\x02\x03\x03\x09\x12\x08\x08\x07\x07", b"\x09\x12\x08\x08\x07\x07"),
             np.array([[[1, 2, 3], [255, 255, 255]]]),
         ),
         "16-bit grey, big endian TIFF": (
@@ -230,6 +230,10 @@ def test_interpolation_beyond_the_range_changes_only_what_lies_beyond():
     values = np.array([[-0.03, 0.5, 1.04]], np.float32)
     assert to_8_bit(values).tolist() == [[0, 128, 255]]
     assert to_8_bit(values * 255).tolist() == [[0, 128, 255]]
+
+
+def test_16_bit_is_scaled_by_its_own_largest_value():
+    assert to_8_bit(np.array([0, 256, 257, 65278, 65535], np.uint16)).tolist() == [0, 0, 1, 254, 255]
 
 
 def test_what_is_no_number_is_black_or_white():
