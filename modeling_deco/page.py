@@ -52,6 +52,7 @@ try:
     from matplotlib.figure import Figure
     from starlette.datastructures import Headers
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import ClientDisconnect
     from starlette.responses import PlainTextResponse
 except ImportError as error:
     raise ImportError(f"The page needs {error.name}: pip install 'modeling-deco[page]'") from None
@@ -480,6 +481,8 @@ class _Gate:
         try:
             with nullcontext() if connection is None else connection.request():
                 await self.app(scope, receive_in_time, send)
+        except ClientDisconnect:  # in the middle of its request
+            pass
         finally:
             self.num_bytes_arriving -= num_bytes
 

@@ -31,6 +31,8 @@ from modeling_deco.relevance import (
     _divide_by_sum,
     _find_word_ids,
     _normalize_rows,
+    describe_peak,
+    draw_heat_map,
     explain,
     plot_relevance,
 )
@@ -723,6 +725,7 @@ def relevance_of(tokens, seed=0) -> Relevance:
         ([" ", "cat", " ", "dog"], [None, 0, None, 1], ["cat", "dog"], [[1], [3]]),
         (["", "", "é", "t", "é"], [0, 0, 0, 0, 0], ["été"], [[0, 1, 2, 3, 4]]),
         (["a", "", " é"], [0, 1, 1], ["a", "é"], [[0], [1, 2]]),
+        (["the", " red cat", "s"], [0, 2, 2], ["the", "red cats"], [[0], [1, 2]]),
         (["?", "!"], [0, 0], ["?!"], [[0, 1]]),
     ],
 )
@@ -795,6 +798,87 @@ def test_a_figure_has_a_panel_for_each_word(level, titles):
     for heat, name in zip(drawn, {"both": ("patch", "query")}.get(level, (level,)), strict=True):
         values = relevance.text_to_patch[1].view(4, 6) if name == "patch" else relevance.text_to_query[1].view(2, 3)
         np.testing.assert_allclose(heat, values / values.max(), rtol=1e-6)
+
+
+def drawn(relevance, index, level="patch"):
+    """The figure of one word, `(height, width, 3)`, in which a patch has 20 x 20 pixels or, by query, 40 x 40."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height, width = relevance.image.shape[:2]
+    figure = Figure(figsize=(1.2, 1.2 * height / width), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    draw_heat_map(axes, relevance, index, level)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+
+
+def cells(pixels, rows, cols):
+    """The middle pixel of each cell."""
+    height, width = pixels.shape[0] // rows, pixels.shape[1] // cols
+    return pixels[height // 2 :: height, width // 2 :: width]
+
+
+@pytest.mark.parametrize("level", ["patch", "query"])
+def test_each_patch_is_drawn_in_its_place_as_bright_as_its_relevance(level):
+    relevance = relevance_of(["7", " red"])
+    picture = np.zeros((32, 48, 3), dtype=np.uint8)
+    rows, cols = relevance.patch_grid if level == "patch" else relevance.pooled_grid
+    shown = cells(drawn(replace(relevance, image=picture), 1, level), rows, cols).sum(-1)
+    values = (relevance.text_to_patch if level == "patch" else relevance.text_to_query)[1].view(rows, cols).numpy()
+    assert shown.shape == (rows, cols)
+    # inferno and the opacity both rise with the value; the picture is black
+    order = np.argsort(values, axis=None)
+    assert (np.diff(shown.flatten()[order]) >= 0).all()
+    assert shown.max() > 400  # orange and yellow: its own peak is the scale's end
+    assert values.flat[np.argmax(shown)] >= 0.99 * values.max()
+
+
+def test_the_scale_of_a_map_ends_at_its_own_peak_and_begins_at_nothing():
+    relevance = relevance_of(["7", " red"])
+    weak = replace(
+        relevance, text_to_patch=torch.stack([relevance.text_to_patch[0] * 100, relevance.text_to_patch[1]])
+    )
+    assert np.array_equal(drawn(relevance, 1), drawn(weak, 1))
+    flat = replace(relevance, text_to_patch=torch.tensor([[0.2] * 12 + [0.4] * 12]))
+    values = cells(drawn(flat, 0), 4, 6).sum(-1)
+    assert values[0, 0] > 60  # the lowest is half of the peak, not the scale's beginning
+    nothing = replace(relevance, text_to_patch=torch.zeros(1, 24))
+    assert drawn(nothing, 0).max() < 10
+
+
+def test_the_picture_is_grey_and_upright_under_the_map():
+    picture = np.zeros((32, 48, 3), dtype=np.uint8)
+    picture[:8, :8] = (255, 0, 0)  # the patch at the top left
+    picture[24:, 40:] = (0, 255, 255)
+    nothing = replace(relevance_of(["7"]), image=picture, text_to_patch=torch.zeros(1, 24))
+    shown = cells(drawn(nothing, 0), 4, 6)
+    assert np.ptp(shown, axis=-1).max() <= 3  # grey
+    # 85 and 170 of 255 * 1.8, under a tenth of black
+    expected = np.zeros((4, 6))
+    expected[0, 0], expected[3, 5] = 0.9 * 85 / 1.8, 0.9 * 170 / 1.8
+    np.testing.assert_allclose(shown.mean(-1), expected, atol=4)
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        ("patch", ["peak: 50% of the highest", "peak: 100% of the highest", "peak: 0% of the highest"]),
+        ("query", ["peak: 100% of the highest", "peak: 25% of the highest", "peak: 75% of the highest"]),
+    ],
+)
+def test_the_peak_is_a_share_of_the_highest_of_all_words(level, expected):
+    relevance = replace(
+        relevance_of(["a", " b", " c"]),
+        text_to_patch=torch.tensor([[0.1, 0.3] + [0.0] * 22, [0.6] * 24, [0.0] * 24]),
+        text_to_query=torch.tensor([[0.8] * 6, [0.2] * 6, [0.6, 0, 0, 0, 0, 0]]),
+    )
+    assert [describe_peak(relevance, index, level) for index in range(3)] == expected
+    assert describe_peak(replace(relevance, text_to_patch=torch.zeros(3, 24)), 0) == "no relevance"
+    figure = plot_relevance(relevance, level)
+    assert [axes.texts[0].get_text() for axes in figure.axes[1:4]] == expected
 
 
 def test_a_long_answer_wraps():

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.browser
 expect = pytest.importorskip("playwright.sync_api", reason="make test-page installs Playwright").expect
 expect.set_options(timeout=30_000)  # milliseconds, for busy machines
 
-BAD_FILE = "its content is no picture that Pillow knows"
+BAD_FILE = "its content is no picture of the formats"
 
 
 def draw(index):
