@@ -6,6 +6,7 @@ traceback."""
 import linecache
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +40,7 @@ def run(name: str, main: Callable[[], object]) -> NoReturn:
         name: how the line begins.
         main: the recipe, its reading of arguments included.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries tell each other
     errors.run(name, lambda: _told_once(name, main), bad_input=(_InputError,))
 
 
