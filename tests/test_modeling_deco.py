@@ -624,7 +624,7 @@ def gradients(model):
 
 
 @pytest.mark.newest
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # its heir is not in 5.17
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     model = tiny.build_model().train()
