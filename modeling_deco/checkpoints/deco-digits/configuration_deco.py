@@ -164,7 +164,8 @@ class DecoConfig(PreTrainedConfig):
         self.image_token_id = kwargs.pop("image_token_index", self.image_token_id)  # LLaVA's name for it
         self.vision_config = _vision_config(self.vision_config)
         self.text_config = _text_config(self.text_config)
-        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        tied_in_text = getattr(self.text_config, "tie_word_embeddings", False)  # which some configs lack
+        self.tie_word_embeddings = self.tie_word_embeddings or tied_in_text
         if isinstance(self.pooled_grid_size, tuple):  # JSON knows lists only
             self.pooled_grid_size = list(self.pooled_grid_size)
         self._validate_choices()
