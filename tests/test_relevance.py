@@ -446,6 +446,17 @@ def test_pictures_need_not_be_square():
     assert np.abs(found.image - resized[:16, :32]).max() <= 1
 
 
+def test_the_windows_of_an_oblong_picture_are_rows_by_columns():
+    model = tiny.build_model()
+    image_processor = CLIPImageProcessorPil(size={"height": 16, "width": 32}, do_center_crop=False)
+    processor = DecoProcessor(image_processor, tiny.build_tokenizer(), 2, chat_template=tiny.CHAT_TEMPLATE)
+    found = explain_answer(model, processor, method="attention")
+    expected = torch.zeros(4, 4, 8)  # 2 x 2 windows of 2 x 4 patches
+    for query, (top, left) in enumerate([(0, 0), (0, 4), (2, 0), (2, 4)]):
+        expected[query, top : top + 2, left : left + 4] = 1 / 8
+    torch.testing.assert_close(found.query_to_patch[0], expected.flatten(1))
+
+
 def test_siglip2_at_any_shape():
     image_processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=40)
     processor = DecoProcessor(image_processor, tiny.build_tokenizer(), 3, chat_template=tiny.CHAT_TEMPLATE)
