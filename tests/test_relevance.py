@@ -447,7 +447,7 @@ def test_pictures_need_not_be_square():
 
 
 def test_the_windows_of_an_oblong_picture_are_rows_by_columns():
-    model = tiny.build_model()
+    model = tiny.build_model(pooled_grid_size=2)
     image_processor = CLIPImageProcessorPil(size={"height": 16, "width": 32}, do_center_crop=False)
     processor = DecoProcessor(image_processor, tiny.build_tokenizer(), 2, chat_template=tiny.CHAT_TEMPLATE)
     found = explain_answer(model, processor, method="attention")
