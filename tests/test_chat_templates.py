@@ -161,7 +161,7 @@ def test_text_has_the_format_of_the_family(name, form, processor):
     assert question.endswith(start)
 
 
-@pytest.mark.parametrize("name", set(FORMATS) - {"vicuna"})
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"vicuna"}))
 def test_images_stand_where_their_parts_stand(name, processor):
     picture, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
     content = [picture, picture, text("Hi"), picture, text("?")]
@@ -198,7 +198,7 @@ def test_training_learns_the_answers_and_their_ends(name, processor):
     assert batch["input_ids"].tolist()[0].count(processor.image_token_id) == 1
 
 
-@pytest.mark.parametrize("name", set(FORMATS) - {"vicuna"})
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"vicuna"}))
 def test_what_is_no_text_and_no_image_is_refused(name, processor):
     with pytest.raises(Exception, match="Only text and images can be shown, got video"):
         rendered(processor, name, [{"role": "user", "content": [{"type": "video"}]}])
