@@ -356,9 +356,11 @@ def find_adapter(name: str | os.PathLike, revision: str | None = None) -> Adapte
     base = fields.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"adapter_config.json of {name} does not name its base model (base_model_name_or_path).")
-    beside = os.path.join(checkpoint_name(name), os.path.expanduser(base))
-    if os.path.isdir(beside):
-        base = beside
+    folder, base = checkpoint_name(name), os.path.expanduser(base)
+    places = [os.path.join(folder, base)]
+    if os.path.isabs(base):  # training saves a base beside its adapter; the folder of both may have moved since
+        places += [os.path.join(folder, *up, os.path.basename(base)) for up in ([], [".."])]
+    base = next((place for place in places if os.path.isdir(place)), base)
     try:
         checkpoint_name(base)
     except ValueError as error:
