@@ -78,7 +78,8 @@ def steps(trainer: DecoSFTTrainer) -> Iterator[None]:
     """A step of training at each `next`."""
     optimizer = trainer.create_optimizer()
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1  # as Trainer's own loop sets it (transformers 5.23)
+    # as Trainer's own loop sets it
+    trainer.current_gradient_accumulation_steps = 1  # private, seen in transformers 5.19 to 5.24
     while True:
         for batch in trainer.get_train_dataloader():
             trainer.training_step(trainer.model, batch)

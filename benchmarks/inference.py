@@ -103,7 +103,7 @@ class Subject:
             compiled = partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
             forward = compiled(forward)
             compile_config = CompileConfig(fullgraph=True, mode=mode)
-            compile_config._compile_all_devices = True  # private, seen in transformers 5.17 to 5.23
+            compile_config._compile_all_devices = True  # private, seen in transformers 5.19 to 5.24
             self.generation = {"cache_implementation": "static", "compile_config": compile_config}
         grids = (None, config.pooled_grid) if name == "DeCo" else ()
         self.decode_seconds, self.first_token_seconds = [], []

@@ -21,8 +21,7 @@ import torch
 import typer
 from PIL import Image
 from shapes import RESULTS
-from transformers import LlavaProcessor
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # at the top, 5.17 wants torchvision
+from transformers import AutoImageProcessor, LlavaProcessor
 from transformers.utils import is_torchvision_available
 
 from modeling_deco import DecoProcessor

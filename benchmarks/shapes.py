@@ -8,8 +8,8 @@ import weakref
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode  # private, seen in torch 2.13
+from torch.utils._pytree import tree_leaves  # private, seen in torch 2.13
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor
 from transformers.generation import BaseStreamer
 

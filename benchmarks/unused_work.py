@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 import typer
 from shapes import NUM_TEXT_TOKENS, RESULTS, TensorBytes, build_config
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # private, seen in torch 2.13
 from transformers import AutoModel, CLIPVisionConfig
 
 from modeling_deco import DecoForConditionalGeneration

@@ -390,7 +390,7 @@ def _read_vision_config(tower: Source):
     with refusing(f"config.json of --vision-tower {tower.name}"):
         config = AutoConfig.from_pretrained(tower.folder, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
-    config._name_or_path = ""  # a folder of this machine, maybe
+    config.name_or_path = ""  # a folder of this machine, maybe
     return config
 
 

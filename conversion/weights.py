@@ -179,7 +179,7 @@ def _read_pickle(path: Path) -> dict[str, StoredTensor]:
 
 def _storage_offset(tensor: torch.Tensor) -> int | None:
     """Where in its file a tensor's storage begins. torch.load says so since 2.10; before, torch reads the tensor."""
-    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)  # private, seen in torch 2.13 to 2.14
 
 
 def _load_tensor(path: Path, key: str) -> torch.Tensor:

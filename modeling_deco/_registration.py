@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
 
-_AUTO = "transformers.models.auto"
+_AUTO = "transformers.models.auto"  # private, seen in transformers 5.19 to 5.24
 # (module of the Auto class, Auto class, our module, our class)
 _REGISTRATIONS = [
     (f"{_AUTO}.configuration_auto", "AutoConfig", f"{__package__}.configuration_deco", "DecoConfig"),

@@ -118,8 +118,8 @@ def base_models(config, repo_id: str | None = None) -> list[str]:
         # a name without its owner may as well be that of a folder which has been elsewhere
         return "/" in name and name != repo_id and not Path(name).exists()
 
-    backbones = (config.vision_config._name_or_path, config.text_config._name_or_path)
-    for names in ((config._name_or_path,), backbones):
+    backbones = (config.vision_config.name_or_path, config.text_config.name_or_path)
+    for names in ((config.name_or_path,), backbones):
         if known := [name for name in names if is_on_hub(name)]:
             return list(dict.fromkeys(known))
     return []

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.processing_utils import Unpack
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import (  # private in part, seen in transformers 5.19 to 5.24
+from transformers.utils import (  # private, seen in transformers 5.19 to 5.24
     TransformersKwargs,
     can_return_tuple,
     logging,
@@ -122,7 +122,8 @@ class DecoPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    # those with residual connections; post_init adds the backbones' and drops what is not in the model
+    # private, seen in transformers 5.19 to 5.24
+    # the projectors with residual connections; post_init adds the backbones' and drops what is not in the model
     _no_split_modules = [  # noqa: RUF012
         "QFormerProjector",
         "ResamplerProjector",
@@ -482,6 +483,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
     """DeCo with its language modeling head: answers questions about images."""
 
     # the name that embeddings have in most language models; an instance has its own's
+    # private, seen in transformers 5.19 to 5.24
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
@@ -537,7 +539,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             lm_head_bias=lm_head.bias is not None,
             **config_kwargs,
         )
-        config.vision_config._name_or_path = str(vision_model_name_or_path)  # of a whole CLIP it is not in its part
+        config.vision_config.name_or_path = str(vision_model_name_or_path)  # of a whole CLIP it is not in its part
         with torch.device("meta"):
             model = cls(config)
         _take_language_model(model, text_model, own_logits)
@@ -552,6 +554,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         _refuse_missing_weights(vision_tower, loading)
         model.model.vision_tower = vision_tower
         projector = build_projector(config)
+        # private, seen in transformers 5.19 to 5.24
         projector.smart_apply(model._initialize_weights, cls.is_custom_code())  # transformers' parts have their own
         model.model.multi_modal_projector = projector.to(text_model.dtype)
         model.generation_config = text_model.generation_config

@@ -47,8 +47,8 @@ from .sockets import bind
 try:
     import gradio as gr
     from fastapi import FastAPI
-    from gradio.networking import setup_tunnel
-    from gradio.utils import get_upload_folder
+    from gradio.networking import setup_tunnel  # private, seen in gradio 6.31
+    from gradio.utils import get_upload_folder  # private, seen in gradio 6.31
     from matplotlib.figure import Figure
     from starlette.datastructures import Headers
     from starlette.middleware.trustedhost import TrustedHostMiddleware

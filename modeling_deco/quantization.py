@@ -58,13 +58,13 @@ class Int8Linear(nn.Module):
         # 7 bits: without VNNI, two products of 8 bits overflow the 16 bits that they are added in
         return torch.ops.quantized.linear_dynamic(features, self.packed, True)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn, recurse=True):  # private, seen in torch 2.13 to 2.14
         moved = fn(torch.empty(0, dtype=torch.float32, device="cpu"))
         if (moved.device.type, moved.dtype) != ("cpu", torch.float32):
             raise RuntimeError("A model in int8 stays on the CPU and in float32; move it before.")
         return super()._apply(fn, recurse)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # private, seen in torch 2.13 to 2.14
         raise RuntimeError(f"{prefix.rstrip('.')} is in int8, which is for answering only; save the model before.")
 
     def extra_repr(self) -> str:

@@ -40,8 +40,8 @@ from .quantization import Int8Linear
 METHODS = ("gae", "attention")
 LEVELS = ("patch", "query", "both")
 
-# What computes attention in a projector, and gives its weights as second output (private, seen in transformers 5.19 to
-# 5.24).
+# What computes attention in a projector, and gives its weights as second output.
+# private, seen in transformers 5.19 to 5.24
 _ATTENTION_CLASSES = {"qformer": "Blip2QFormerMultiHeadAttention", "resampler": "Idefics2PerceiverAttention"}
 _POOLING = ("avg_pool", "mlp")
 
@@ -341,6 +341,7 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             configs.update((id(config), config) for config in _with_sub_configs(module.config))
+    # private, seen in transformers 5.19 to 5.24
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:

@@ -51,7 +51,7 @@ try:
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, StreamingResponse
     from starlette.routing import Route
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+    from uvicorn.protocols.http.h11_impl import H11Protocol  # private, seen in uvicorn 0.31 to 0.54
 except ImportError as error:
     raise ImportError("The server needs starlette and uvicorn: pip install 'modeling-deco[serve]'") from error
 
@@ -900,7 +900,7 @@ class _Connection(H11Protocol):
     """A connection that ends when it keeps the server waiting for too long."""
 
     def __init__(self, connections: _Connections, *args, app_state: dict, **kwargs):
-        # private, seen in uvicorn 0.54: the name of this argument, which becomes the requests' `state`
+        # the requests' `state`
         super().__init__(*args, app_state={**app_state, "connection": self}, **kwargs)
         self.all = connections
         self.num_requests = 0
@@ -955,8 +955,7 @@ class _Connection(H11Protocol):
         """The request has arrived: the connection waits for the server."""
         self.all.waiting.pop(self, None)
 
-    # private, seen in uvicorn 0.54: of what is not HTTP, or has headers of more than 64 KiB
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # to what is not HTTP, or has headers of more than 64 KiB
         if self.num_requests == 0:
             body = json.dumps(
                 _error_body(400, "This is not an HTTP/1.1 request, or its headers are too long.")

@@ -14,10 +14,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers.utils.chat_template_utils import (
-    render_jinja_template,  # not documented; in transformers 5.19 to 5.24
-)
-from trl.chat_template_utils import has_generation_markers  # not documented; in TRL 1.16
+from transformers.utils.chat_template_utils import render_jinja_template  # private, seen in transformers 5.19 to 5.24
+from trl.chat_template_utils import has_generation_markers  # private, seen in trl 1.16
 
 from modeling_deco import DecoProcessor, num_image_tokens
 from modeling_deco.chat_templates import CHAT_TEMPLATES

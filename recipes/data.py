@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 import typer
 import xxhash
 from datasets import Dataset, DatasetInfo, IterableDataset, concatenate_datasets, load_dataset
-from datasets.info import DatasetInfosDict
+from datasets.info import DatasetInfosDict  # private, seen in datasets 5.2
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image, ImageOps
 from tqdm import tqdm

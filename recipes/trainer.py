@@ -19,9 +19,12 @@ from datasets import Dataset, concatenate_datasets
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME  # not documented; in 5.19 to 5.24
-from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME  # private, seen in transformers 5.19 to 5.24
+from transformers.trainer_pt_utils import get_length_grouped_indices  # private, seen in transformers 5.19 to 5.24
+from transformers.trainer_utils import (  # private, seen in transformers 5.19 to 5.24
+    PREFIX_CHECKPOINT_DIR,
+    rotate_checkpoints,
+)
 from trl import SFTConfig, SFTTrainer
 
 from modeling_deco.configuration_deco import check_grid, num_image_tokens
@@ -128,6 +131,7 @@ class DecoSFTTrainer(SFTTrainer):
         for name, parameter in model.named_parameters():
             if part_of(name) in args.freeze:
                 parameter.requires_grad_(False)
+        # private, seen in transformers 5.19 to 5.24
         if args.independent_turns and model.config.get_text_config()._attn_implementation != "sdpa":
             raise ValueError("independent_turns has a mask of its own, which sdpa attention alone reads: choose that.")
         feature_cache = None
@@ -265,7 +269,7 @@ class DecoSFTTrainer(SFTTrainer):
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model, trial):  # private, seen in transformers 5.19 to 5.24; nothing public wraps it
+    def _save_checkpoint(self, model, trial):  # private, seen in transformers 5.19 to 5.24
         run_dir = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = run_dir / INCOMPLETE / name, run_dir / name

@@ -247,7 +247,7 @@ def test_scaling_counts_the_work_of_each_point(run, tmp_path):
     for name in ("images_per_prompt", "batch_size"):
         one, *_, eight = curves[name]
         assert eight["flops"]["vision_tower"] == 8 * one["flops"]["vision_tower"]
-    # attention is within a prompt; transformers 5.17 counts the angles of positions, which all prompts share
+    # attention is within a prompt; the angles of positions are counted once for all prompts
     assert eight["flops"]["language_model"] == pytest.approx(8 * one["flops"]["language_model"], rel=1e-3)
     assert eight["kv_cache_bytes"] == 8 * one["kv_cache_bytes"]
 

@@ -14,9 +14,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-import transformers
 from fresh_process import FreshProcesses
-from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -497,9 +495,6 @@ def test_a_saved_adapter_on_the_4_bit_model_gives_the_same_bits(qlora, inputs):
         assert not torch.equal(output(reloaded, inputs), output(qlora.model, inputs))
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"), reason="5.17 leaves modules_to_save behind, in any precision"
-)
 def test_the_folder_of_an_adapter_is_loaded_by_the_auto_class_in_4_bits(qlora, inputs):
     reloaded = load(qlora.adapter, NF4)
     assert Counter(type(module) for module in reloaded.modules())[bnb.nn.Linear4bit] == NUM_TEXT_LINEARS

@@ -80,7 +80,7 @@ class DecoTrainingTest(SetUp, TrainingTesterMixin, unittest.TestCase):
 
 @pytest.mark.usefixtures("every_model_type")
 class DecoTensorParallelTest(SetUp, TensorParallelTesterMixin, unittest.TestCase):
-    def _has_tp_plan(self):  # of the language model: 5.17 asks the whole config, which has none
+    def _has_tp_plan(self):  # of the language model: 5.19 asks the whole config, which has none
         return self.model_tester.get_config().text_config.base_model_tp_plan is not None
 
 
@@ -110,5 +110,5 @@ def every_model_type(monkeypatch):
     monkeypatch.setattr(test_tensor_parallel_mixin, "TP_DISTRIBUTED_TEST_MODEL_TYPES", None)
     monkeypatch.setattr(test_fsdp_mixin, "FSDP_DISTRIBUTED_TEST_MODEL_TYPES", None)
     monkeypatch.setattr(test_fsdp_mixin, "AutoModelForCausalLM", DecoWithImagesForConditionalGeneration)
-    for suite in (test_tensor_parallel_mixin, test_fsdp_mixin):  # those of 5.17 start the processes themselves
+    for suite in (test_tensor_parallel_mixin, test_fsdp_mixin):  # those of 5.19 start the processes themselves
         monkeypatch.setattr(suite, "mp", SimpleNamespace(spawn=_start_rank_processes), raising=False)

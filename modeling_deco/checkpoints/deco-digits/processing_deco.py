@@ -177,7 +177,8 @@ class DecoProcessor(ProcessorMixin):
                     )
         super().validate_inputs(images=images, text=text, **kwargs)
 
-    # private, seen in transformers 5.19 to 5.24: it refuses arguments that valid_processor_kwargs does not name
+    # transformers' refuses arguments that valid_processor_kwargs does not name
+    # private, seen in transformers 5.19 to 5.24
     def _merge_kwargs(self, *args, pooled_grid_size=None, images_kwargs=None, **kwargs):
         images_kwargs = dict(images_kwargs or {})
         pooled_grid_size = images_kwargs.pop("pooled_grid_size", pooled_grid_size)
@@ -216,7 +217,7 @@ class DecoProcessor(ProcessorMixin):
         sizes = [image.shape[-2:] for image in image_inputs["pixel_values"]]
         return [(height // self.patch_size, width // self.patch_size) for height, width in sizes]
 
-    # private, seen in transformers 5.19 to 5.24: the image processor's outputs and the placeholders, in one
+    # private, seen in transformers 5.19 to 5.24
     def _process_images(self, images, pooled_grid_size=None, input_data_format=None, **kwargs):
         image_inputs = self.image_processor(images, **kwargs)
         grids = self.image_grids(image_inputs, pooled_grid_size)
@@ -229,7 +230,7 @@ class DecoProcessor(ProcessorMixin):
         grids = self.image_grids(image_inputs, image_inputs.get("pooled_grid_sizes"))
         return self.image_token * num_image_tokens(grids[image_idx])
 
-    # private, seen in transformers 5.19 to 5.24 and vLLM 0.33
+    # private, seen in transformers 5.19 to 5.24
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Tokens per image of the given sizes `(height, width)` (vLLM asks)."""
         if image_sizes is None:
@@ -245,7 +246,8 @@ class DecoProcessor(ProcessorMixin):
             num_image_tokens=[num_image_tokens(grid) for grid in grids], num_image_patches=[1] * len(image_sizes)
         )
 
-    # private, seen in transformers 5.19 to 5.24: it says which text was cut, and what to do
+    # transformers' names neither the text that was cut nor what to do
+    # private, seen in transformers 5.19 to 5.24
     def _check_special_mm_tokens(self, text, text_inputs, modalities):
         input_ids = text_inputs["input_ids"]
         if hasattr(input_ids, "tolist"):

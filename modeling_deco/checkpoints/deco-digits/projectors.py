@@ -205,9 +205,9 @@ class QFormerProjector(QueryProjector):
         num_attention_heads: int = 12,
     ):
         from transformers import Blip2QFormerConfig
-        from transformers.models.blip_2.modeling_blip_2 import (
-            Blip2QFormerModel,  # private, seen in transformers 5.19 to 5.24
-        )
+
+        # private, seen in transformers 5.19 to 5.24
+        from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
         super().__init__(pooled_grid_size)
         config = Blip2QFormerConfig(
@@ -264,10 +264,9 @@ class ResamplerProjector(QueryProjector):
         num_hidden_layers: int = 6,
         num_attention_heads: int = 16,
     ):
+        # private, seen in transformers 5.19 to 5.24
         from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
-        from transformers.models.idefics2.modeling_idefics2 import (
-            Idefics2PerceiverResampler,  # private, seen in transformers 5.19 to 5.24
-        )
+        from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
         super().__init__(pooled_grid_size)
         if hidden_size % num_attention_heads != 0:
@@ -375,11 +374,10 @@ class CAbstractorProjector(nn.Module):
 
 def _regnet_stage(in_channels: int, out_channels: int, num_layers: int) -> nn.Sequential:
     from transformers import RegNetConfig
+
+    # private, seen in transformers 5.19 to 5.24
     from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
-    from transformers.models.regnet.modeling_regnet import (  # private, seen in transformers 5.19 to 5.24
-        RegNetSELayer,
-        RegNetYLayer,
-    )
+    from transformers.models.regnet.modeling_regnet import RegNetSELayer, RegNetYLayer
 
     config = RegNetConfig(groups_width=1, hidden_act="silu")
     layers = [
@@ -419,9 +417,9 @@ class DAbstractorProjector(QueryProjector):
         num_attention_heads: int = 16,
     ):
         from transformers import DeformableDetrConfig
-        from transformers.models.deformable_detr.modeling_deformable_detr import (
-            DeformableDetrDecoder,  # private, seen in transformers 5.19 to 5.24
-        )
+
+        # private, seen in transformers 5.19 to 5.24
+        from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrDecoder
 
         super().__init__(pooled_grid_size)
         config = DeformableDetrConfig(
