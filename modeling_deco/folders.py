@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of people that one does not know: what in them would hang a library or take all memory is refused before."""
+"""Checks of untrusted folders: what would hang a library or take all memory is refused before a library reads it."""
 
 import faulthandler
 import json
@@ -18,18 +18,20 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
+from .configuration_deco import LARGEST_SIZES
+
 # Most bytes of a file that is read as a whole. The largest tokenizer.json seen (Gemma's) has 33 MB.
 _VOCABULARY_BYTES, _CONFIG_BYTES = 64 << 20, 4 << 20
 _VOCABULARIES = re.compile(r"(tokenizer|vocab|added_tokens)\.json|.*\.index\.json|.*\.model|(merges|vocab)\.txt")
 _CONFIGS = re.compile(r".*config\.json|special_tokens_map\.json|chat_template\.json|.*\.jinja|README\.md")
 
-# The largest number in a field of a config, by what is in the field's name, of which the first that is found counts.
-# Models have up to 126 layers and vocabularies of up to 262,144.
+# The largest number in a field of a config, of any model type, by the first pattern that is found in the field's name.
+# `DecoConfig` checks the fields that it knows more closely.
 _LIMITS = {
-    r"image_size": 16_384,
+    r"image_size": LARGEST_SIZES["image_size"],
     r"num_beams|num_return_sequences": 100,
-    r"layers|n_layer|depth|experts": 1000,
-    r"size|dim|heads|num_|n_": 1 << 22,
+    r"layers|n_layer|depth|experts": LARGEST_SIZES["num_hidden_layers"],
+    r"size|dim|heads|num_|n_": LARGEST_SIZES["vocab_size"],
 }
 
 
@@ -59,7 +61,7 @@ def _check_config(path: Path) -> None:
         fields = json.loads(path.read_bytes())
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply.") from None
-    except ValueError:  # no JSON: whoever reads it says so
+    except ValueError:  # not JSON: the error comes where it is read
         return
     if path.name in ("config.json", "generation_config.json", "adapter_config.json"):
         check_sizes(fields, str(path))
@@ -89,7 +91,7 @@ def _numbers(config: Any) -> Iterator[tuple[str, float]]:
 
 def check_processor(processor, name: str) -> None:
     """Raise a ValueError where a processor takes more than 10 seconds or 2 GB to encode a short question about a small
-    picture: a chat template with nested loops, a tokenizer whose text or an image size whose pixels explode.
+    picture: a chat template with nested loops, a tokenizer or an image size whose output explodes.
 
     `name` is the model's.
     """
@@ -111,10 +113,10 @@ def check_processor(processor, name: str) -> None:
 
 
 def run_within_limits(function: Callable[[], Any], what: str, seconds: float = 10, num_bytes: int = 2 << 30) -> Any:
-    """What a function returns, if JSON can hold it, run in a process of its own; None where it raised an error.
+    """Run a function in a process of its own, and return what it returned (as JSON), or None where it raised an error.
 
     Args:
-        function: it sees all that is there, and changes nothing.
+        function: it sees this process's memory, and cannot change it.
         what: the subject of the error's line.
         seconds: longest time.
         num_bytes: most memory beyond what this process has, on Linux.
@@ -144,7 +146,7 @@ def run_within_limits(function: Callable[[], Any], what: str, seconds: float = 1
         os.kill(child, signal.SIGKILL)
         os.close(reader)
         os.waitpid(child, 0)
-    if not answer.endswith(b"\n"):  # not all of it, or the process did not live to say that memory was short
+    if not answer.endswith(b"\n"):  # the answer is incomplete: out of time, or of memory
         raise ValueError(f"{what} takes more than {seconds:g} seconds or {num_bytes / 2**30:g} GB.")
     return json.loads(answer)
 

@@ -134,7 +134,7 @@ def test_a_grid_that_was_set_too_large_is_not_saved(tmp_path):
         ({"text_config": {"model_type": "qwen2", "num_hidden_layers": 10**12}}, "must be an int of 1 to 1024"),
         ({"text_config": {"model_type": "gpt2", "n_layer": 10**12}}, "must be an int of 1 to 1024, got 1000000000000"),
         ({"text_config": {"hidden_size": -4}}, "text_config.hidden_size must be an int of 1 to 262144, got -4"),
-        ({"text_config": {"vocab_size": 10**12}}, "text_config.vocab_size must be an int of 1 to 16777216"),
+        ({"text_config": {"vocab_size": 10**12}}, "text_config.vocab_size must be an int of 1 to 4194304"),
         (
             {"text_config": {"model_type": "t5"}},
             "text_config.model_type must be that of a decoder-only",

@@ -90,10 +90,10 @@ METADATA = {
     "deep": (deep("generation_config.json"), r"generation_config\.json is nested too deeply"),
     "layers": (
         config("text_config", num_hidden_layers=1_000_000),
-        r"num_hidden_layers .* is 1000000; .* at most 1,000",
+        r"num_hidden_layers .* is 1000000; .* at most 1,024",
     ),
-    "tower": (config("vision_config", num_hidden_layers=10**6), r"num_hidden_layers .* is 1000000; .* at most 1,000"),
-    "projector": (config(projector_num_layers=10**7), r"projector_num_layers .* is 10000000; .* at most 1,000"),
+    "tower": (config("vision_config", num_hidden_layers=10**6), r"num_hidden_layers .* is 1000000; .* at most 1,024"),
+    "projector": (config(projector_num_layers=10**7), r"projector_num_layers .* is 10000000; .* at most 1,024"),
     "image size": (config("vision_config", image_size=10**6), r"image_size .* is 1000000; .* at most 16,384"),
     "two sides": (config("vision_config", image_size=[10**6, 14]), r"image_size .* is 1000000; .* at most 16,384"),
     "vocabulary": (config("text_config", vocab_size=10**12), r"vocab_size .* at most 4,194,304"),

@@ -31,15 +31,15 @@ _PROJECTOR_SIZES = {
     "d_abstractor": {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16},
 }
 
-# The largest sizes that a config may name, far above those of any model: what is larger is a mistake or an attack, and
+# The largest sizes that a config may have, far above those of any model. A larger one is a mistake or an attack: it
 # would fill the memory or never end.
-_LARGEST = {
+LARGEST_SIZES = {
     "num_hidden_layers": 2**10,
     "num_attention_heads": 2**12,
     "num_key_value_heads": 2**12,
     "hidden_size": 2**18,
     "intermediate_size": 2**21,
-    "vocab_size": 2**24,
+    "vocab_size": 2**22,
     "image_size": 2**14,
     "patch_size": 2**10,
     "num_patches": 2**20,
@@ -182,7 +182,7 @@ class DecoConfig(PreTrainedConfig):
             )
         for name in ("vision_config", "text_config"):
             part = getattr(self, name)
-            _check_sizes(name, {field: getattr(part, field, None) for field in _LARGEST})
+            _check_sizes(name, {field: getattr(part, field, None) for field in LARGEST_SIZES})
         if self.vision_config.model_type not in _NUM_CLS_TOKENS:
             raise ValueError(
                 f"vision_config.model_type must be one of {sorted(_NUM_CLS_TOKENS)}, "
@@ -225,7 +225,7 @@ class DecoConfig(PreTrainedConfig):
                 )
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"projector_config[{name!r}] must be a positive int, got {value!r}.")
-            largest = _LARGEST.get(name, _MOST_PROJECTOR_LAYERS)
+            largest = LARGEST_SIZES.get(name, _MOST_PROJECTOR_LAYERS)
             if value > largest:
                 raise ValueError(f"projector_config[{name!r}] must be at most {largest}, got {value!r}.")
         sizes = {**allowed, **given}
@@ -320,7 +320,7 @@ class DecoConfig(PreTrainedConfig):
 
 def _check_sizes(name: str, fields: dict) -> None:
     """Raise a ValueError where a size in a part's config is no positive int, or absurdly large."""
-    for field, largest in _LARGEST.items():
+    for field, largest in LARGEST_SIZES.items():
         value = fields.get(field)
         for size in value if isinstance(value, (list, tuple)) else [value]:
             is_int = isinstance(size, int) and not isinstance(size, bool)
