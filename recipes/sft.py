@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -152,20 +152,11 @@ def read_sizes(projector_config: str) -> dict[str, int]:
     return sizes
 
 
-def merge_adapter(adapter_dir: str, revision: str = "main") -> None:
-    """Write `adapter_dir/merged`: the model that the adapter was trained on, with the adapter in it.
-
-    Args:
-        adapter_dir: of the adapter and its processor.
-        revision: of that model on the Hub.
-    """
+def merge_adapter(adapter_dir: str) -> None:
+    """Write `adapter_dir/merged`: the model that the adapter was trained on, with the adapter in it."""
     processor = DecoProcessor.from_pretrained(adapter_dir, trust_remote_code=False)
-    model = DecoForConditionalGeneration.from_pretrained(
-        PeftConfig.from_pretrained(adapter_dir).base_model_name_or_path,
-        revision=revision,
-        dtype="auto",
-        pooled_grid_size=processor.pooled_grid_size,
-    )
+    adapter = find_adapter(adapter_dir)
+    model = load_model(adapter.base, adapter.base_revision, dtype="auto", pooled_grid_size=processor.pooled_grid_size)
     merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
     merged.save_pretrained(Path(adapter_dir, "merged"))
     processor.save_pretrained(Path(adapter_dir, "merged"))
@@ -216,7 +207,7 @@ def check_output_dir(args: "DecoArguments", training_args: DecoSFTConfig, model_
 
 
 def _results(out: Path) -> list[Path]:
-    """What earlier runs have left in a folder: models, and checkpoints."""
+    """Models and checkpoints that earlier runs have left in a folder."""
     folders = [*out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(out / name for name in (BASE, "merged", INCOMPLETE))]
     names = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.bin")
     files = [path for name in names for path in out.glob(name)]
@@ -224,13 +215,13 @@ def _results(out: Path) -> list[Path]:
 
 
 def remove_results(out: Path) -> None:
-    """Remove what earlier runs have left, of which parts would be taken for this run's: checkpoints, an adapter."""
+    """Remove the results of earlier runs, which could be mistaken for this run's: checkpoints, an adapter."""
     for path in _results(out):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def save_base(args: DecoArguments, model_args: ModelConfig, base: Path) -> None:
-    """Write two backbones, joined, as the model that an adapter is of."""
+    """Join two backbones and write the result, the base model of an adapter."""
     if base.is_dir():  # of a run that is resumed
         return
     staged = base.with_name(INCOMPLETE) / BASE
@@ -272,13 +263,16 @@ def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelCon
         args.vision_model_name_or_path = args.projector_type = args.projector_config = args.pooled_grid_size = None
         args.pad_images, model_args.model_name_or_path = False, str(base)
     model, processor = load(args, model_args)
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
+        peft_config.revision = model_args.model_revision  # is saved with the adapter, which is of that model
     trainer = DecoSFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
     )
     if args.overwrite_output_dir and not (model_args.use_peft and joins):
         on_first_process(training_args, remove_results, out)
@@ -298,7 +292,7 @@ def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelCon
         # GIL held (torch 2.13): a run that ends at once may never end.
         time.sleep(0.5)
     if args.merge_adapter and trainer.is_world_process_zero():  # alone: the other processes are done
-        merge_adapter(training_args.output_dir, model_args.model_revision)
+        merge_adapter(training_args.output_dir)
     return trainer
 
 

@@ -28,7 +28,7 @@ import tiny_training
 from datasets import IterableDataset
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from tiny_training import CONFIGS, arguments, build_dataset, conversation, conversations, launch, parse, run
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -478,8 +478,9 @@ def test_the_result_loads_and_answers(checkpoint, data, tmp_path):
 def test_an_adapter_loads_on_its_model_and_merged(checkpoint, data, template, tmp_path):
     trainer = run(
         checkpoint, data, tmp_path / "out", "stage2_lora.yaml", max_steps=3, chat_template=template,
-        merge_adapter=True, learning_rate=1e-2, projector_learning_rate=1e-2,
+        merge_adapter=True, learning_rate=1e-2, projector_learning_rate=1e-2, model_revision="v2",
     )  # fmt: skip
+    assert PeftConfig.from_pretrained(tmp_path / "out").revision == "v2"  # or it would be loaded onto another model
     inputs = {"input_ids": torch.tensor([tiny.prompt("what", 9, "is this ?")]), "pixel_values": tiny.pixels(1)}
     trainer.model.eval()
     before = AutoModelForImageTextToText.from_pretrained(checkpoint)
