@@ -174,7 +174,7 @@ def _with_system(template: str, system: str) -> str:
     message = '[{"role": "system", "content": ' + json.dumps(system) + "}]"
     return (
         f"{{%- if messages[0]['role'] != 'system' -%}}{{%- set messages = {message} + messages -%}}{{%- endif -%}}\n"
-        + (template)
+        + template
     )
 
 
@@ -198,7 +198,7 @@ CHAT_TEMPLATES = {
     "qwen3": _CHATML,  # without its thinking
 }
 
-# The tokens that tell a format where a tokenizer has no template; the first that are all there decide.
+# Where a tokenizer has no template: the first format whose tokens are all in the vocabulary is its format.
 _MARKS = {
     "llama3": ("<|start_header_id|>", "<|eot_id|>"),
     "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
@@ -208,7 +208,7 @@ _MARKS = {
     "mistral": ("[INST]", "[/INST]"),
 }
 
-# In front of a template that takes strings alone: it makes them of the parts.
+# Goes in front of a template that takes strings alone: it joins the parts of each message into a string.
 _PARTS_TO_TEXT = (
     _TEXT
     + """\
@@ -258,11 +258,11 @@ def shows_images(template: str, render=render, **special_tokens) -> bool:
 
 
 def adapt_chat_template(template: str | None, vocabulary, render=render, **special_tokens) -> str | None:
-    """A language model's chat template as one that shows images.
+    """Make a language model's chat template show images.
 
-    A format of `CHAT_TEMPLATES` is told by what the template makes of text, a default system message included, or,
-    without a template, by the vocabulary. Any other template that renders text is kept, with `<image>` written into
-    its messages; it has no marks for training.
+    The format of `CHAT_TEMPLATES` is recognized by what the template makes of text, a default system message included,
+    or, without a template, by the vocabulary. Any other template that renders text is kept, with `<image>` written
+    into its messages; it has no marks for training.
 
     Args:
         template: the model's own, for text; None where it has none.
@@ -293,7 +293,7 @@ def adapt_chat_template(template: str | None, vocabulary, render=render, **speci
 
 
 def parts_to_text(template: str) -> str:
-    """A template that takes strings alone, with what makes strings of parts in front."""
+    """A template for messages of parts, from one that takes strings alone."""
     return _PARTS_TO_TEXT + template
 
 

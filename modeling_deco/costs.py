@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 class PrefillClock:
-    """Measures the prefill of an answer on the way: the first forward pass of a model in a `with` block, by hooks.
+    """Measures the prefill of an answer by hooks: the first forward pass of a model in a `with` block.
 
     Attributes:
         seconds: from the pass's inputs to the first token's logits; 0 before they are there.
@@ -39,7 +39,7 @@ class PrefillClock:
 
 
 def now(tensor: torch.Tensor) -> float:
-    """`time.perf_counter`, when the device of a tensor has done what it was given."""
+    """`time.perf_counter`, after the device of a tensor has finished its work."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
     return time.perf_counter()

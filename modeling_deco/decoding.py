@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding of pictures by Pillow, in this process or, where a stranger sent them, in one that can be killed.
+"""Decoding of pictures by Pillow: in this process or, for untrusted pictures, in one that can be killed.
 
 Only Pillow and NumPy are imported, so that such a process starts in a fraction of a second and takes 40 MB.
 """
@@ -20,8 +20,8 @@ from PIL import AvifImagePlugin, Image
 from .errors import one_line
 from .pixels import open_image, to_rgb
 
-# What is decoded of what others send, and of data sets. Pillow knows 40 more: some take a minute for a few kilobytes,
-# some hold larger pictures than they say, some start other programs.
+# The formats that are decoded of untrusted pictures and of data sets. Pillow knows 40 more: some take a minute for a
+# few kilobytes, some contain larger pictures than their header says, some start other programs.
 UNTRUSTED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
@@ -77,7 +77,7 @@ READY = b"ready\n"
 def serve_pictures(max_pixels: int, max_memory: int, timeout: float) -> None:
     """Decode pictures from standard input until it ends, each within `timeout` seconds or this process dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes the pipe
-    with suppress(ImportError):  # Windows has no such limit; macOS does not keep it
+    with suppress(ImportError):  # Windows has no such limit; macOS ignores it
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (max_memory, max_memory))

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Errors as users are told of them."""
+"""Errors as users see them: one line on stderr, and an exit code."""
 
 import os
 import sys
@@ -16,11 +16,10 @@ def one_line(error: object) -> str:
 
 
 def tell(line: str) -> None:
-    """Write a line to stderr. Where stderr takes nothing (a full disk, a reader who has left), there is no other place
-    to say so, and the program goes on to its exit code."""
-    with suppress(
-        OSError, ValueError, AttributeError
-    ):  # a closed file is a ValueError, and closed before Python, None
+    """Write a line to stderr. Where stderr cannot be written (a full disk, a closed pipe) the line is dropped, and the
+    program goes on to its exit code."""
+    # a closed file raises a ValueError; where stderr was closed before Python began, it is None
+    with suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
@@ -28,13 +27,13 @@ def tell(line: str) -> None:
 def run(name: str, main: Callable[[], object], bad_input: tuple[type[Exception], ...] = ()) -> NoReturn:
     """Run a program and end its process: with exit code 0, 1 for what failed on the way, or 2 for bad input.
 
-    An error that is known by its kind is one line on stderr, and others keep their traceback. An output that cannot be
-    written is an error of the first kind, though Python finds it out after the last line of the program.
+    `bad_input` and OSErrors become one line on stderr; other errors keep their traceback. An output that cannot be
+    written is an OSError too, though Python may notice it only after the program's last line.
 
     Args:
         name: how the line begins, as in `"deco"`.
         main: the program. It may raise `SystemExit`, as typer does.
-        bad_input: the errors that mean bad input. All others of `OSError` are of what failed on the way.
+        bad_input: the errors that mean bad input. Any other `OSError` is exit code 1.
     """
     _open_closed_streams()
     code = 0
@@ -45,7 +44,7 @@ def run(name: str, main: Callable[[], object], bad_input: tuple[type[Exception],
         if not isinstance(code, int):
             tell(str(code))
             code = 1
-    except BrokenPipeError:  # whoever read the output has left
+    except BrokenPipeError:  # the reader of the output has closed it
         code = 1
     except bad_input as error:
         tell(f"{name}: {one_line(error)}")
@@ -61,7 +60,7 @@ def run(name: str, main: Callable[[], object], bad_input: tuple[type[Exception],
                 code = 1
                 if not isinstance(error, BrokenPipeError):
                     tell(f"{name}: {_unwritten(error)}")
-            with suppress(OSError, ValueError):  # what is left of it would fail again when Python exits
+            with suppress(OSError, ValueError):  # what is still in the buffer would fail again when Python exits
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 

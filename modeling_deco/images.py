@@ -70,7 +70,7 @@ def read_image(
     *,
     limits: ImageLimits = ImageLimits(),  # noqa: B008  frozen
 ) -> Image.Image:
-    """Read a picture of one's own, whole. What others send or name is for a `PictureReader`.
+    """Read a trusted picture. Untrusted pictures and URLs are for a `PictureReader`.
 
     Args:
         source: path, `file:`, `http:`, `https:` or `data:` URL, an encoded picture as bytes, or an open binary file.
@@ -134,7 +134,7 @@ def _own(source: str | Path | bytes | BinaryIO, limits: ImageLimits) -> Path | B
 
 
 def _fetch(source: str | bytes, limits: ImageLimits, allow_files: bool, allow_private: bool, stop: "_Stop") -> bytes:
-    """The encoded picture that others sent or name."""
+    """The encoded bytes of an untrusted picture or URL."""
     if isinstance(source, bytes):
         return _bounded(source, limits)
     if _scheme(source) == "data":
@@ -183,7 +183,7 @@ def _data_of_url(url: str, limits: ImageLimits) -> bytes:
 
 
 class PictureReader:
-    """Reads what others send or name, so that it cannot stop or starve what else goes on.
+    """Reads untrusted pictures and URLs, within limits of time, memory and number.
 
     Pictures are decoded by `num_decoders` processes, which are started when first needed. One that a picture crashes,
     or keeps for longer or makes larger than the limits say, is killed and replaced. (The memory of a process is
@@ -402,7 +402,7 @@ class _Decoder:
             [sys.executable, "-I", "-c", _DECODE, arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # libtiff and others write there of what strangers send
+            stderr=subprocess.DEVNULL,  # libtiff and others write there about broken pictures
             env=os.environ
             | {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"},  # more count against the limit of memory
         )

@@ -202,7 +202,7 @@ def stream(
         pooled_grid_size: token budget of each image, as in `DecoProcessor.__call__`.
         max_new_tokens: longest answer, in tokens.
         temperature: see `sampling`.
-        seed: of what is drawn. Default: another one each time.
+        seed: of sampling. Default: another one each time.
         prompt_cache: the model's, by which the next question of a conversation is not encoded from its beginning.
 
     Yields:
@@ -225,7 +225,7 @@ def stream_call(call: Callable, processor: ProcessorMixin, *, seed: int | None =
 
     Args:
         call: takes `streamer`, `logits_processor` and `stopping_criteria` of `generate`.
-        seed: of what is drawn. Default: another one each time.
+        seed: of sampling. Default: another one each time.
 
     Returns:
         What the function returns. Closing the iterator stops generation.
@@ -260,11 +260,11 @@ def stream_call(call: Callable, processor: ProcessorMixin, *, seed: int | None =
 
 
 class NaNError(ValueError):
-    """A model's logits are no numbers."""
+    """A model's logits are NaN."""
 
 
 class RefuseNaN(LogitsProcessor):
-    """Raises a NaNError where logits are no numbers, of which `generate` makes an empty or meaningless answer."""
+    """Raises a NaNError where logits are NaN: `generate` would give an empty or meaningless answer."""
 
     def __call__(self, input_ids, scores):
         if bool(scores.isnan().any()):

@@ -185,7 +185,7 @@ def _check_weights(name, num_tensors, missing, mismatched, unexpected) -> None:
         raise ValueError(
             f"{name} has {len(mismatched)} tensors of another shape than its config.json says: {_first(shapes)}."
         )
-    # a LLaVA's tower has layers that are not read, and is a DeCo's as it is
+    # a LLaVA's tower may be used as it is: it has layers that DeCo does not read
     unexpected = [key for key in unexpected if "vision_tower." not in key]
     if unexpected:
         raise ValueError(
@@ -206,7 +206,12 @@ def empty_model(config: DecoConfig) -> DecoForConditionalGeneration:
 
 
 def _renamed(model, shapes: dict[str, tuple]) -> tuple[dict[str, tuple], set[str]]:
-    """Stored names as the model's: with their shapes, and those that are made of several stored tensors (experts)."""
+    """Names of stored tensors as the model has them.
+
+    Returns:
+        The shapes of the tensors that are stored as the model has them, by name; and the names of those that are
+        joined from several stored tensors (experts).
+    """
     expected = model.state_dict()
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -332,7 +337,7 @@ def stored_shapes(name: str, folder: str) -> dict[str, tuple]:
 
 
 class Adapter(NamedTuple):
-    """A PEFT adapter, and the model that it is of. `base` is a folder or Hub id."""
+    """A PEFT adapter and its base model. `base` is a folder or Hub id."""
 
     name: str
     revision: str | None
@@ -374,7 +379,7 @@ def find_adapter(name: str | os.PathLike, revision: str | None = None) -> Adapte
 
 
 def check_adapter(adapter: Adapter) -> None:
-    """Raise a ValueError where PEFT is missing, or adapters of a kind cannot be merged."""
+    """Raise a ValueError where PEFT is missing, or the kind of adapter cannot be merged."""
     if find_spec("peft") is None:
         raise ValueError(
             f"{adapter.name} is an adapter, which needs peft: pip install peft. Training with --merge_adapter true "
@@ -398,7 +403,7 @@ def _with_adapter(model: DecoForConditionalGeneration, adapter: Adapter, reads_w
     path = checkpoint_name(adapter.name)
     names = set(model.state_dict())
     with named_errors(adapter.name), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is checked here
+        warnings.simplefilter("ignore")  # about weights, which are checked here
         config = PeftConfig.from_pretrained(path, revision=adapter.revision)
         config.inference_mode = True
         adapted = PeftModel(model, config)
@@ -432,8 +437,8 @@ def _with_adapter(model: DecoForConditionalGeneration, adapter: Adapter, reads_w
 
 @contextmanager
 def named_errors(name: str) -> Iterator[None]:
-    """What libraries say of a checkpoint, as one line that names it: they raise errors of many kinds, and some name
-    neither model nor file."""
+    """Turn libraries' errors into a ValueError of one line that names the checkpoint. They are of many kinds, and some
+    name neither model nor file."""
     try:
         yield
     except ImportError:

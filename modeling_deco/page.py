@@ -375,7 +375,7 @@ def launch(
 
 
 def build_app(page: gr.Blocks, password: str | None = None, hosts: list[str] | None = None) -> FastAPI:
-    """The ASGI application of a page, with bounds on what anybody may send.
+    """The ASGI application of a page, with limits on requests.
 
     Args:
         password: what users must enter, under any user name.
@@ -386,8 +386,9 @@ def build_app(page: gr.Blocks, password: str | None = None, hosts: list[str] | N
     def is_right(user_name, given):
         return hmac.compare_digest(given.encode(errors="replace"), password.encode())
 
+    # private, seen in gradio 6.31
     page.state_session_capacity = 1000  # of which the oldest goes when one more comes
-    page.has_launched = True  # or gradio 6.31 lets requests name files of this machine
+    page.has_launched = True  # or requests may name files of this machine
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
         page.queue(max_size=64, api_open=False),
@@ -410,7 +411,7 @@ def build_app(page: gr.Blocks, password: str | None = None, hosts: list[str] | N
 
 
 def _warm_up(model, processor) -> None:
-    """An answer of one token, since a first one takes longer, and what cannot answer is better told now."""
+    """Generate one token: the first answer takes longer, and a model that cannot answer fails now."""
     content = [{"type": "image", "image": Image.new("RGB", (64, 64))}, {"type": "text", "text": "?"}]
     for _ in stream(model, processor, [{"role": "user", "content": content}], max_new_tokens=1):
         pass

@@ -92,8 +92,8 @@ class DecoProcessor(ProcessorMixin):
 
         Args:
             chat_template: Jinja template, or the name of one of `chat_templates.CHAT_TEMPLATES`: "chatml", "llama3".
-                Default: the language model's own, made to show images; without one, that of the format which the
-                tokenizer's special tokens tell, or none.
+                Default: the language model's own, made to show images; without one, the format that is recognized by
+                the tokenizer's special tokens, or none.
 
         Raises:
             ValueError: the language model's chat template cannot show images.

@@ -28,7 +28,7 @@ _BAD_INPUT = (
 
 
 class _InputError(Exception):
-    """Bad input, as it is told."""
+    """Bad input; the message is the line that users see."""
 
 
 def run(name: str, main: Callable[[], object]) -> NoReturn:
@@ -40,11 +40,11 @@ def run(name: str, main: Callable[[], object]) -> NoReturn:
         name: how the line begins.
         main: the recipe, its reading of arguments included.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries tell each other
-    errors.run(name, lambda: _told_once(name, main), bad_input=(_InputError,))
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
+    errors.run(name, lambda: _report_once(name, main), bad_input=(_InputError,))
 
 
-def _told_once(name: str, main: Callable[[], object]) -> None:
+def _report_once(name: str, main: Callable[[], object]) -> None:
     try:
         main()
     except Exception as error:
@@ -52,7 +52,7 @@ def _told_once(name: str, main: Callable[[], object]) -> None:
         if code is None:
             raise
         line = _line_of(error)
-        if not _is_first_to_tell(line):
+        if not _is_first_to_report(line):
             raise SystemExit(code) from None
         if code == 2:
             raise _InputError(line) from None
@@ -85,7 +85,7 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _is_failed_write(error: Exception) -> bool:
-    """torch.save and datasets' writers do not say it by an OSError."""
+    """A failed write of torch.save or datasets, which is not an OSError."""
     return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "No space left" in str(error))
 
 
@@ -96,8 +96,8 @@ def _line_of(error: Exception) -> str:
     return errors.one_line(text or type(error).__name__)
 
 
-def _is_first_to_tell(line: str) -> bool:
-    """Whether no other process of the launch has told the same."""
+def _is_first_to_report(line: str) -> bool:
+    """Whether no other process of the launch has reported the same line."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     try:
@@ -108,6 +108,6 @@ def _is_first_to_tell(line: str) -> bool:
             timeout=timedelta(seconds=10),
             wait_for_workers=False,
         )
-        return store.add(f"told {crc32(line.encode())}", 1) == 1
+        return store.add(f"reported {crc32(line.encode())}", 1) == 1
     except (KeyError, ValueError, RuntimeError):
         return os.environ.get("RANK", "0") == "0"

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of data sets in the layouts that people have: they are read whole, or refused in one line.
+"""Rows of data sets in their common layouts: a row is read completely, or refused in one line.
 
 `read_row` gives every row one form: `images` in the order in which they are seen, and `messages` (for preferences
 `prompt`, `chosen`, `rejected`) whose contents are lists of parts, of type `"text"` with a `text`, or `"image"`.

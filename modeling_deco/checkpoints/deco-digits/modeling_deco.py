@@ -377,7 +377,7 @@ class DecoModel(DecoPreTrainedModel):
         return placeholder_mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def _mismatch(self, placeholder_mask, tokens_per_image: list[int], cache) -> str:
-        """Which case of features and placeholders that are not as many this is, and what to do."""
+        """The error of features and placeholders that do not match: which case it is, and what to do."""
         num_features, num_placeholders = sum(tokens_per_image), int(placeholder_mask.sum())
         is_cut = bool(placeholder_mask[:, -1].any() or placeholder_mask[:, 0].any())
         one_grid = (
@@ -705,7 +705,7 @@ def _is_filled(cache) -> bool:
 
 def _finish_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
     """What the language model's own causal class does to the output of `lm_head`."""
-    if text_config.model_type != "mpt":  # whose logit_scale nobody reads
+    if text_config.model_type != "mpt":  # whose logit_scale is not used
         for name in ("logit_scale", "lm_head_multiplier"):  # Cohere's; Falcon-H1's
             if (factor := getattr(text_config, name, None)) is not None:
                 logits = logits * factor

@@ -3,8 +3,8 @@
 """One picture, one set of pixels: whatever a picture comes as, the image processor gets the same upright RGB image.
 
 `read_image` reads a path, a URL, bytes, a PIL image, an array or a tensor; `to_rgb` is the normalization itself. To
-normalize twice changes nothing. Nothing here bounds size or time: what anybody may send to a server goes through
-`images.read_image` first.
+normalize twice changes nothing. Nothing here limits size or time: `images.PictureReader` reads
+untrusted pictures.
 
 This file is part of the code that a checkpoint carries for `trust_remote_code=True`. It needs Pillow and NumPy alone.
 """
@@ -204,7 +204,7 @@ def channels_first(shape, channels: str | None = None) -> bool:
 def to_8_bit(values: np.ndarray) -> np.ndarray:
     """Values of pixels as 8 bit.
 
-    The scale is told by the type and the largest value: unsigned 16 bit counts to 65535, truth values to 1; other
+    The scale follows from the type and the largest value: unsigned 16 bit counts to 65535, truth values to 1; other
     whole numbers to 255, or to 65535 where one exceeds 255; floating point to 1, 255 or 65535, with some room for
     what interpolation adds at edges (up to twice these). NaN is black.
 
