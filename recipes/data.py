@@ -51,6 +51,7 @@ from modeling_deco.recipes.rows import (
     check_rows,
     converted,
     decoded,
+    is_media,
     is_read_as_it_is,
     to_parts,
     undecoded,
@@ -142,6 +143,8 @@ def read_sample(index: int, record: Any) -> Sample:
     except TypeError as error:
         return Sample(None, name, faults={"malformed record": str(error)})
     media = unread_media({key: value for key, value in record.items() if key != "conversations"}, bool(images))
+    for turn in record["conversations"]:
+        media += [key for key, value in turn.items() if key not in ("from", "value") and is_media(key, value)]
     all_text = "".join([name, *images, *(text for _, text in turns)])
     roles = [role for role, _ in turns]
     dialogue = roles[1:] if roles[:1] == ["system"] else roles

@@ -29,7 +29,9 @@ from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 from datasets import Image as ImageFeature
 from PIL import ExifTags, Image
 
+from modeling_deco import pixels
 from modeling_deco.errors import one_line
+from modeling_deco.pixels import read_image
 
 IMAGE_TAG = "<image>"
 CONVERSATIONS = ("messages", "prompt", "chosen", "rejected")
@@ -155,10 +157,10 @@ def open_image(image: Any) -> Any:
     if isinstance(image, (Image.Image, np.ndarray, torch.Tensor)):
         return image
     check_reference(image)
-    if isinstance(image, str) and image.startswith("data:"):
-        image = _bytes_of_url(image)
     try:
-        return ImageFeature().decode_example(ImageFeature().encode_example(image))
+        if isinstance(image, str) and _is_remote(image):  # datasets knows more places: hf://, zip://
+            return ImageFeature().decode_example({"bytes": None, "path": image})
+        return read_image(image)
     except Exception as error:  # of many kinds, by decoders and by downloads
         shown = image.get("path") if isinstance(image, Mapping) else image
         name = repr(str(shown)) if isinstance(shown, (str, PurePath)) else "in the data"
@@ -189,7 +191,7 @@ def image_size(image: Any) -> tuple[int, int]:
         try:
             if isinstance(source, (bytes, bytearray)):
                 source = io.BytesIO(source)
-            image = source if not isinstance(source, (str, PurePath, io.BytesIO)) else Image.open(source)
+            image = source if not isinstance(source, (str, PurePath, io.BytesIO)) else pixels.open_image(source)
         except Exception as error:  # of many kinds
             raise ValueError(f"an image cannot be read: {one_line(error)}") from error
     if not isinstance(image, Image.Image):
@@ -207,7 +209,7 @@ def unread_media(row: Mapping[str, Any], has_images: bool) -> list[str]:
     return [
         name
         for name, value in row.items()
-        if name not in COLUMNS and _is_media(name, value) and not (has_images and _is_about(name, value))
+        if name not in COLUMNS and is_media(name, value) and not (has_images and _is_about(name, value))
     ]
 
 
@@ -215,11 +217,14 @@ def _is_about(name: str, value: Any) -> bool:
     return bool(_ABOUT_AN_IMAGE.fullmatch(name)) or not _MEDIA_COLUMN.fullmatch(name) and _type_of(value) == "image"
 
 
-def _is_media(name: str, value: Any) -> bool:
+def is_media(name: str, value: Any) -> bool:
+    """Whether a field seems to have images, videos or sounds."""
     if isinstance(value, (list, tuple)):
-        return any(_is_media(name, entry) for entry in value)
+        is_array = bool(value) and isinstance(value[0], (list, tuple)) and _MEDIA_COLUMN.fullmatch(name)
+        return bool(is_array) or any(is_media(name, entry) for entry in value)
     if isinstance(value, Mapping):
-        return value.get("bytes") is not None or value.get("path") is not None
+        is_file = value.get("bytes") is not None or value.get("path") is not None
+        return is_file or _type_of(value) in ("image", "video", "audio")
     if isinstance(value, (Image.Image, bytes)) or type(value).__name__.endswith("Decoder"):  # datasets' of videos
         return True
     if isinstance(value, (np.ndarray, torch.Tensor)):
@@ -233,7 +238,7 @@ def _type_of(value: Any) -> str | None:
     if isinstance(value, (list, tuple)):
         return next((kind for kind in map(_type_of, value) if kind), None)
     if isinstance(value, Mapping):
-        return _type_of(value.get("path"))
+        return next((kind for kind in map(_type_of, value.values()) if kind), None)
     if isinstance(value, Image.Image):
         return "image"
     if not isinstance(value, (str, PurePath)) or len(str(value)) > 500 or re.search(r"\s", str(value)):
@@ -258,6 +263,9 @@ def _read_message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError("a message has no 'role'")
     rest = {name: value for name, value in message.items() if value is not None}
+    for name, value in rest.items():
+        if name not in ("role", "content", "tool_calls") and is_media(name, value):
+            raise ValueError(f"a message has media in {name!r}, which is not read; make it a part of its 'content'")
     content = message.get("content")
     if content is None and not rest.get("tool_calls"):
         raise ValueError(f"a message of role {message['role']!r} has no 'content'")
@@ -365,7 +373,7 @@ def check_rows(dataset: Dataset, name: str) -> None:
 def report_faults(faults: list[str], num_rows: int, name: str = "") -> None:
     """Raise a ValueError with the number of faults and the first of them, where there are any."""
     if faults:
-        shown = "; ".join(faults[:5]) + ("; ..." if len(faults) > 5 else "")
+        shown = "; ".join(fault.rstrip(".") for fault in faults[:5]) + ("; ..." if len(faults) > 5 else "")
         raise ValueError(f"{len(faults):,} of {num_rows:,} rows{name} cannot be read: {shown}.")
 
 

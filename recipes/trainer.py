@@ -87,6 +87,10 @@ class DecoSFTConfig(SFTConfig):
         self.remove_unused_columns = False  # ids of samples are wanted, and the collator picks what it needs
         self.logging_nan_inf_filter = False  # such a loss stops the run
         self.use_cache = True  # of the saved config; TRL turns it off call by call
+        if self.packing:
+            raise ValueError("packing=True joins texts alone, and samples have images; leave it out.")
+        # TRL tokenizes data sets without a column of images, whose images may be in the messages; the collator does so
+        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         for name in ("pad_token", "eos_token", "pad_to_multiple_of", "completion_only_loss", "chat_template_path"):
             if getattr(self, name):
                 raise ValueError(

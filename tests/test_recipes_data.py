@@ -365,6 +365,10 @@ FAULTS = {
     "path of an image": ("media that are not read", record("sick", None, talk("What?", "A cat."), image_path="a.jpg")),
     "file of an image": ("media that are not read", record("sick", None, talk("What?", "A cat."), source="b/a.jpg")),
     "second image": ("media that are not read", record("sick", image2="b.png")),
+    "image of a turn": (
+        "media that are not read",
+        record("sick", None, [{**talk("What?", "A cat.")[0], "image": "a.jpg"}, *talk("What?", "A cat.")[1:]]),
+    ),
     "id no text": ("malformed record", record(["sick"])),
     "id true": ("malformed record", record(True)),
     "lone surrogate": ("invalid Unicode", record("sick", conversations=[QUESTION, gpt("A \ud83d cat.")])),

@@ -22,7 +22,7 @@ from transformers import Siglip2ImageProcessorPil
 
 from modeling_deco.recipes.collator import DecoCollator
 from modeling_deco.recipes.data import load_data
-from modeling_deco.recipes.rows import open_image, read_row, unread_media
+from modeling_deco.recipes.rows import image_size, open_image, read_row, unread_media
 from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -183,6 +183,11 @@ FAULTS = {
     "a part without a text": (asked({"type": "text"}), "'text' has no 'text'"),
     "a part that is a text": (asked("what"), "a part of a message is of type str"),
     "null in a part": (asked({"type": "image", "image": None}), "0 images .* 1 places"),
+    "an image beside a content": ({"messages": [{**user("?"), "image": "red.png"}, ANSWER]}, "has media in 'image'"),
+    "images beside a content": ({"messages": [{**user("?"), "images": ["red.png"]}, ANSWER]}, "has media in 'images'"),
+    "a video beside a content": ({"messages": [{**user("?"), "video": "a.mp4"}, ANSWER]}, "has media in 'video'"),
+    "a dict of any key": ({**ASKED, "attachments": [{"url": "red.png"}]}, "column 'attachments' has media"),
+    "pixels as lists": ({**ASKED, "pixel_values": [[0.0, 1.0]]}, "column 'pixel_values' has media"),
     "no content": ({"messages": [{"role": "user"}, ANSWER]}, "a message of role 'user' has no 'content'"),
     "a content of one part": ({"messages": [{"role": "user", "content": text()}]}, "a content is of type dict"),
     "LLaVA's turns": ({"messages": [{"from": "human", "value": "?"}]}, "a message has no 'role'"),
@@ -326,6 +331,24 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_row(streaming, tmp_pa
     if streaming:
         with pytest.raises(ValueError, match="'sick': the image '.*broken.png' cannot be read"):
             list(load_data(source, streaming))
+
+
+@pytest.mark.parametrize("reference", ["url", "path"])
+def test_a_trainer_reads_images_of_parts_where_no_column_has_any(reference, photos, tmp_path):
+    row = asked({"type": "image", reference: str(photos / "red.png")}, text())
+    row["messages"][1] = {"role": "assistant", "content": [text("a red cat .")]}
+    (shown,) = train(Dataset.from_list([row] * 2), tmp_path / "out")
+    assert len(shown) == 2
+
+
+def test_heic_is_read_in_training(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    file = tmp_path / "a.heic"
+    pillow_heif.from_pillow(Image.new("RGB", (16, 8), (200, 60, 20))).save(file, quality=100)
+    for image in (str(file), file.read_bytes(), {"bytes": None, "path": str(file)}):
+        assert open_image(image).size == (16, 8)
+        np.testing.assert_allclose(open_image(image).getpixel((2, 2)), (200, 60, 20), atol=6)
+        assert image_size(image) == (8, 16)
 
 
 def test_images_in_the_data_are_not_read_to_count_them(monkeypatch, photos, tmp_path):

@@ -800,6 +800,7 @@ def test_model_and_data_have_no_default(data, capsys):
         ),
         ({"pooled_grid_sizes": [2, 7]}, "pooled_grid_sizes=7: 7 x 7 is larger than the 6 x 6 patches"),
         ({"pooled_grid_sizes": [0]}, "positive int"),
+        ({"packing": True}, "packing=True joins texts alone"),
         ({"pooled_grid_sizes": [1, 2], "pooled_grid_weights": [1.0]}, "1 numbers for 2 pooled_grid_sizes"),
     ],
 )
