@@ -27,7 +27,7 @@ from ..chat_templates import (
 )
 from ..errors import one_line
 from .errors import ConversionError
-from .files import read_json
+from .files import read_json, value_errors
 
 # Settings that act only where sampling or beams are on; transformers refuses to save them elsewhere.
 _SAMPLING_SETTINGS = (
@@ -235,8 +235,8 @@ def choose_chat_template(template, tokenizer=None, model_type="llama", use_im_st
     The source's is kept where it shows images and is another format than Vicuna's. Of Vicuna's own, ours is taken: it
     marks for the loss what the assistant has to write, its end included, which llava-hf's leaves out. Questions are
     asked as the source asks them: without the system prompt where it has none. A template that knows text alone is
-    adapted; without a template the tokenizer's special tokens tell the format, and where they do not, a Llama is a
-    Vicuna.
+    adapted. Without a template the format is recognized by the tokenizer's special tokens; a Llama whose format is not
+    recognized gets Vicuna's.
 
     Args:
         template: the source's: Jinja, several by name, or None.
@@ -282,13 +282,13 @@ def named_chat_template(name_or_path: str, use_im_start_end=False) -> str:
     Raises:
         ConversionError: there is none, or it shows no images.
     """
-    try:
+    with value_errors():
         template = read_chat_template(name_or_path)
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
-    if name_or_path not in CHAT_TEMPLATES and not shows_images(template, bos_token="<s>", eos_token="</s>"):  # noqa: S106
+    if name_or_path in CHAT_TEMPLATES:
+        return _between_marks(template, use_im_start_end)
+    if not shows_images(template, bos_token="<s>", eos_token="</s>"):  # noqa: S106
         raise ConversionError(f"The chat template {name_or_path} does not write <image> for an image of a message.")
-    return _between_marks(template, use_im_start_end) if name_or_path in CHAT_TEMPLATES else template
+    return template
 
 
 # --- image processor -------------------------------------------------------------------------------------------------
