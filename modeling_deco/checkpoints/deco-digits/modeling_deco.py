@@ -69,8 +69,8 @@ _NOT_QUANTIZED = [
     "lm_head",
 ]
 
-# The language model's fields in both outputs. The key-value cache is `past_key_values` up to transformers 5.23, and
-# `cache` from 5.24 on, in the outputs as in the arguments.
+# The language model's fields in both outputs. The key-value cache is `cache` from transformers 5.24
+# on, and `past_key_values` before, in the outputs as in the arguments.
 _LANGUAGE_MODEL_FIELDS = [field.name for field in fields(BaseModelOutputWithPast)]
 CACHE_NAME = "cache" if "cache" in _LANGUAGE_MODEL_FIELDS else "past_key_values"
 
