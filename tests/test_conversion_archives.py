@@ -12,6 +12,7 @@ import zipfile
 import hostile
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from modeling_deco.conversion import ConversionError, convert, export, sources, weights
 
@@ -95,6 +96,25 @@ def two_directories() -> bytes:
     return changed(changed(content, len(content) - 22 + 8, "<H", 3), len(content) - 22 + 10, "<H", 3)
 
 
+def grown(name: bytes, num_bytes: int) -> bytes:
+    """Of a record both the directory and its own header say that it has so many bytes more."""
+    content = plain()
+    at, own = entry(content, name), content.index(name) - 30
+    (size,) = struct.unpack("<L", content[at + 24 : at + 28])
+    for offset in (at + 20, at + 24, own + 18, own + 22):
+        content = changed(content, offset, "<L", size + num_bytes)
+    return content
+
+
+def behind_a_file() -> bytes:
+    """An archive whose places count from the beginning of what lies before it."""
+    file = io.BytesIO(b"PK\x03\x04" + bytes(96))
+    with zipfile.ZipFile(io.BytesIO(plain())) as old, zipfile.ZipFile(file, "a") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    return file.getvalue()
+
+
 HOSTILE = {
     "compressed data": (lambda: compressed("data/0"), "the record archive/data/0 is compressed"),
     "compressed pickle": (lambda: compressed("data.pkl"), r"the record archive/data\.pkl is compressed"),
@@ -111,11 +131,17 @@ HOSTILE = {
         )[-1],
         "serialization_id has another size than the directory says",
     ),
+    "larger than the file in both headers": (
+        lambda: grown(b"archive/.data/serialization_id", 1),
+        "serialization_id is larger than the file",
+    ),
+    "into the next one": (lambda: grown(b"archive/data/0", 8), "lies over another one or is hidden"),
     "over another": (
         lambda: changed(plain(), entry(plain(), b"archive/data/1") + 42, "<L", 0),
         "lies over another one",
     ),
     "hidden behind a file": (lambda: b"PK\x03\x04" + bytes(96) + plain(), "its directory is not where it should be"),
+    "hidden behind what its places count": (behind_a_file, "is hidden behind other data"),
     "a comment": (
         lambda: rewrite(lambda _, data: data, comment=b"PK\x05\x06" + bytes(18)),
         "its directory is not where it should be",
@@ -130,6 +156,22 @@ HOSTILE = {
         "its directory has 6 records and should have 3",
     ),
     "two directories": (two_directories, "its two directories differ"),
+    "a zip64 directory elsewhere": (
+        lambda: changed(archive(), -34, "<Q", 0),
+        "its zip64 directory is not before its end",
+    ),
+    "a name of other letters": (
+        lambda: plain().replace(b"archive/data/1", b"archive/data/\xe9"),
+        "a record is called 'archive/data/",
+    ),
+    "a name that ends before its end": (
+        lambda: plain().replace(b"archive/data/1", b"archive/data\x001"),
+        r"a record is called 'archive/data\\x001'",
+    ),
+    "numbers of a big-endian machine": (
+        lambda: rewrite(lambda name, data: b"big" if name.endswith("byteorder") else data),
+        "was written on a big-endian machine",
+    ),
     "another name in front of the data": (
         lambda: plain().replace(b"archive/data/1", b"archive/data/2", 1),
         "the record archive/data/1 is another one than the directory says",
@@ -140,6 +182,14 @@ HOSTILE = {
     ),
     "encrypted": (
         lambda: changed(plain(), entry(plain(), b"archive/data/1") + 8, "<H", 1),
+        "the record archive/data/1 is compressed or encrypted",
+    ),
+    "strongly encrypted": (
+        lambda: changed(plain(), entry(plain(), b"archive/data/1") + 8, "<H", 0x40),
+        "the record archive/data/1 is compressed or encrypted",
+    ),
+    "headers encrypted": (
+        lambda: changed(plain(), entry(plain(), b"archive/data/1") + 8, "<H", 0x2000),
         "the record archive/data/1 is compressed or encrypted",
     ),
     "one name twice": (lambda: plain().replace(b"archive/data/1", b"archive/DATA/0"), "two records have one name"),
@@ -176,6 +226,42 @@ def test_an_archive_that_lies_is_not_loaded(kind, tmp_path):
     with pytest.raises(ConversionError, match=match) as raised:
         weights.read_weight_file(path)
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "match"), [(100, "its directory is not where"), (5000, r"data\.pkl has 10,\d+ bytes")]
+)
+def test_what_is_parsed_of_an_archive_is_bounded(limit, match, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "_MAX_HEADER_BYTES", limit)
+    torch.save({"a" * 10_000: torch.ones(1)}, tmp_path / "weights.bin")
+    with pytest.raises(ConversionError, match=match):
+        weights.read_weight_file(tmp_path / "weights.bin")
+
+
+def test_a_header_of_safetensors_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "_MAX_HEADER_BYTES", 1000)
+    save_file({"a" * 1000: torch.ones(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ConversionError, match=r"its header has 1,\d+ bytes, of at most 1,000"):
+        weights.read_weight_file(tmp_path / "weights.safetensors")
+
+
+def test_a_key_in_two_shards_is_refused_though_the_index_names_the_last(tmp_path):
+    save_file({"a": torch.zeros(1), "b": torch.ones(1)}, tmp_path / "1.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "2.safetensors")
+    weight_map = {"a": "2.safetensors", "b": "1.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ConversionError, match=r"'a' is a duplicate: it is in 1\.safetensors and in 2\.safetensors"):
+        weights.read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../1.safetensors", "/1.bin", "below/1.bin", r"..\1.bin", "c:1.bin", "1.bin\0", "1.pt"]
+)
+def test_a_shard_lies_in_its_folder(name, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ConversionError, match="shards must be files in the same folder"):
+        weights.read_weight_map(index)
 
 
 @pytest.mark.parametrize("make", [archive, plain])
