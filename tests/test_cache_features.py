@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -24,7 +25,7 @@ from tiny_training import arguments, conversation, conversations, launch, launch
 from trl import ModelConfig, TrlParser
 
 from modeling_deco import DecoForConditionalGeneration, DecoProcessor
-from modeling_deco.recipes import cache_features, sft
+from modeling_deco.recipes import cache_features, feature_cache, sft
 from modeling_deco.recipes.cache_features import CacheArguments
 from modeling_deco.recipes.feature_cache import CacheError, FeatureCache
 from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
@@ -430,6 +431,32 @@ def test_a_stale_cache_is_refused_by_training_and_by_another_build(
         run(tmp_path / "model", data, tmp_path / "out", **FROZEN, feature_cache=cached)
     with pytest.raises(CacheError, match=f"is stale: {message}"):
         build(tmp_path / "model", data, cached, **ELASTIC)
+
+
+def test_a_fingerprint_has_what_makes_other_features(monkeypatch):
+    model, processor = tiny.build_model(), tiny_training.build_processor()
+    fingerprints = []
+
+    def changed(bf16=False, fp16=False) -> set[str]:
+        found = feature_cache.fingerprint(model, processor, SimpleNamespace(bf16=bf16, fp16=fp16))
+        fingerprints.append(
+            {f"{part}, {name}": value for part, fields in found.items() for name, value in fields.items()}
+        )
+        *_, before, now = [{}, *fingerprints]
+        return {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+
+    changed()
+    assert changed(fp16=True) == {"dtype, of the features"}
+    assert fingerprints[-1]["dtype, of the features"] == "torch.float16"
+    assert changed(bf16=True) == {"dtype, of the features"}
+    model.model.vision_tower.to(torch.bfloat16)
+    assert changed(bf16=True) == {"dtype, of the tower", "vision tower, weights"}
+    monkeypatch.setattr(feature_cache, "NORMALIZATION", 0)
+    assert changed(bf16=True) == {"image preprocessing, normalization"}
+    pil = type(processor.image_processor)  # torchvision's has the same fields, and resizes in another way
+    processor.image_processor.__class__ = type("CLIPImageProcessor", (pil,), {})
+    assert changed(bf16=True) == {"image preprocessing, type"}
+    assert changed(bf16=True) == set()
 
 
 @pytest.mark.parametrize(

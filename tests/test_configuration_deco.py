@@ -185,6 +185,10 @@ def test_a_layer_that_is_asked_of_a_tower_that_was_cut_counts_as_in_the_uncut_on
     assert used_layers(other.vision_config, pooled_grid_size=3, vision_feature_layer=1) == 1
     with pytest.raises(ValueError, match="vision_feature_layer=3 selects no layer of a vision tower with 2"):
         DecoConfig(vision_config=other.vision_config, pooled_grid_size=3, vision_feature_layer=3)
+    third = DecoConfig(vision_config=other.vision_config, pooled_grid_size=3, vision_feature_layer=-3)
+    assert third.vision_config.num_cut_layers == 2  # of 3 in all, one of them before
+    with pytest.raises(ValueError, match="vision_feature_layer=-4 .* with 1; it must be -3 to -1 or 1 to 1"):
+        DecoConfig(vision_config=third.vision_config, pooled_grid_size=3, vision_feature_layer=-4)
 
 
 def test_a_whole_tower_serves_two_configs():

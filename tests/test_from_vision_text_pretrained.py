@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from modeling_deco import DecoForConditionalGeneration, DecoProcessor
+from modeling_deco.modeling_deco import _finish_logits
 
 TEXT_TOWER = {
     "hidden_size": 32,
@@ -69,7 +70,7 @@ def text_folder(tmp_path_factory):
             folders[name] = tmp_path_factory.mktemp(name)
             config = AutoConfig.for_model(**{**tiny.TEXT_CONFIGS[name], "vocab_size": NUM_WORDS})
             text_model = tiny.randomize(AutoModelForCausalLM.from_config(config), seed=1)
-            text_model.generation_config.max_new_tokens = 7
+            text_model.generation_config.max_new_tokens, text_model.generation_config.suppress_tokens = 7, [5]
             text_model.to(torch.bfloat16).save_pretrained(folders[name])
             tiny.build_tokenizer(with_image_token=False).save_pretrained(folders[name])
         return folders[name]
@@ -187,7 +188,7 @@ def test_the_joined_model_answers_the_same_after_saving_and_loading(vision, join
 def test_the_generation_config_is_that_of_the_language_model_without_the_image_token(join, tmp_path):
     join().save_pretrained(tmp_path)
     generation_config = DecoForConditionalGeneration.from_pretrained(tmp_path).generation_config
-    assert (generation_config.max_new_tokens, generation_config.suppress_tokens) == (7, [NUM_WORDS])
+    assert (generation_config.max_new_tokens, generation_config.suppress_tokens) == (7, [5, NUM_WORDS])
 
 
 def test_the_model_is_in_evaluation_mode(join):
@@ -279,6 +280,29 @@ def test_the_loss_is_of_the_logits_that_the_language_model_gives(vision_folder, 
     assert model(ids).logits.abs().max() <= 2.0  # the cap
 
 
+LOGITS = {  # what these do after their head, in families that are not joined above
+    "hyperclovax": {**GATED, "intermediate_size": 48, "logits_scaling": 8.0},
+    "minicpm3": {**GATED, "q_lora_rank": 8, "kv_lora_rank": 8, "dim_model_base": 8},
+    "recurrent_gemma": {**GATED, "logits_soft_cap": 2.0, "lru_width": 32},
+    "falcon_h1": {**GATED, "lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16},
+    "xlstm": {"hidden_size": 32, "num_heads": 2, "num_hidden_layers": 2, "output_logit_soft_cap": 2.0},
+}
+
+
+@pytest.mark.parametrize("model_type", LOGITS)
+def test_logits_are_finished_as_the_language_models_own_class_does(model_type):
+    config = AutoConfig.for_model(model_type, vocab_size=NUM_WORDS, pad_token_id=0, **LOGITS[model_type])
+    text_model, of_head = AutoModelForCausalLM.from_config(config).eval(), []
+    torch.nn.init.normal_(text_model.get_output_embeddings().weight, generator=torch.Generator().manual_seed(0))
+    text_model.get_output_embeddings().register_forward_hook(lambda *call: of_head.append(call[-1]))
+    with torch.no_grad():
+        expected = text_model(torch.arange(1, 9)[None], use_cache=False).logits
+    if model_type == "minicpm3":  # which divides what goes into its head
+        of_head[0] = of_head[0] * (32 / 8)
+    torch.testing.assert_close(_finish_logits(of_head[0], config), expected)
+    assert not torch.allclose(of_head[0], expected)
+
+
 @pytest.mark.parametrize(
     ("model_type", "sizes", "reason"),
     [
@@ -332,10 +356,11 @@ def test_backbones_that_lack_weights_are_refused(part, vision_folder, text_folde
         DecoForConditionalGeneration.from_vision_text_pretrained(*folders.values(), pooled_grid_size=3)
 
 
-def test_weights_that_are_no_numbers_are_refused(vision_folder, text_folder, tmp_path):
+@pytest.mark.parametrize(("name", "rows"), [("model.norm.weight", slice(None)), ("lm_head.weight", 5)])
+def test_weights_that_are_no_numbers_are_refused(name, rows, vision_folder, text_folder, tmp_path):
     shutil.copytree(text_folder("llama"), tmp_path / "text")
     weights = load_file(tmp_path / "text" / "model.safetensors")
-    weights["model.norm.weight"].fill_(torch.nan)
+    weights[name][rows] = torch.nan
     save_file(weights, tmp_path / "text" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"has logits that are no numbers \(NaN\)"):
         DecoForConditionalGeneration.from_vision_text_pretrained(

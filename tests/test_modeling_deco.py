@@ -748,6 +748,7 @@ def test_the_image_token_is_never_written(arguments):
     model, ids = tiny.build_model(), torch.tensor([prompt("what is this ?")])
     with torch.no_grad():
         model.lm_head.weight[tiny.IMAGE_TOKEN_ID] = 10 * model.model(ids).last_hidden_state[0, -1]
+        model.lm_head.weight[[7, 11]] = model.lm_head.weight[tiny.IMAGE_TOKEN_ID] * torch.tensor([[0.9], [0.8]])
     assert model(ids).logits[0, -1].argmax() == tiny.IMAGE_TOKEN_ID
     model.generation_config.suppress_tokens = [11]
     given = copy.deepcopy(arguments)

@@ -237,6 +237,15 @@ def test_one_pixel_makes_another_picture(model, ran):
     assert ran.images == [1]
 
 
+def test_the_same_numbers_in_another_shape_are_another_picture(model, ran):
+    prompts = cache_of(model, ran)
+    inputs = inputs_of(QUESTION)
+    for height, width in ((24, 24), (12, 48)):
+        inputs["pixel_values"] = torch.full((1, 3, height, width), 0.5)
+        same(prompts, inputs)
+        assert ran.images == [1]
+
+
 def test_another_grid_of_as_many_tokens_is_encoded(model, ran):
     prompts = cache_of(model, ran)
     same(prompts, inputs_of(QUESTION, grid=[2, 4]))
@@ -704,6 +713,16 @@ def test_entries_change_under_the_lock_alone(model):
     for picture in (CAT, DOG, tiny.picture(2), tiny.picture(2)):  # the third evicts, the fourth replaces
         prompts.generate(**inputs_of(user(picture, "what is this ?")))
     assert (len(prompts._entries), unlocked) == (2, [])
+
+    class Watched(PromptCache):
+        def __setattr__(self, name, value):
+            if not self._lock.locked():
+                unlocked.append(name)
+            super().__setattr__(name, value)
+
+    prompts.__class__ = Watched
+    prompts.clear()
+    assert (prompts.num_bytes, unlocked) == (0, [])
 
 
 def test_a_stream_takes_a_cache(model, ran):

@@ -17,7 +17,7 @@ import datasets
 import tiny_training
 import torch
 from datasets import Dataset, List
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import Siglip2ImageProcessorPil
 
 from modeling_deco.recipes.collator import DecoCollator
@@ -112,6 +112,15 @@ LAYOUTS = {  # what is seen of them before the answer
             "images": ["red.png", "green.png"],
         },
         "red what ? a red cat . and green ?",
+    ),
+    "no tags in two turns": (
+        {"messages": [user("what ?"), ANSWER, user("and ?"), ANSWER], "images": ["red.png"]},
+        "red what ? a red cat . and ?",
+    ),
+    "a tag in an answer": (
+        {"messages": [user("<image> what ?"), {"role": "assistant", "content": "<image>"}, user("?"), ANSWER]}
+        | {"images": ["red.png"]},
+        "red what ? <image> ?",
     ),
     "tags in parts": ({**asked(text("<image> what ?"), text("?")), "images": ["red.png"]}, "red what ? ?"),
     "parts": ({**asked({"type": "image", "text": None}, text()), "images": ["red.png"]}, ONE),
@@ -372,6 +381,21 @@ def test_a_collator_reads_rows_as_they_come(photos):
     assert (batch["input_ids"] == collator.processor.image_token_id).sum(1).tolist() == [1, 0, 0]
     with pytest.raises(ValueError, match="Sample None: column 'videos' has media"):
         collator([{"messages": asked, "videos": ["a.mp4"]}])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_an_image_is_that_of_the_upright_one(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (6, 4)).save(tmp_path / "wide.png", exif=exif)
+    encoded = (tmp_path / "wide.png").read_bytes()
+    sources = [
+        encoded,
+        {"bytes": encoded, "path": None},
+        str(tmp_path / "wide.png"),
+        Image.open(tmp_path / "wide.png"),
+    ]
+    assert {image_size(source) for source in sources} == {(4, 6) if orientation < 5 else (6, 4)}  # (height, width)
 
 
 # --- grids of images in their own shapes -----------------------------------------------------------------------------

@@ -312,10 +312,11 @@ def test_each_picture_is_encoded_once_per_step_and_per_evaluation(tmp_path):
 def test_the_order_of_samples_is_the_data_seeds(checkpoint, data, tmp_path, monkeypatch):
     settings = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2}
     orders = {}
-    for seed, data_seed in ((1, 5), (2, 5), (1, 6), (5, None)):
+    for seed, data_seed in ((1, 5), (2, 5), (1, 6), (5, None), (1, 0), (0, None)):
         loader = build_trainer(tmp_path, seed=seed, data_seed=data_seed, **settings).get_train_dataloader()
         orders[seed, data_seed] = [sample_id for batch in loader for sample_id in batch["sample_ids"]]
     assert orders[1, 5] == orders[2, 5] == orders[5, None] != orders[1, 6]
+    assert orders[1, 0] == orders[0, None] != orders[1, 5]
     monkeypatch.setattr(sft, "load", lambda *args: 1 / 0)
     shuffled = []
     real = IterableDataset.shuffle
@@ -352,6 +353,8 @@ def test_parts_have_their_learning_rates(tmp_path):
     assert rates["model.language_model.layers.0.mlp.up_proj.weight"] == (1e-3, 0.1)
     assert rates["lm_head.weight"] == (1e-3, 0.1)
     assert trainer.create_optimizer() is optimizer
+    trainer = build_trainer(tmp_path, learning_rate=1e-3, projector_learning_rate=0.0, vision_tower_learning_rate=0.0)
+    assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {1e-3, 0.0}
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -363,6 +366,7 @@ def test_grids_are_drawn_per_step_from_seed_and_step_alone(tmp_path):
         trainer = build_trainer(tmp_path / name, pooled_grid_sizes=[1, 2, 3], seed=seed)
         drawn[name] = [trainer.grid_of_step(step) for step in range(300)]
     assert drawn["one"] == drawn["again"] != drawn["other"]
+    assert drawn["one"][1:] != drawn["other"][:-1]  # nor the same, a step later
     assert {grid: drawn["one"].count(grid) > 70 for grid in (1, 2, 3)} == {1: True, 2: True, 3: True}
     trainer.args.pooled_grid_weights = [0.0, 1.0, 3.0]
     counts = [[trainer.grid_of_step(step) for step in range(400)].count(grid) for grid in (1, 2, 3)]
@@ -402,6 +406,17 @@ def test_batches_are_of_one_modality_and_like_length():
     assert list(sampler) == order
     sampler.epoch = 1
     assert list(sampler) != order
+
+
+def test_all_batches_of_a_step_are_of_one_modality(tmp_path):
+    trainer = build_trainer(
+        tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=2,
+        gradient_accumulation_steps=4, examples=conversations(24),
+    )  # fmt: skip
+    batches = [batch["sample_ids"] for batch in trainer.get_train_dataloader()]
+    text = {f"sample-{index}" for index in range(2, 24, 3)}
+    steps = [{sample in text for batch in batches[start : start + 4] for sample in batch} for start in (0, 4, 8)]
+    assert sorted(steps, key=str) == [{False}, {False}, {True}]
 
 
 def test_samplers_of_tiny_and_one_sided_data_give_every_sample():
