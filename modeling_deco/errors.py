@@ -9,10 +9,10 @@ from contextlib import suppress
 from typing import NoReturn
 
 
-def one_line(error: object) -> str:
-    """An error's text in one line of at most 300 characters."""
+def one_line(error: object, max_length: int = 300) -> str:
+    """An error's text in one line of so many characters at most."""
     line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 300 else line[:297] + "..."
+    return line if len(line) <= max_length else line[: max_length - 3] + "..."
 
 
 def tell(line: str) -> None:
@@ -75,5 +75,6 @@ def _open_closed_streams() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
+    sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")

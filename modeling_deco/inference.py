@@ -215,7 +215,7 @@ def stream(
     inputs = messages if isinstance(messages, BatchFeature) else encode(processor, messages, pooled_grid_size)
     inputs = inputs.to(model.device)
     check_length(model, inputs)
-    budget = {"max_new_tokens": max_new_tokens, **sampling(temperature)}
+    budget = {"max_new_tokens": max_new_tokens, "num_return_sequences": 1, **sampling(temperature)}
     answer = partial((prompt_cache or model).generate, **inputs, **budget)
     yield from stream_call(answer, processor, seed=seed)
 
@@ -224,7 +224,7 @@ def stream_call(call: Callable, processor: ProcessorMixin, *, seed: int | None =
     """Run a function that generates an answer, in a thread, and yield the pieces of its text.
 
     Args:
-        call: takes `streamer`, `logits_processor` and `stopping_criteria` of `generate`.
+        call: takes `streamer`, `logits_processor`, `stopping_criteria`, `num_beams` and `tokenizer` of `generate`.
         seed: of sampling. Default: another one each time.
 
     Returns:
@@ -241,6 +241,8 @@ def stream_call(call: Callable, processor: ProcessorMixin, *, seed: int | None =
                 streamer=streamer,
                 logits_processor=LogitsProcessorList([RefuseNaN()]),
                 stopping_criteria=StoppingCriteriaList([_StopOn(closed)]),
+                num_beams=1,  # whose answers cannot be written as they come
+                tokenizer=processor.tokenizer,  # for the `stop_strings` of a checkpoint's generation config
             )
             results.append(result)
         except BaseException as error:  # to be raised where the answer is read

@@ -15,6 +15,8 @@ from .loading import check_weights, checkpoint_name, empty_model, find_adapter, 
 
 # NF4 as `deco ask --4bit` makes it: 4 bits, and a float32 scale for each block of 64 weights.
 _NF4_BYTES = 0.5 + 4 / 64
+# A card of a megabyte takes YAML's reader half a minute.
+_CARD_BYTES = 128 << 10
 _SIDES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -143,6 +145,8 @@ def _read_card(model: str, revision: str | None) -> dict:
             path = Path(hf_hub_download(model, "README.md", revision=revision))
         except (EntryNotFoundError, LocalEntryNotFoundError):
             return {}
+    if path.exists() and path.stat().st_size > _CARD_BYTES:
+        return {}
     try:
         card = metadata_load(path) or {}
     except Exception:  # no card, or what YAML makes of a malformed one

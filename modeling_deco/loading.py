@@ -41,7 +41,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .configuration_deco import DecoConfig
 from .errors import one_line
-from .folders import check_folder, check_sizes
+from .folders import check_fields, check_folder
 from .modeling_deco import DecoForConditionalGeneration
 
 
@@ -93,7 +93,7 @@ def load_config(name: str | os.PathLike, revision: str | None = None) -> DecoCon
     fields = _read_json(name, "config.json", revision)
     if fields is None:
         raise ValueError(f"{name} is no model: it has no config.json.")
-    check_sizes(fields, f"config.json of {name}")
+    check_fields(fields, f"config.json of {name}")
     check_is_deco(fields.get("model_type"), name)
     with named_errors(name):
         return DecoConfig.from_dict(fields)
@@ -317,6 +317,9 @@ def stored_shapes(name: str, folder: str) -> dict[str, tuple]:
             raise ValueError(f"{name} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}.")
         with named_errors(name):
             files = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values()))
+            for file in files:
+                if os.path.basename(file) != file:
+                    raise ValueError(f"its {SAFE_WEIGHTS_INDEX_NAME} names {file!r}, which is not a file beside it.")
     absent = [file for file in files if not os.path.exists(os.path.join(folder, file))]
     if absent:
         raise ValueError(
@@ -406,7 +409,7 @@ def _with_adapter(model: DecoForConditionalGeneration, adapter: Adapter, reads_w
         warnings.simplefilter("ignore")  # about weights, which are checked here
         config = PeftConfig.from_pretrained(path, revision=adapter.revision)
         config.inference_mode = True
-        adapted = PeftModel(model, config)
+        adapted = PeftModel(model, config, low_cpu_mem_usage=True)  # no memory yet for what the config says
         with safe_open(file, "pt") as tensors:
             stored = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -426,7 +429,7 @@ def _with_adapter(model: DecoForConditionalGeneration, adapter: Adapter, reads_w
         return model
     with named_errors(adapter.name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted.load_adapter(path, "default", revision=adapter.revision)
+        adapted.load_adapter(path, "default", revision=adapter.revision, low_cpu_mem_usage=True)
         if getattr(model.config, "quantization_config", None) is not None:
             return adapted.get_base_model()  # merging would round again
         return adapted.merge_and_unload()

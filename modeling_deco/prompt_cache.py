@@ -18,7 +18,7 @@ from .loading import is_out_of_memory
 from .modeling_deco import CACHE_NAME, IMAGE_INPUTS
 
 # arguments of `generate` that are not about what the model computes of a prompt
-_BESIDE_THE_PROMPT = {"generation_config", "logits_processor", "stopping_criteria", "streamer"}
+_BESIDE_THE_PROMPT = {"generation_config", "logits_processor", "stopping_criteria", "streamer", "tokenizer"}
 
 # layers whose whole state is one key and one value per token, as long as no sliding window is full
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}

@@ -440,6 +440,7 @@ class _Answer(BaseStreamer):
                 generation_config=config,
                 streamer=self,
                 logits_processor=LogitsProcessorList([RefuseNaN()]),
+                tokenizer=self.tokenizer,  # for the `stop_strings` of a checkpoint's generation config
             )
             eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             if self.num_tokens < config.max_new_tokens or sequence[-1].item() in eos:

@@ -37,13 +37,15 @@ def end(shell_command, main="pass"):
     [
         ("print('answer')", 0, ""),
         ("sys.exit(3)", 3, ""),
+        ("sys.stdin.isatty() or sys.stdin.buffer.read()", 0, ""),
         ("sys.exit('no data')", 1, "no data\n"),
         ("raise ValueError('rows:\\n 0')", 2, "deco: rows: 0\n"),
         ("open('/no/such/file')", 1, "deco: [Errno 2] No such file or directory: '/no/such/file'\n"),
     ],
 )
 def test_a_program_ends_with_its_exit_code_and_one_line(main, code, message):
-    assert end("$RUN", main)[::2] == (code, message)
+    for streams in ("", "<&-"):
+        assert end(f"$RUN {streams}", main)[::2] == (code, message)
 
 
 def test_an_error_of_no_known_kind_keeps_its_traceback():

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from modeling_deco import SHIPPED_CHECKPOINT, folders
+from modeling_deco import SHIPPED_CHECKPOINT, folders, info
 from modeling_deco.cli import app
 from modeling_deco.folders import run_within_limits
 
@@ -62,6 +62,18 @@ def template(text):
     return spoil
 
 
+def index(file):
+    """An index that names `file`, and a pipe in a folder, which blocks whoever opens it."""
+
+    def spoil(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "sub").mkdir()
+        os.mkfifo(folder / "sub" / "pipe.safetensors")
+        hostile.write_json(folder / "model.safetensors.index.json", {"weight_map": {"lm_head.weight": file}})
+
+    return spoil
+
+
 def image_side(folder):
     name = "processor_config.json" if (folder / "processor_config.json").exists() else "preprocessor_config.json"
     text = (folder / name).read_text()
@@ -78,6 +90,23 @@ def exploding_tokenizer(folder):
     hostile.write_json(folder / "tokenizer.json", content)
 
 
+def exploding_decoder(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    longer = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 64}
+    content["decoder"] = {"type": "Sequence", "decoders": [longer] * 10}
+    hostile.write_json(folder / "tokenizer.json", content)
+
+
+def added_tokens(number):
+    def spoil(folder):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        token = content["added_tokens"][0]
+        content["added_tokens"] += [{**token, "id": 1000 + n, "content": f"<{n}>"} for n in range(number)]
+        hostile.write_json(folder / "tokenizer.json", content)
+
+    return spoil
+
+
 METADATA = {
     "pipe": (pipe_for("config.json"), r"config\.json is not a regular file"),
     "pipe for weights": (pipe_for("model.safetensors"), r"model\.safetensors is not a regular file"),
@@ -87,7 +116,7 @@ METADATA = {
     "huge": (huge("config.json"), r"config\.json has 5,368,709,120 bytes; at most 4,194,304"),
     "huge tokenizer": (huge("tokenizer.json"), r"tokenizer\.json has 5,368,709,120 bytes; at most 67,108,864"),
     "huge template": (huge("chat_template.jinja"), r"chat_template\.jinja has 5,368,709,120 bytes"),
-    "deep": (deep("generation_config.json"), r"generation_config\.json is nested too deeply"),
+    "deep": (deep("config.json"), r"config\.json is nested too deeply"),
     "layers": (
         config("text_config", num_hidden_layers=1_000_000),
         r"num_hidden_layers .* is 1000000; .* at most 1,024",
@@ -98,6 +127,26 @@ METADATA = {
     "two sides": (config("vision_config", image_size=[10**6, 14]), r"image_size .* is 1000000; .* at most 16,384"),
     "vocabulary": (config("text_config", vocab_size=10**12), r"vocab_size .* at most 4,194,304"),
     "width": (config("text_config", intermediate_size=10**12), r"intermediate_size .* at most 4,194,304"),
+    "long list": (
+        lambda folder: hostile.write_json(folder / "generation_config.json", {"suppress_tokens": [5] * 30_000}),
+        r"generation_config\.json has 210,0\d\d bytes; at most 65,536",
+    ),
+    "code of the Hub": (
+        config(attn_implementation="evil/kernel"),
+        r"attn_implementation in .* is 'evil/kernel', code of the Hub, which is not run",
+    ),
+    "code of the Hub for a part": (
+        config("text_config", _experts_implementation={"text_config": "evil/kernel@main"}),
+        r"_experts_implementation in .* is 'evil/kernel@main', code of the Hub",
+    ),
+    "added tokens": (added_tokens(32_800), r"tokenizer\.json adds 32,8\d\d tokens .* at most 32,768"),
+    "special tokens": (
+        lambda folder: hostile.edit_json(folder / "tokenizer_config.json", extra_special_tokens=["<a>"] * 32_769),
+        r"tokenizer_config\.json adds 32,769 tokens .* at most 32,768",
+    ),
+    "shard elsewhere": (index("../model.safetensors"), r"names '\.\./model\.safetensors', .* not a file beside it"),
+    "shard in a folder": (index("sub/pipe.safetensors"), r"names 'sub/pipe\.safetensors', .* not a file beside it"),
+    "shard without a name": (index(5), r"cannot be loaded"),
     "infinite": (config("text_config", hidden_size=float("inf")), r"hidden_size .* is inf; .* at most 4,194,304"),
 }
 ENCODING = {
@@ -107,9 +156,17 @@ ENCODING = {
         "{% set n = namespace(x='aaaaaaaa') %}"
         "{% for i in range(50) %}{% set n.x = n.x ~ n.x ~ n.x ~ n.x ~ n.x ~ n.x %}{% endfor %}{{ n.x }}"
     ),
+    "system message": template(
+        "{% if messages[0]['role'] == 'system' %}{{ 'a' * 8000000000 }}{% endif %}{{ '<image>' }}"
+    ),
+    "second question": template(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+        "{% if messages | length == 3 %}{{ 'a' * 8000000000 }}{% endif %}{{ '<image>' }}"
+    ),
     "recursion": template("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}"),
     "image side": image_side,
     "tokenizer": exploding_tokenizer,
+    "decoder": exploding_decoder,
 }
 
 
@@ -178,3 +235,10 @@ def test_a_training_run_with_long_logs_is_no_attack(deco):
     hostile.write_json(deco / "conversion_report.json", {"num_bytes": 10**12})
     (deco / "broken").symlink_to("nowhere")
     folders.check_folder(deco)
+
+
+def test_a_card_too_long_for_yaml_is_not_read(deco):
+    (deco / "README.md").write_text("---\nlicense: mit\n" + "a: 1\n" * 700_000 + "---\n")
+    start = time.monotonic()
+    assert info.describe(deco)["license"] is None
+    assert time.monotonic() - start < 10

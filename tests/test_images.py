@@ -10,6 +10,7 @@ import struct
 import subprocess
 import threading
 import time
+import tracemalloc
 import zlib
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -122,6 +123,19 @@ def test_paths_urls_bytes_and_files_are_read(red, tmp_path):
         assert colours(read_image(source)) == {RED}
 
 
+def test_a_data_url_of_escapes_takes_little_memory(red):
+    data_url = "data:image/png," + "%00" * 10**6  # a picture of no kind; 100 MB where each is an object
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError, match=r"no picture of the formats"):
+            read_image(data_url)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    escaped = base64.b64encode(red).decode().replace("=", "%3d").replace("/", "%2F").replace("+", "%2B")
+    assert colours(read_image(f"data:image/png;base64,{escaped}")) == {RED}
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -131,6 +145,7 @@ def test_paths_urls_bytes_and_files_are_read(red, tmp_path):
         ("file://elsewhere/a.png", r"it is a file of the machine 'elsewhere'\.$"),
         ("data:image/png", r"^The image cannot be read: it is a data URL without data"),
         ("data:image/png;base64,@@@@", r"its data are not base64\.$"),
+        ("data:image/png;base64,%C3%A9A==", r"its data are not base64\.$"),
         (
             "data:image/png;base64,AAAA",
             r"no picture of the formats JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, JPEG2000 and AVIF\.$",

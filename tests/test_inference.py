@@ -17,6 +17,7 @@ from transformers import AutoProcessor, pipeline
 
 import modeling_deco.inference
 from modeling_deco.inference import check_length, encode, load, sampling, stream, stream_call, with_system
+from modeling_deco.prompt_cache import PromptCache
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,26 @@ def test_the_pieces_are_the_text_of_generate(pictures, grid, loaded):
     pieces = list(stream(model, processor, messages, pooled_grid_size=grid, max_new_tokens=5))
     assert "".join(pieces) == processor.decode(generated, skip_special_tokens=True)
     assert len(pieces) > 1
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3}])
+def test_a_checkpoint_of_beam_search_answers_with_the_likeliest_tokens(settings, loaded, monkeypatch):
+    model, processor = loaded
+    expected = "".join(stream(model, processor, ask(tiny.picture(0)), max_new_tokens=5))
+    for name, value in settings.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert "".join(stream(model, processor, ask(tiny.picture(0)), max_new_tokens=5)) == expected
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_stop_strings_of_a_checkpoint_end_its_answers(is_cached, loaded, monkeypatch):
+    model, processor = loaded
+    cache = PromptCache(model) if is_cached else None
+    words = "".join(stream(model, processor, ask(tiny.picture(0)), max_new_tokens=8)).split()
+    assert words[3] not in words[:3]
+    monkeypatch.setattr(model.generation_config, "stop_strings", [words[3]])
+    answer = stream(model, processor, ask(tiny.picture(0)), max_new_tokens=8, prompt_cache=cache)
+    assert "".join(answer).split() == words[:4]
 
 
 def test_an_iterator_that_is_closed_stops_generation(loaded):

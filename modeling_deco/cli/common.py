@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import tell
+from ..errors import one_line, tell
 
 MODEL_HELP = "Folder or Hub id of a DeCo checkpoint; by default the shipped one, which knows digits"
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")]
@@ -78,8 +78,8 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 
 def report(command: str, error: object) -> None:
-    """One line on stderr."""
-    tell(f"deco {command}: {' '.join(str(error).split()) or type(error).__name__}")
+    """One line on stderr. Some libraries' errors repeat megabytes of what they were given."""
+    tell(f"deco {command}: {one_line(error, 2000)}")
 
 
 def write(pieces: Generator[str, None, Any], *, quiet: bool = False, stoppable: bool = False) -> tuple[str, Any]:
