@@ -63,10 +63,10 @@ def test_stop_strings_of_a_checkpoint_end_its_answers(is_cached, loaded, monkeyp
     model, processor = loaded
     cache = PromptCache(model) if is_cached else None
     words = "".join(stream(model, processor, ask(tiny.picture(0)), max_new_tokens=8)).split()
-    assert words[3] not in words[:3]
-    monkeypatch.setattr(model.generation_config, "stop_strings", [words[3]])
+    assert words[0] != words[1]
+    monkeypatch.setattr(model.generation_config, "stop_strings", [words[1]])
     answer = stream(model, processor, ask(tiny.picture(0)), max_new_tokens=8, prompt_cache=cache)
-    assert "".join(answer).split() == words[:4]
+    assert "".join(answer).split() == words[:2]
 
 
 def test_an_iterator_that_is_closed_stops_generation(loaded):
