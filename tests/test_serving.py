@@ -368,6 +368,14 @@ def test_an_answer_without_max_tokens_ends_with_the_context(port, steps):
     assert (result.choices[0].finish_reason, result.usage.total_tokens) == ("length", 1024)
 
 
+def test_max_tokens_may_be_what_the_prompt_leaves_of_the_context(port, shipped):
+    room = shipped[0].config.text_config.max_position_embeddings
+    room -= ask(port, "Is there a 7?", max_tokens=1).usage.prompt_tokens
+    assert ask(port, "Is there a 7?", max_tokens=room).usage.completion_tokens < room
+    with pytest.raises(openai.BadRequestError, match=f"and {room + 1} of the answer do not fit .* 1024 tokens"):
+        ask(port, "Is there a 7?", max_tokens=room + 1)
+
+
 def test_an_answer_that_ends_at_max_tokens_is_whole(port):
     whole = ask(port, about(PICTURE))
     bounded = ask(port, about(PICTURE), max_completion_tokens=whole.usage.completion_tokens)
@@ -409,6 +417,14 @@ def test_top_p_leaves_out_the_unlikely(port):
     likeliest = answer(port, "Where?", max_tokens=20, temperature=0)
     for seed in range(3):
         assert answer(port, "Where?", max_tokens=20, temperature=1.5, top_p=1e-6, seed=seed) == likeliest
+
+
+def test_a_seed_of_0_is_a_seed_and_counts_before_the_servers(port, start):
+    drawn = {
+        answer(number, "Is there a 7?", seed=0, temperature=2.0, max_tokens=8)
+        for number in (port, port, port, start(seed=1))
+    }
+    assert len(drawn) == 1
 
 
 def test_what_a_seed_draws_is_not_what_comes_after_it(port):
@@ -856,7 +872,16 @@ def test_only_json_is_read_so_that_a_browser_asks_first(port):
     assert (status, [name for name in headers if "access-control" in name.lower()]) == (405, [])
 
 
-@pytest.mark.parametrize(("host", "status"), [("localhost:1", 200), ("127.0.0.1", 200), ("evil.example", 400)])
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:1", 200),
+        ("127.0.0.1", 200),
+        ("evil.example", 400),
+        ("evil-localhost", 400),
+        ("localhost.evil.example", 400),
+    ],
+)
 def test_a_page_whose_name_was_bound_to_this_machine_is_refused(start, host, status):
     port = start(hosts=["localhost", "127.0.0.1"])
     connection = http.client.HTTPConnection("127.0.0.1", port)
@@ -975,6 +1000,13 @@ def test_files_are_refused_unless_allowed(port, start, tmp_path, form):
     assert answer(start(allow_files=True), messages) == COLOUR_ANSWER
 
 
+def test_files_that_are_allowed_allow_no_private_address(start, pictures):
+    port = start(allow_files=True)
+    with pytest.raises(openai.BadRequestError, match="is not a public address"):
+        ask(port, about(pictures.url + "/picture.png"))
+    assert pictures.asked == []
+
+
 # --- clients that leave, and too many of them ------------------------------------------------------------------------
 
 
@@ -1045,6 +1077,24 @@ def test_requests_that_trickle_in_are_bounded_by_their_bytes(start):
     with arriving(port, 900), arriving(port, 900), arriving(port, 201) as third:
         assert third.makefile().readline() == "HTTP/1.1 429 Too Many Requests\n"
     wait_until(lambda: post(port, b" " * 201)[0] == 400)
+
+
+def test_the_bytes_of_requests_that_are_over_make_room(start):
+    port = start(max_queue=0, max_body_bytes=500)
+    bodies = [{"messages": about("data:,x")}, {"messages": about("data:,x"), "model": "another"}, {"messages": []}]
+    statuses = [post(port, json.dumps(bodies[number % 3]))[0] for number in range(12)]
+    assert statuses == [400, 404, 400] * 4
+
+
+def test_the_bytes_of_requests_whose_pictures_are_being_read_count(start, silent_host):
+    port = start(max_queue=1, max_body_bytes=1000, allow_private=True)
+    with (
+        sent(port, about(silent_host.url, question="a" * 700)),
+        sent(port, about(silent_host.url, question="b" * 700)),
+    ):
+        wait_until(lambda: len(silent_host.accepted) == 2)
+        assert post(port, b" " * 500)[0] == 429
+    wait_until(lambda: post(port, b" " * 500)[0] == 400)
 
 
 def test_a_request_that_arrives_when_the_queue_has_filled_is_429(start, steps):
