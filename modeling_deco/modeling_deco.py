@@ -379,7 +379,7 @@ class DecoModel(DecoPreTrainedModel):
     def _mismatch(self, placeholder_mask, tokens_per_image: list[int], cache) -> str:
         """The error of features and placeholders that do not match: which case it is, and what to do."""
         num_features, num_placeholders = sum(tokens_per_image), int(placeholder_mask.sum())
-        is_cut = bool(placeholder_mask[:, -1].any() or placeholder_mask[:, 0].any())
+        ends_in_image, begins_in_image = bool(placeholder_mask[:, -1].any()), bool(placeholder_mask[:, 0].any())
         one_grid = (
             "Use one pooled_grid_size for processor and model: pass it to the processor and hand all that it returns, "
             "pooled_grid_sizes too, to the model."
@@ -394,13 +394,15 @@ class DecoModel(DecoPreTrainedModel):
                 "there are none. Write the image token once where each image belongs, as chat templates do, and let "
                 "the processor expand it."
             )
-        elif num_placeholders < num_features and is_cut:
+        elif num_placeholders < num_features and ends_in_image:
             case = (
-                "there are too few, and the text begins or ends within an image: it was cut. Raise max_length, or "
+                "there are too few, and the text ends within an image: it was cut. Raise max_length, or "
                 "turn truncation off."
             )
         elif num_placeholders < num_features:
             case = f"there are too few. {one_grid}"
+            if begins_in_image:  # as texts may, and those that were truncated on the left
+                case += " If the text was cut, raise max_length, or turn truncation off."
         else:
             case = f"there are too many. Pass every image of the text. {one_grid}"
         return (

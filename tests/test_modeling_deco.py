@@ -714,12 +714,18 @@ def test_features_that_disagree_with_embeddings_are_an_error(model):
         (("a", 5, "what ?"), 1, r"1 image\(s\) give 9 features .* 5 placeholders .*: there are too few. Use one"),
         (("a", 9, "what ?"), 2, r"2 image\(s\) give 18 features \(9, 9 per image; .* 9 placeholders .* too few"),
         (("a", 18, "?"), 1, r"1 image\(s\) give 9 features .* 18 placeholders .* too many. Pass every image"),
-        (("what ?", 5), 1, "5 placeholders .* too few, and the text begins or ends within an image: it was cut"),
+        (("what ?", 5), 1, "5 placeholders .* too few, and the text ends within an image: it was cut"),
     ],
 )
 def test_features_and_placeholders_that_disagree_say_which_case_it_is(parts, num_images, case, model):
     with pytest.raises(ValueError, match=f"^Image features and image tokens do not match: .*{case}"):
         model(**batch(prompt(*parts)), pixel_values=pixels(num_images))
+
+
+def test_too_few_placeholders_at_the_start_of_a_text_may_be_another_grids(model):
+    ids = batch(prompt(5, "what ?"))["input_ids"][:, 1:]  # no beginning of sequence
+    with pytest.raises(ValueError, match="5 placeholders .* too few. Use one pooled_grid_size .* If the text was cut"):
+        model(input_ids=ids, pixel_values=pixels(1))
 
 
 def test_images_that_are_in_the_cache_already_are_not_given_again(model):
