@@ -210,6 +210,12 @@ def test_a_role_without_a_place_is_refused(name, processor):
         rendered(processor, name, [*TURNS, {"role": "tool", "content": "4"}])
 
 
+def test_llama_3_has_texts_without_the_white_space_around_them():
+    rendered = render(CHAT_TEMPLATES["llama3"], [{"role": "user", "content": " a \n"}], bos_token="<s>")
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    assert rendered == f"<s>{header.format('user')}a<|eot_id|>{header.format('assistant')}"
+
+
 def test_an_unknown_name_is_no_template():
     with pytest.raises(
         ValueError, match=r"'chatlm' is neither the path of a Jinja file nor one of plain, vicuna, cha"
