@@ -148,6 +148,9 @@ def check_processor(processor, name: str) -> None:
     run_within_limits(encode, f"{name}: its chat template, tokenizer or image processor")
 
 
+_INTERRUPTED = 130  # the exit code of a process that Ctrl-C ended
+
+
 def run_within_limits(function: Callable[[], Any], what: str, seconds: float = 10, num_bytes: int = 2 << 30) -> Any:
     """Run a function in a process of its own, and return what it returned (as JSON), or None where it raised an error.
 
@@ -181,7 +184,9 @@ def run_within_limits(function: Callable[[], Any], what: str, seconds: float = 1
     finally:
         os.kill(child, signal.SIGKILL)
         os.close(reader)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) == _INTERRUPTED:
+        raise KeyboardInterrupt
     if not answer.endswith(b"\n"):  # the answer is incomplete: out of time, or of memory
         raise ValueError(f"{what} takes more than {seconds:g} seconds or {num_bytes / 2**30:g} GB.")
     return json.loads(answer)
@@ -189,6 +194,7 @@ def run_within_limits(function: Callable[[], Any], what: str, seconds: float = 1
 
 def _answer(function: Callable[[], Any], writer: int, num_bytes: int) -> NoReturn:
     """In the new process: write the function's result as a line of JSON, or nothing, and end."""
+    code = 0
     try:
         faulthandler.disable()  # a crash is an answer too
         null = os.open(os.devnull, os.O_RDWR)
@@ -208,8 +214,10 @@ def _answer(function: Callable[[], Any], writer: int, num_bytes: int) -> NoRetur
             result = None
         with os.fdopen(writer, "wb") as file:
             file.write(json.dumps(result).encode() + b"\n")
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
     finally:
-        os._exit(0)
+        os._exit(code)
 
 
 def _is_explosion(error: Exception) -> bool:
