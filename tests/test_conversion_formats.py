@@ -442,15 +442,19 @@ def test_shards_dtypes_and_containers_do_not_matter(seed, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bin", "legacy bin"])
-@pytest.mark.parametrize("storage", ["one for all", "views with offsets", "transposed", "larger than its tensor"])
+@pytest.mark.parametrize(
+    "storage", ["one for all", "views with offsets", "views of 16 bits", "transposed", "larger than its tensor"]
+)
 def test_tensors_of_a_pickle_may_lie_anywhere_in_a_storage(storage, kind, tmp_path):
     tensors = OriginalLlava(seed=3).tensors()
+    if storage == "views of 16 bits":
+        tensors = {name: value.half() for name, value in tensors.items()}
     names = list(tensors)
     if storage == "one for all":
         flat = torch.cat([value.flatten() for value in tensors.values()])
         pieces = flat.split([value.numel() for value in tensors.values()])
         laid = {name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)}
-    elif storage == "views with offsets":
+    elif storage.startswith("views"):
         laid = {name: torch.stack([torch.zeros_like(value), value])[1] for name, value in tensors.items()}
     elif storage == "transposed":
         laid = {name: value.transpose(0, -1).contiguous().transpose(0, -1) for name, value in tensors.items()}

@@ -24,9 +24,9 @@ def loaded(checkpoint):
     return load(str(checkpoint))
 
 
-def ask(*pictures) -> list[dict]:
+def ask(*pictures, question="what is this ?") -> list[dict]:
     content = [{"type": "image", "image": picture} for picture in pictures]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": "what is this ?"}]}]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 
 @pytest.mark.parametrize("pictures", [0, 1, 2])
@@ -235,6 +235,18 @@ def test_a_prompt_may_be_as_long_as_leaves_one_token(num_left, loaded):
     else:
         with pytest.raises(ValueError, match=r"has 256 tokens, and the model's context is 256; shorten it"):
             check_length(model, inputs)
+
+
+def test_a_stream_refuses_a_prompt_that_leaves_no_room(loaded):
+    with pytest.raises(ValueError, match=r"and the model's context is 256; shorten it"):
+        list(stream(*loaded, ask(tiny.picture(0), question="what " * 300)))
+
+
+def test_text_with_an_image_token_is_refused_in_any_conversation_of_a_batch(loaded):
+    _, processor = loaded
+    clean, spoiled = ask(tiny.picture(0)), ask(tiny.picture(0), question="what <image> ?")
+    with pytest.raises(ValueError, match="The text holds '<image>'"):
+        encode(processor, [clean, spoiled])
 
 
 def test_text_with_an_image_token_is_refused_in_words_of_the_question(loaded):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig
 from modeling_deco.cli import app
 from modeling_deco.inference import nf4_config
-from modeling_deco.info import describe, kv_cache_bytes
+from modeling_deco.info import describe, describe_config, kv_cache_bytes
 from modeling_deco.loading import empty_model
 from modeling_deco.modeling_deco import CACHE_NAME
 
@@ -49,6 +49,22 @@ def test_the_cache_is_as_large_as_the_one_that_a_model_fills(text):
     model.model.language_model(torch.ones(1, 9, dtype=torch.long), **{CACHE_NAME: cache})
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert kv_cache_bytes(text_config, 9, torch.float32) == held
+
+
+def test_the_cache_has_the_width_of_heads_that_the_config_names():
+    text_config = tiny.build_model(text="qwen3").config.text_config
+    text_config.update({"num_hidden_layers": 3, "num_key_value_heads": 2, "hidden_size": 32, "head_dim": 24})
+    assert kv_cache_bytes(text_config, 5, torch.float16) == 2 * 3 * 2 * 24 * 5 * 2
+
+
+def test_grids_of_an_oblong_tower_go_up_to_its_patch_grid():
+    config = tiny.build_config("dinov2", "llama")
+    vision_config = {**config.vision_config.to_dict(), "image_size": [16, 40], "patch_size": 4}
+    config = DecoConfig(
+        vision_config=vision_config, text_config=config.text_config, image_token_id=3, pooled_grid_size=2
+    )
+    grids = [grid["pooled_grid_size"] for grid in describe_config(config)["grids"]]
+    assert grids == [[1, 1], [2, 2], [3, 3], [4, 4], [4, 10]]
 
 
 def test_4bit_weights_are_as_large_as_those_that_are_loaded():

@@ -432,6 +432,17 @@ def test_an_adapter_of_a_base_on_the_hub(whole, tmp_path, monkeypatch):
     torch.testing.assert_close(logits(load("me/adapter")[0]), right, rtol=0, atol=1e-4)
 
 
+def test_an_adapters_base_is_of_the_revision_that_it_was_trained_on(whole, tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub").install(monkeypatch)
+    right = save_adapter(whole, tmp_path / "adapter")
+    hub.commit("me/base", {"README.md": b"Nothing yet."})
+    hub.commit("me/base", whole, branch="v2")
+    point_to(tmp_path / "adapter", "me/base")
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**fields, "revision": "v2"}))
+    torch.testing.assert_close(logits(load(str(tmp_path / "adapter"))[0]), right, rtol=0, atol=1e-4)
+
+
 def llava(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llava"}')
 

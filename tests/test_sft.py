@@ -429,7 +429,16 @@ def test_grouped_epochs_differ_and_survive_a_resume(tmp_path):
     settings = {"train_sampling_strategy": "group_by_length", "max_steps": 8, "save_steps": 1, "logging_steps": 1}
     settings |= {"examples": conversations(24), "per_device_train_batch_size": 8}  # three steps are an epoch
     whole = build_trainer(tmp_path, **settings)
-    whole.train()
+    epochs, sampler = [], type(whole._get_train_sampler()).__iter__
+
+    def note(self):
+        epochs.append(list(sampler(self)))
+        return iter(epochs[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(whole._get_train_sampler()), "__iter__", note)
+        whole.train()
+    assert len({tuple(order) for order in epochs}) == len(epochs) == 3
     for step in (2, 3, 5):
         resumed = build_trainer(tmp_path / str(step), **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
