@@ -248,6 +248,15 @@ def test_another_vision_layer(layer, tmp_path):
     assert_equals_llava_hf(load_deco(tmp_path / "deco"), tmp_path / "source")
 
 
+def test_a_vision_layer_that_the_config_leaves_out_is_transformers_default(tmp_path):
+    llava_sources.write_hf_saved(tmp_path / "source", llava_sources.build_hf_model())
+    content = json.loads((tmp_path / "source" / "config.json").read_text())
+    del content["vision_feature_layer"]
+    (tmp_path / "source" / "config.json").write_text(json.dumps(content))
+    convert(tmp_path / "source", tmp_path / "deco", pooled_grid_size=PATCH_GRID)
+    assert_equals_llava_hf(load_deco(tmp_path / "deco"), tmp_path / "source")
+
+
 def test_a_siglip_tower_with_all_of_its_tokens(tmp_path):
     model = llava_sources.build_hf_model(tiny.VISION_CONFIGS["siglip"], vision_feature_select_strategy="full")
     processor = llava_sources.build_hf_processor(strategy="full")
