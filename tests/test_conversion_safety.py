@@ -105,11 +105,22 @@ def test_a_sum_with_lora_that_float16_does_not_hold_is_refused(tmp_path):
         list(merged.read_bytes())
 
 
-def test_weights_that_are_no_numbers_are_counted_and_named(llava, tmp_path, caplog):
+def test_a_matrix_with_lora_that_is_summed_in_pieces_is_the_whole_sum(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "_PIECE_BYTES", 2 * 4 * 3)  # two rows of three
+    w, a, b = torch.randn(5, 3), torch.randn(2, 3), torch.randn(5, 2)
+    save_file({"w": w, "a": a, "b": b}, tmp_path / "a.safetensors")
+    stored = weights.read_weight_file(tmp_path / "a.safetensors")
+    merged = tensors.MergedLora(stored["w"], stored["a"], stored["b"], scale=0.5, dtype=torch.float32)
+    written = torch.frombuffer(bytearray(b"".join(map(bytes, merged.read_bytes()))), dtype=torch.float32).view(5, 3)
+    torch.testing.assert_close(written, w + 0.5 * b @ a)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_weights_that_are_no_numbers_are_counted_and_named(dtype, llava, tmp_path, caplog):
     bias = torch.zeros(40)
     bias[3], bias[39] = float("nan"), float("-inf")
     edit_tensors(llava / "model.safetensors", **{"multi_modal_projector.linear_1.bias": bias})
-    report = convert(llava, tmp_path / "deco")
+    report = convert(llava, tmp_path / "deco", dtype=dtype)
     name = "model.multi_modal_projector.linear_1.bias"
     assert report["nonfinite"] == {name: 2}
     message = next(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
