@@ -534,7 +534,7 @@ async def pieces_of(tokenizer, ids: list[int], stop=()) -> tuple[list[str], _Ans
     """What an answer makes of a model that generates these tokens."""
 
     class Model:
-        def generate(self, input_ids, generation_config, streamer, logits_processor):
+        def generate(self, input_ids, generation_config, streamer, logits_processor, tokenizer):
             streamer.put(input_ids)
             for token in ids:
                 streamer.put(torch.tensor([token]))
@@ -546,6 +546,8 @@ async def pieces_of(tokenizer, ids: list[int], stop=()) -> tuple[list[str], _Ans
     written.generate(Model(), {"input_ids": torch.tensor([[0]])}, config, None)
     pieces = []
     while (piece := await written.pieces.get()) is not None:
+        if isinstance(piece, Exception):
+            raise piece
         pieces.append(piece)
     return pieces, written
 
