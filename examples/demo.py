@@ -4,6 +4,7 @@ Draws one picture from held-out scans, asks five questions through `pipeline("im
 at a smaller token budget. The picture is written to demo/digits.png.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def main() -> None:
         typer.echo()
     truth = ", ".join(f"{digit.colour} {digit.value}" for digit in scene.digits)
     typer.echo(f"In the picture, from left to right: {truth}.")
-    typer.echo(f'Ask it more:  {Path(sys.executable).parent}/deco ask {PICTURE} "Is there a 3?"')
+    command = [str(Path(sys.executable).with_name("deco")), "ask", str(PICTURE), "Is there a 3?"]
+    typer.echo(f"Ask it more:  {shlex.join(command)}")
 
 
 if __name__ == "__main__":
