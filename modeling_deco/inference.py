@@ -125,9 +125,12 @@ def encode(processor: ProcessorMixin, messages: list, pooled_grid_size=None) -> 
     """One conversation, or a list of them as a batch, as the model's inputs up to where it answers. Arguments and
     errors are those of `stream`."""
     for message in chain.from_iterable(messages if isinstance(messages[0], list) else [messages]):
-        parts = message["content"] if isinstance(message["content"], list) else []
-        if any(processor.image_token in (part.get("text") or "") for part in parts):
-            raise ValueError(f"The text holds {processor.image_token!r}, which stands for an image; leave it out.")
+        parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
+        for text in (part.get("text") or "" for part in parts):
+            if processor.image_token in text:
+                raise ValueError(f"The text holds {processor.image_token!r}, which stands for an image; leave it out.")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"The text {one_line(repr(text))} is not valid Unicode; write it in UTF-8.")
     with _template_errors():
         return processor.apply_chat_template(
             messages,

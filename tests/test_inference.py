@@ -249,6 +249,13 @@ def test_text_with_an_image_token_is_refused_in_any_conversation_of_a_batch(load
         encode(processor, [clean, spoiled])
 
 
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "what \udcff"}], "what \ud800"])
+def test_text_that_is_no_unicode_is_refused(content, loaded):
+    _, processor = loaded
+    with pytest.raises(ValueError, match=r"The text 'what \\ud[c8]..' is not valid Unicode; write it in UTF-8"):
+        encode(processor, [{"role": "user", "content": content}])
+
+
 def test_text_with_an_image_token_is_refused_in_words_of_the_question(loaded):
     model, processor = loaded
     messages = [{"role": "user", "content": [{"type": "text", "text": "what is <image> ?"}]}]
