@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
 from .. import __version__
-from ..errors import one_line
+from ..errors import first_names, one_line
 from ..hub import load_card
 from .errors import ConversionError
 from .sources import Source
@@ -97,7 +97,7 @@ def write_checkpoint(
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     if written.nonfinite:
         names = sorted(written.nonfinite)
-        count, first = sum(written.nonfinite.values()), ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        count, first = sum(written.nonfinite.values()), first_names(names)
         logger.warning(
             f"{destination}: {count:,} weights of {len(names)} tensors are NaN or infinite as in the source: {first}. "
             f"Such a model does not answer."

@@ -244,6 +244,7 @@ def _check_zip(path: Path) -> dict[int, int]:
                     _check_pickles(archive.read(info), 1)
                 if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
                     raise ConversionError(f"{path} was written on a big-endian machine; save it again on this one.")
+    # zipfile raises NotImplementedError for a compression or a version that it does not know
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         if isinstance(error, ConversionError):
             raise

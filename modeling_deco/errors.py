@@ -4,7 +4,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NoReturn
 
@@ -13,6 +13,12 @@ def one_line(error: object, max_length: int = 300) -> str:
     """An error's text in one line of so many characters at most."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= max_length else line[: max_length - 3] + "..."
+
+
+def first_names(names: Iterable[str], number: int = 3) -> str:
+    """The first names, in order, for an error's line: `"a, b, c and 2 more"`."""
+    names = sorted(names)
+    return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")
 
 
 def tell(line: str) -> None:

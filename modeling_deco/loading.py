@@ -5,7 +5,7 @@
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,7 +40,7 @@ from transformers.core_model_loading import (  # private, seen in transformers 5
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .configuration_deco import DecoConfig
-from .errors import one_line
+from .errors import first_names, one_line
 from .folders import check_fields, check_folder
 from .modeling_deco import DecoForConditionalGeneration
 
@@ -178,25 +178,20 @@ def check_weights(name: str, revision: str | None, config: DecoConfig) -> None:
 def _check_weights(name, num_tensors, missing, mismatched, unexpected) -> None:
     if missing:
         raise ValueError(
-            f"{name} has no weights for {len(missing)} of the model's {num_tensors} tensors: {_first(missing)}."
+            f"{name} has no weights for {len(missing)} of the model's {num_tensors} tensors: {first_names(missing)}."
         )
     if mismatched:
         shapes = [f"{key} is {list(stored)}, not {list(right)}" for key, (stored, right) in mismatched.items()]
         raise ValueError(
-            f"{name} has {len(mismatched)} tensors of another shape than its config.json says: {_first(shapes)}."
+            f"{name} has {len(mismatched)} tensors of another shape than its config.json says: {first_names(shapes)}."
         )
     # a LLaVA's tower may be used as it is: it has layers that DeCo does not read
     unexpected = [key for key in unexpected if "vision_tower." not in key]
     if unexpected:
         raise ValueError(
             f"{name} has {len(unexpected)} tensors that the model of its config.json has no place for: "
-            f"{_first(unexpected)}."
+            f"{first_names(unexpected)}."
         )
-
-
-def _first(names: Iterable[str], number: int = 3) -> str:
-    names = sorted(names)
-    return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")
 
 
 def empty_model(config: DecoConfig) -> DecoForConditionalGeneration:
@@ -324,7 +319,7 @@ def stored_shapes(name: str, folder: str) -> dict[str, tuple]:
     if absent:
         raise ValueError(
             f"{name} lacks {len(absent)} of the {len(files)} files that its {SAFE_WEIGHTS_INDEX_NAME} names: "
-            f"{_first(absent)}."
+            f"{first_names(absent)}."
         )
     shapes = {}
     for file in files:

@@ -39,7 +39,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from modeling_deco import DecoForConditionalGeneration, DecoProcessor
 from modeling_deco.chat_templates import CHAT_TEMPLATES, read_chat_template
 from modeling_deco.conversion.processing import pad_to_square
-from modeling_deco.errors import one_line
+from modeling_deco.errors import first_names, one_line
 from modeling_deco.loading import find_adapter, load_model
 from modeling_deco.recipes.command import run
 from modeling_deco.recipes.data import load_data
@@ -197,7 +197,7 @@ def check_output_dir(args: "DecoArguments", training_args: DecoSFTConfig, model_
                 raise ValueError(f"--output_dir {out} has {option} {path} in it, which the run reads; name another.")
     found = sorted(path.name for path in _results(out))
     if found and not args.overwrite_output_dir and training_args.resume_from_checkpoint is None:
-        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        shown = first_names(found)
         raise ValueError(
             f"--output_dir {out} has a model or checkpoints ({shown}): go on by --resume_from_checkpoint latest, "
             f"replace them by --overwrite_output_dir true, or name another folder."

@@ -198,7 +198,7 @@ class Conversation:
             prompt_cache=self.prompt_cache,
         )
         answer, _ = write(pieces, stoppable=sys.stdin.isatty())
-        self.seed = None  # what is drawn goes on from there
+        self.seed = None  # later answers draw on from that seed
         if not answer:
             typer.echo("(no answer)", err=True)
             return
