@@ -20,8 +20,8 @@ import typer
 from shapes import RESULTS, TEXT_CONFIGS, TokenTimes, build_config
 
 from modeling_deco import DecoForConditionalGeneration
-from modeling_deco.prompt_cache import PromptCache
-from modeling_deco.recipes.measure import command, environment, write_report
+from modeling_deco.inference.prompt_cache import PromptCache
+from modeling_deco.utils.measure import command, environment, write_report
 
 QUESTION_TOKENS, NUM_WORDS = 24, 32_000  # words have the ids below
 

@@ -28,7 +28,7 @@ import typer
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from modeling_deco.conversion import convert
-from modeling_deco.recipes.measure import environment, peak_resident_bytes, seconds, write_report
+from modeling_deco.utils.measure import environment, peak_resident_bytes, seconds, write_report
 
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
 SETTLE_SECONDS = 3  # what the run before left to be written, or deleted, is not the next one's

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Elastic training against training at one grid, on the digits world: accuracy at each token budget.
 
-    python -m modeling_deco.recipes.digits.train --output_dir runs/start --num_steps 900 --plateau_step 900 \
+    python -m modeling_deco.worlds.digits.train --output_dir runs/start --num_steps 900 --plateau_step 900 \
         --tower modeling_deco/checkpoints/deco-digits --tower_learning_rate_factor 0
-    python -m modeling_deco.recipes.digits.world --split train --num-pictures 16000 --seed 7 --one-record-per-picture \
+    python -m modeling_deco.worlds.digits.world --split train --num-pictures 16000 --seed 7 --one-record-per-picture \
         --out runs/llava
-    python -m modeling_deco.recipes.data runs/llava/train.json --images runs/llava/images --out runs/data
+    python -m modeling_deco.training.data runs/llava/train.json --images runs/llava/images --out runs/data
     for grid in 3 6 12; do
         python recipes/sft.py --config recipes/configs/digits.yaml --model_name_or_path runs/start/final \
             --data_path runs/data --output_dir runs/fixed-$grid --pooled_grid_sizes $grid
@@ -30,9 +30,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
 from modeling_deco.configuration_deco import num_image_tokens
-from modeling_deco.recipes.digits.evaluate import accuracy_by_kind
-from modeling_deco.recipes.digits.world import KINDS
-from modeling_deco.recipes.measure import command, environment, write_report
+from modeling_deco.utils.measure import command, environment, write_report
+from modeling_deco.worlds.digits.evaluate import accuracy_by_kind
+from modeling_deco.worlds.digits.world import KINDS
 
 SHOWN = ("colour", "read", "relation", "locate")  # existence and count are nearly solved at every grid
 

@@ -25,11 +25,11 @@ from PIL import Image
 from shapes import RESULTS, TEXT_CONFIGS, save_random_checkpoint
 from trl import ModelConfig, TrlParser
 
-from modeling_deco.recipes import cache_features, sft
-from modeling_deco.recipes.data import build_data
-from modeling_deco.recipes.feature_cache import feature_shape, grid_name
-from modeling_deco.recipes.measure import command, environment, seconds, spread, take_turns, turns, write_report
-from modeling_deco.recipes.trainer import DecoSFTConfig, DecoSFTTrainer
+from modeling_deco.training import cache_features, sft
+from modeling_deco.training.data import build_data
+from modeling_deco.training.feature_cache import feature_shape, grid_name
+from modeling_deco.training.trainer import DecoSFTConfig, DecoSFTTrainer
+from modeling_deco.utils.measure import command, environment, seconds, spread, take_turns, turns, write_report
 
 ROOT = Path(__file__).parents[1]
 NUM_IMAGES, LLAVA_IMAGES = 8, 558_128  # the second: of LLaVA-1.5's stage 1

@@ -25,8 +25,8 @@ from transformers import AutoImageProcessor, LlavaProcessor
 from transformers.utils import is_torchvision_available
 
 from modeling_deco import DecoProcessor
-from modeling_deco.recipes.digits.tokenizer import build_tokenizer
-from modeling_deco.recipes.measure import command, environment, spread, turns, write_report
+from modeling_deco.utils.measure import command, environment, spread, turns, write_report
+from modeling_deco.worlds.digits.tokenizer import build_tokenizer
 
 SIDE, PATCH_SIZE = 336, 14  # CLIP ViT-L/14-336
 QUESTION = "What is this?"

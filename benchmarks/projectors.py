@@ -20,7 +20,7 @@ from shapes import RESULTS
 
 from modeling_deco import DecoConfig
 from modeling_deco.modeling_deco import build_projector
-from modeling_deco.recipes.measure import command, environment, take_turns, write_report
+from modeling_deco.utils.measure import command, environment, take_turns, write_report
 
 PROJECTORS = ("mlp", "avg_pool", "qformer", "resampler", "c_abstractor", "d_abstractor")
 

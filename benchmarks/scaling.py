@@ -24,9 +24,9 @@ from shapes import NUM_TEXT_TOKENS, RESULTS, TEXT_CONFIGS, build_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_deco import DecoForConditionalGeneration, num_image_tokens
-from modeling_deco.info import kv_cache_bytes
+from modeling_deco.inference.info import kv_cache_bytes
 from modeling_deco.modeling_deco import CACHE_NAME
-from modeling_deco.recipes.measure import command, environment, take_turns, write_report
+from modeling_deco.utils.measure import command, environment, take_turns, write_report
 
 GRIDS, NUMBERS = (1, 2, 4, 6, 8, 12, 16, 20, 24), (1, 2, 4, 8)
 GRID = 12  # where something else varies

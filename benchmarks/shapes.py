@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, CLIPImageProcessor
 from transformers.generation import BaseStreamer
 
 from modeling_deco import DecoConfig, DecoProcessor
-from modeling_deco.recipes.digits.tokenizer import build_tokenizer
+from modeling_deco.worlds.digits.tokenizer import build_tokenizer
 
 RESULTS = Path(__file__).with_name("results")
 NUM_TEXT_TOKENS = 40  # of a prompt, beside its image

@@ -31,9 +31,9 @@ import torch
 import typer
 from shapes import RESULTS, TEXT_CONFIGS, save_random_checkpoint
 
-from modeling_deco.recipes.data import build_data
-from modeling_deco.recipes.digits.world import write_llava_data
-from modeling_deco.recipes.measure import command, environment, peak_resident_bytes, spread, write_report
+from modeling_deco.training.data import build_data
+from modeling_deco.utils.measure import command, environment, peak_resident_bytes, spread, write_report
+from modeling_deco.worlds.digits.world import write_llava_data
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 NUM_PICTURES, SECONDS_PER_RUN, WARM_UP_STEPS = 64, 180, 2
@@ -53,8 +53,8 @@ PROJECTORS = (*POOLING, "qformer-144", "resampler-144", "c_abstractor-144", "d_a
 
 def train(stage: str, model: Path, data: Path, output_dir: str, batch_size: int, num_steps: int) -> dict:
     """A few steps of the recipe."""
-    from modeling_deco.recipes import sft
-    from modeling_deco.recipes.trainer import DecoSFTConfig
+    from modeling_deco.training import sft
+    from modeling_deco.training.trainer import DecoSFTConfig
 
     on_gpu = torch.cuda.is_available()
     settings = {
@@ -111,7 +111,7 @@ def in_a_process(function) -> dict:
     """What the function returns, or `failed` with the reason."""
     # CUDA does not survive a fork; without it, what is imported once serves all runs
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(["modeling_deco.recipes.sft"])
+    context.set_forkserver_preload(["modeling_deco.training.sft"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(sender, function))
     process.start()

@@ -25,7 +25,7 @@ from transformers import AutoModel, CLIPVisionConfig
 
 from modeling_deco import DecoForConditionalGeneration
 from modeling_deco.projectors import pool_patch_grid
-from modeling_deco.recipes.measure import command, environment, spread, turns, write_report
+from modeling_deco.utils.measure import command, environment, spread, turns, write_report
 
 SIDE, PATCH_GRID, POOLED_GRID, OTHER_GRID = 336, (24, 24), (12, 12), (8, 8)
 

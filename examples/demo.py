@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.utils import logging
 
 from modeling_deco import SHIPPED_CHECKPOINT  # the import registers DeCo with the Auto classes
-from modeling_deco.recipes.digits.world import render
+from modeling_deco.worlds.digits.world import render
 
 PICTURE = Path(__file__).parents[1] / "demo" / "digits.png"
 SMALLER_GRID = 3

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         ResamplerProjector,
         pool_patch_grid,
     )
-    from .relevance import Relevance, explain, plot_relevance
+    from .relevance.explain import Relevance, explain, plot_relevance
 
 __version__ = "0.1.0"
 
@@ -43,11 +43,11 @@ _MODULE_OF = {
     "DecoProcessor": "processing_deco",
     "MlpProjector": "projectors",
     "QFormerProjector": "projectors",
-    "Relevance": "relevance",
+    "Relevance": "relevance.explain",
     "ResamplerProjector": "projectors",
-    "explain": "relevance",
+    "explain": "relevance.explain",
     "num_image_tokens": "configuration_deco",
-    "plot_relevance": "relevance",
+    "plot_relevance": "relevance.explain",
     "pool_patch_grid": "projectors",
 }
 

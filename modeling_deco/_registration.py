@@ -82,4 +82,4 @@ def lmms_eval_manifest():
     """For lmms-eval, by the entry point `lmms_eval.models`; the class is imported when `--model deco` is chosen."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="deco", chat_class_path=f"{__package__}.lmms_eval_deco.Deco")
+    return ModelManifest(model_id="deco", chat_class_path=f"{__package__}.integrations.lmms_eval.Deco")

@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, Llam
 from trl import ModelConfig, TrlParser
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration
-from modeling_deco.recipes import sft
-from modeling_deco.recipes.trainer import DecoSFTConfig
+from modeling_deco.training import sft
+from modeling_deco.training.trainer import DecoSFTConfig
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 ACCELERATE_CONFIGS = CONFIGS.with_name("accelerate_configs")
@@ -52,7 +52,7 @@ def build_processor(**kwargs):
 
 
 def conversation(index: int, num_images: int = 1, num_turns: int = 1) -> dict:
-    """An example as `modeling_deco.recipes.data` writes it."""
+    """An example as `modeling_deco.training.data` writes it."""
     messages = []
     for turn in range(num_turns):
         shown = [{"type": "image", "text": None}] * num_images if turn == 0 else []

@@ -6,7 +6,7 @@ DECO_PASSWORD users must enter that."""
 import os
 
 from modeling_deco import SHIPPED_CHECKPOINT
-from modeling_deco.page import launch
+from modeling_deco.page.app import launch
 
 if __name__ == "__main__":
     password = os.environ.get("DECO_PASSWORD") or None

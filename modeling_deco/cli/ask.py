@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from .. import SHIPPED_CHECKPOINT
+from ..utils.options import parse_grid_option
 from .common import (
     MODEL_HELP,
     Device,
@@ -27,7 +28,6 @@ from .common import (
     System,
     Temperature,
     one_line_errors,
-    parse_grid_option,
     quiet_transformers,
     write,
 )
@@ -82,12 +82,12 @@ def ask(
         if images.count("-") > 1:
             raise ValueError("stdin (-) holds one image, and - is given more than once.")
 
-        from ..images import read_image
+        from ..inference.images import read_image
 
         pictures = [read_image(sys.stdin.buffer if image == "-" else os.path.expanduser(image)) for image in images]
 
         from ..configuration_deco import parse_grid
-        from ..inference import encode, load, sampling, stream, stream_call, with_system
+        from ..inference.generation import encode, load, sampling, stream, stream_call, with_system
 
         quiet_transformers()
         loaded, processor = load(
@@ -101,7 +101,7 @@ def ask(
         if relevance is None:
             pieces = stream(loaded, processor, inputs, **budget, temperature=temperature, seed=seed)
         else:
-            from ..relevance import explain, plot_relevance
+            from ..relevance.explain import explain, plot_relevance
 
             arguments = {"pooled_grid_size": grid, **budget, **sampling(temperature)}
             call = partial(explain, loaded, processor, pictures[0], question, **arguments)

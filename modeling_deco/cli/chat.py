@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from .. import SHIPPED_CHECKPOINT
+from ..utils.options import parse_grid_option
 from .common import (
     OUT_OF_MEMORY,
     Device,
@@ -26,7 +27,6 @@ from .common import (
     System,
     Temperature,
     one_line_errors,
-    parse_grid_option,
     quiet_transformers,
     report,
     write,
@@ -69,11 +69,11 @@ def chat(
     with one_line_errors("chat"):
         grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
 
-        from ..images import read_image
+        from ..inference.images import read_image
 
         pictures = [read_image(os.path.expanduser(name)) for name in image or []]
 
-        from ..inference import load
+        from ..inference.generation import load
 
         quiet_transformers()
         loaded = load(model, revision=revision, device=device, dtype=dtype, in_4bit=in_4bit, in_int8=in_int8)
@@ -94,7 +94,7 @@ def chat(
 
 def _take(conversation: "Conversation", line: str) -> bool:
     """On a terminal what goes wrong is said, and the conversation goes on."""
-    from ..loading import is_out_of_memory
+    from ..inference.loading import is_out_of_memory
 
     try:
         return conversation.take(line)
@@ -139,8 +139,8 @@ class Conversation:
         seed: int | None = None,
         system: str | None = None,
     ):
-        from ..inference import with_system
-        from ..prompt_cache import PromptCache
+        from ..inference.generation import with_system
+        from ..inference.prompt_cache import PromptCache
 
         self.model, self.processor = model, processor
         self.prompt_cache = PromptCache(model, math.inf)  # of one conversation: `clear` when it ends
@@ -156,7 +156,7 @@ class Conversation:
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if command == "/image":
-            from ..images import read_image
+            from ..inference.images import read_image
 
             if not argument:
                 raise ValueError("/image needs a path or URL: /image digits.png")
@@ -183,7 +183,7 @@ class Conversation:
 
     def answer(self, question: str) -> None:
         """Write the answer as it comes. A question that fails or is stopped before its answer begins is forgotten."""
-        from ..inference import stream, with_system
+        from ..inference.generation import stream, with_system
 
         content = [{"type": "image", "image": picture} for picture in self.pictures]
         messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]

@@ -2,14 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several commands need: their shared options, and errors in one line."""
 
-import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import one_line, tell
+from ..utils.errors import one_line, tell
 
 MODEL_HELP = "Folder or Hub id of a DeCo checkpoint; by default the shipped one, which knows digits"
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")]
@@ -50,14 +49,6 @@ InInt8 = Annotated[
 OUT_OF_MEMORY = "out of memory; a smaller --pooled-grid-size or --4bit needs less."
 
 
-def parse_grid_option(value: str) -> list[int]:
-    """`[rows, cols]` of `"8"` or `"8x12"`. Raises a ValueError where it is neither."""
-    match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", value)
-    if match is None:
-        raise ValueError(f"The pooled grid size {value!r} is neither a number (8) nor ROWSxCOLS (8x12).")
-    return [int(match[1]), int(match[2] or match[1])]
-
-
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Bad input ends the command with one line on stderr and exit code 2, a lack of memory with exit code 1."""
@@ -69,7 +60,7 @@ def one_line_errors(command: str) -> Iterator[None]:
         report(command, error)
         raise typer.Exit(2) from None
     except (MemoryError, RuntimeError) as error:
-        from ..loading import is_out_of_memory
+        from ..inference.loading import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

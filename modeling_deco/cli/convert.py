@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from ..errors import tell
-from .common import Revision, parse_grid_option, quiet_transformers, report
+from ..utils.errors import tell
+from ..utils.options import parse_grid_option
+from .common import Revision, quiet_transformers, report
 
 
 class _Stderr(logging.Handler):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import SHIPPED_CHECKPOINT
+from ..utils.options import parse_grid_option
 from .common import (
     Device,
     DType,
@@ -20,7 +21,6 @@ from .common import (
     System,
     Temperature,
     one_line_errors,
-    parse_grid_option,
     quiet_transformers,
 )
 
@@ -95,9 +95,9 @@ def serve(
     Ctrl-C ends it.
     """
     with one_line_errors("serve"):
-        from ..images import ImageLimits
-        from ..serving import ServerOptions
-        from ..serving import serve as run
+        from ..inference.images import ImageLimits
+        from ..serving.app import ServerOptions
+        from ..serving.app import serve as run
 
         quiet_transformers()
         options = ServerOptions(

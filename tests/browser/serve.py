@@ -5,7 +5,7 @@
 import sys
 import time
 
-from modeling_deco import page
+from modeling_deco.page import app as page
 
 LOCAL = ("127.0.0.1", "::1", "localhost", "0.0.0.0", None)
 

@@ -1,9 +1,0 @@
-# Copyright 2026 The DeCo package authors.
-# SPDX-License-Identifier: Apache-2.0
-"""LLaVA checkpoints to DeCo checkpoints, and back."""
-
-from .convert import convert
-from .errors import ConversionError
-from .export import export
-
-__all__ = ["ConversionError", "convert", "export"]

@@ -1,0 +1,14 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Convert a LLaVA checkpoint to a DeCo: `deco convert`, as a script.
+
+python conversion/convert_llava_to_deco.py llava-hf/llava-1.5-7b-hf deco-7b
+"""
+
+import sys
+
+from modeling_deco.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "convert")
+    main()

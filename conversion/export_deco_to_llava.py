@@ -1,0 +1,14 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Write a DeCo checkpoint as a LLaVA in the format of transformers: `deco export`, as a script.
+
+python conversion/export_deco_to_llava.py deco-7b llava-7b
+"""
+
+import sys
+
+from modeling_deco.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "export")
+    main()

@@ -1,0 +1,207 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA checkpoints to DeCo checkpoints."""
+
+import logging
+import math
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..configuration_deco import parse_grid
+from ..inference.folders import check_processor, run_within_limits
+from ..processing_deco import DecoProcessor
+from ..utils.errors import ConversionError
+from ..utils.files import refusing, value_errors
+from ..utils.staging import check_destination
+from .card import build_card
+from .checkpoints import EMBEDDINGS, LlavaCheckpoint, read_checkpoint
+from .output import check_login, upload, write_checkpoint
+from .parity import compare_logits
+from .processing import (
+    choose_chat_template,
+    load_chat_template,
+    load_generation_config,
+    load_image_processor,
+    load_tokenizer,
+    named_chat_template,
+)
+from .sources import Source, open_source
+from .tensors import Cast, Extended, MergedLora
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "float16", "bfloat16")
+_LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    pooled_grid_size: int | list[int] | None = None,
+    vision_tower: str | Path | None = None,
+    base_model: str | Path | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    check_logits: bool = False,
+    chat_template: str | None = None,
+) -> dict:
+    """Make a DeCo checkpoint of a LLaVA checkpoint of any format.
+
+    Args:
+        source: folder or Hub id of transformers' or the original code's LLaVA-1.5, whole, stage 1 or LoRA, or of one
+            with the DeCo authors' `AvgPoolProjector`.
+        destination: folder to make; it appears when all is written and verified.
+        pooled_grid_size: DeCo's grid, an int or `[rows, cols]`. Default: the grid the checkpoint was trained with
+            where it is a DeCo, else 12 x 12, or the patch grid where that is smaller.
+        vision_tower: folder or Hub id of the vision tower, in place of the one that an original config names.
+        base_model: folder or Hub id of the language model under a projector or LoRA adapters.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`. Default: each tensor keeps its type.
+        revision: branch, tag or commit of `source` on the Hub.
+        overwrite: replace a model that `destination` holds.
+        push_to_hub: repository to upload the result to.
+        check_logits: also load both models, one after the other in float32, and compare their logits; for llava-hf.
+        chat_template: a name of `chat_templates.CHAT_TEMPLATES` or a Jinja file. Default: the source's format.
+
+    Returns:
+        What `conversion_report.json` in the destination holds.
+
+    Raises:
+        ConversionError: in one line, what is wrong and what to do; nothing is written then.
+    """
+    destination = Path(destination)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConversionError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+    folders = [Path(name) for name in (source, vision_tower, base_model) if name is not None and Path(name).exists()]
+    check_destination(destination, overwrite, folders)
+    if pooled_grid_size is not None:
+        with value_errors():
+            parse_grid(pooled_grid_size)
+    if push_to_hub:
+        check_login(push_to_hub)
+    source = open_source(source, revision)
+    checkpoint = read_checkpoint(source, pooled_grid_size, vision_tower, base_model)
+    if check_logits and checkpoint.format != "llava-hf":
+        raise ConversionError(
+            f"--check-logits compares with transformers' LLaVA; {source.name} is {checkpoint.format}, leave it out."
+        )
+    config = checkpoint.config
+    with refusing(f"The tokenizer or the image processor of {source.name}"):
+        processor, origin = _build_processor(checkpoint, chat_template)
+    tensors = _output_tensors(checkpoint, dtype)
+    config.dtype = tensors[EMBEDDINGS[0]].dtype
+    config.architectures = ["DecoForConditionalGeneration"]
+    has_own = (source.folder / "generation_config.json").exists()  # else the base model's, if it has one
+    generation_folder = source.folder if has_own else checkpoint.tokenizer.folder
+    with refusing(f"generation_config.json of {generation_folder}"):
+        generation_config = load_generation_config(generation_folder, getattr(processor, "tokenizer", None))
+        suppressed = [*(generation_config.suppress_tokens or []), config.image_token_id]  # an answer has no image
+        generation_config.suppress_tokens = list(dict.fromkeys(suppressed))
+
+    def write_small_files(folder: Path) -> None:
+        (rows, cols), num_tokens = config.patch_grid, config.num_image_tokens
+        logger.info(f"{source.name}: {checkpoint.format}, {rows} x {cols} patches, {num_tokens} tokens per image")
+        config.save_pretrained(folder)
+        generation_config.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        for path in _licence_files(source):
+            shutil.copyfile(path, folder / path.name)
+        build_card(checkpoint, __version__).save(folder / "README.md")
+
+    def check(folder: Path) -> dict:
+        if not check_logits:
+            return {"parity": None}
+        parity = compare_logits(source.folder, folder, is_cast=dtype is not None)
+        difference, num_logits = parity["max_abs_difference"], parity["num_logits"]
+        logger.info(f"{num_logits:,} logits of LLaVA and DeCo in float32 differ by at most {difference:.3g}")
+        return {"parity": parity}
+
+    facts = {
+        "format": checkpoint.format,
+        "patch_grid": list(config.patch_grid),
+        "pooled_grid_size": config.pooled_grid_size,
+        "num_image_tokens": config.num_image_tokens,
+        "chat_template": origin,
+        "dropped": checkpoint.dropped,
+    }
+    sources, files = checkpoint.sources, checkpoint.files
+    report = write_checkpoint(destination, tensors, sources, files, facts, write_small_files, check, overwrite)
+    if push_to_hub:
+        upload(destination, push_to_hub)
+    return report
+
+
+def _licence_files(source: Source) -> list[Path]:
+    """Those in the source's own folder: a link in a folder may lead anywhere, on the Hub it leads to the cache."""
+    files = [path for pattern in _LICENCE_FILES for path in source.folder.glob(pattern) if path.is_file()]
+    return [path for path in files if source.revision or not path.is_symlink()]
+
+
+def _build_processor(
+    checkpoint: LlavaCheckpoint, chat_template: str | None
+) -> tuple[DecoProcessor | None, str | None]:
+    """The processor and where its chat template is from. The config learns the tokenizer's ids."""
+    config, source = checkpoint.config, checkpoint.sources["source"]
+    if checkpoint.format == "llava-hf" and not _has_processor_files(source.folder):
+        logger.warning(
+            f"{source.name} has no tokenizer or no image processor, so the converted folder has no processor; put the "
+            f"source's files there and convert again, or save a DecoProcessor into it."
+        )
+        return None, None
+    tokenizer = load_tokenizer(checkpoint.tokenizer.folder, checkpoint.extra_tokens)
+    image_processor = load_image_processor(checkpoint.image_processor.folder, checkpoint.image_aspect_ratio)
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    if checkpoint.format == "llava-hf" and image_token_id != config.image_token_id:
+        raise ConversionError(
+            f"image_token_index is {config.image_token_id} in config.json of {source.name}, and '<image>' is "
+            f"{image_token_id} in its tokenizer; they must be the same."
+        )
+    num_rows = checkpoint.tensors[EMBEDDINGS[0]].shape[0]
+    if len(tokenizer) > num_rows:
+        num_rows = math.ceil(len(tokenizer) / 64) * 64
+    config.image_token_id, config.text_config.vocab_size = image_token_id, num_rows
+    config.text_config.pad_token_id = tokenizer.pad_token_id
+    use_im_start_end = "<im_start>" in checkpoint.extra_tokens
+    if chat_template is not None:
+        template, origin = named_chat_template(chat_template, use_im_start_end), chat_template
+    else:
+        template = load_chat_template(checkpoint.tokenizer.folder, tokenizer)
+        choose = partial(choose_chat_template, template, tokenizer, config.text_config.model_type, use_im_start_end)
+        with value_errors():
+            run_within_limits(choose, f"The chat template of {source.name}")
+        template, origin = choose()
+    tokenizer.chat_template = template  # in place of several by name, maybe
+    patch_size = config.vision_config.patch_size
+    processor = DecoProcessor(image_processor, tokenizer, config.pooled_grid_size, template, patch_size=patch_size)
+    with value_errors():
+        check_processor(processor, source.name)
+    return processor, origin
+
+
+def _has_processor_files(folder: Path) -> bool:
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    image_processors = ("preprocessor_config.json", "processor_config.json")
+    return all(any((folder / name).exists() for name in names) for names in (tokenizers, image_processors))
+
+
+def _output_tensors(checkpoint: LlavaCheckpoint, dtype: str | None) -> dict:
+    """The tensors in the order of their bytes on the disk, with rows for new tokens, and cast to `dtype` if given."""
+    num_rows = checkpoint.config.text_config.vocab_size
+    tensors = {}
+    for name, tensor in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].path, item[1].offset or 0)):
+        if name in EMBEDDINGS and tensor.shape[0] < num_rows:
+            tensor = Extended(tensor, num_rows)
+        if dtype is not None and tensor.dtype != getattr(torch, dtype):
+            if isinstance(tensor, MergedLora):  # its sum is float32: one rounding, and not two
+                tensor = replace(tensor, dtype=getattr(torch, dtype))
+            else:
+                tensor = Cast(tensor, getattr(torch, dtype))
+        tensors[name] = tensor
+    return tensors

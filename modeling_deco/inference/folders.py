@@ -1,0 +1,224 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of untrusted folders: what would hang a library or take all memory is refused before a library reads it."""
+
+import faulthandler
+import json
+import os
+import re
+import select
+import signal
+import stat
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from typing import Any, NoReturn
+
+from PIL import Image
+
+from ..configuration_deco import LARGEST_SIZES
+
+# Most bytes of a file that is read as a whole. The largest tokenizer.json seen (Gemma's) has 33 MB.
+_VOCABULARY_BYTES, _CONFIG_BYTES = 64 << 20, 4 << 20
+# Each step of an answer goes through what a generation config lists. Whisper's, the longest seen, has 4 kB.
+_GENERATION_CONFIG_BYTES = 64 << 10
+# Most tokens beside a tokenizer's vocabulary, each of which it looks for in a text. Gemma's has 6415.
+_ADDED_TOKENS = 32_768
+_VOCABULARIES = re.compile(r"(tokenizer|vocab|added_tokens)\.json|.*\.index\.json|.*\.model|(merges|vocab)\.txt")
+_CONFIGS = re.compile(r".*config\.json|special_tokens_map\.json|chat_template\.json|.*\.jinja|README\.md")
+
+# The largest number in a field of a config, of any model type, by the first pattern that is found in the field's name.
+# `DecoConfig` checks the fields that it knows more closely.
+_LIMITS = {
+    r"image_size": LARGEST_SIZES["image_size"],
+    r"^r$|rank": 16_384,
+    r"num_beams|num_return_sequences": 100,
+    r"layers|n_layer|depth|experts": LARGEST_SIZES["num_hidden_layers"],
+    r"size|dim|heads|num_|n_": LARGEST_SIZES["vocab_size"],
+}
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Raise a ValueError where a model's folder has a file that never ends or is far too large, or a config with sizes
+    that no model has."""
+    folder = Path(folder)
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        try:
+            status = path.stat()
+        except OSError:  # a link to nowhere: the file is missing
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is not a regular file but a pipe or a device; remove it.")
+        is_config = bool(_CONFIGS.fullmatch(path.name))
+        limit = _CONFIG_BYTES if is_config else _VOCABULARY_BYTES
+        if path.name == "generation_config.json":
+            limit = _GENERATION_CONFIG_BYTES
+        if (is_config or _VOCABULARIES.fullmatch(path.name)) and status.st_size > limit:
+            raise ValueError(f"{path} has {status.st_size:,} bytes; at most {limit:,} are read of such a file.")
+        if is_config and path.suffix == ".json":
+            _check_config(path)
+        if path.name == "tokenizer.json":
+            _check_added_tokens(path.read_bytes().count(b'"single_word"'), path)
+
+
+def _check_config(path: Path) -> None:
+    try:
+        fields = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply.") from None
+    except ValueError:  # not JSON: the error comes where it is read
+        return
+    if path.name in ("config.json", "generation_config.json", "adapter_config.json"):
+        check_fields(fields, str(path))
+    if path.name == "tokenizer_config.json" and isinstance(fields, dict):
+        _check_added_tokens(
+            max((len(value) for value in fields.values() if isinstance(value, list | dict)), default=0), path
+        )
+
+
+def _check_added_tokens(number: int, path: Path) -> None:
+    if number > _ADDED_TOKENS:
+        raise ValueError(f"{path} adds {number:,} tokens to the vocabulary; it must be at most {_ADDED_TOKENS:,}.")
+
+
+def check_fields(config: Any, name: str) -> None:
+    """Raise a ValueError where a field of a config, or of a config in it, is larger than in any model, or names code
+    of the Hub (`"attn_implementation": "owner/kernel"`), which transformers would run. `name` is the file's."""
+    for field, value in _values(config):
+        if isinstance(value, str) and field.endswith("_implementation") and "/" in value:
+            raise ValueError(f"{field} in {name} is {value[:100]!r}, code of the Hub, which is not run; remove it.")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        limit = next((limit for pattern, limit in _LIMITS.items() if re.search(pattern, field)), None)
+        if limit is not None and value > limit:
+            raise ValueError(f"{field} in {name} is {value}; it must be at most {limit:,}.")
+
+
+def _values(config: Any) -> Iterator[tuple[str, Any]]:
+    """The numbers, texts and the like in a config, each with the name of its field."""
+    entries = [("", config)]
+    while entries:
+        name, value = entries.pop()
+        if isinstance(value, dict):
+            # these may be one for each part of a model
+            outer = name if name.endswith(("_implementation", "rank_pattern")) else ""
+            entries += [(outer or str(key), entry) for key, entry in value.items()]
+        elif isinstance(value, list):
+            entries += [(name, entry) for entry in value]
+        else:
+            yield name, value
+
+
+def check_processor(processor, name: str) -> None:
+    """Raise a ValueError where a processor takes more than 10 seconds or 2 GB to encode and decode short conversations
+    about a small picture: a chat template with nested loops, a tokenizer whose text or an image size whose pixels
+    explode.
+
+    `name` is the model's.
+    """
+    text = "Which digits? " + "".join(map(chr, range(32, 127)))
+    question = [{"type": "image", "image": Image.new("RGB", (64, 48))}, {"type": "text", "text": text}]
+    text = [{"type": "text", "text": text}]
+    turns = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": text},
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": text},
+    ]
+
+    def encode():
+        import torch
+
+        torch.set_num_threads(1)  # a forked process has no others
+        for system, num_turns in product([[], [{"role": "system", "content": text}]], range(1, 5)):
+            try:
+                inputs = processor.apply_chat_template(
+                    system + turns[:num_turns], add_generation_prompt=num_turns % 2, tokenize=True, return_dict=True
+                )
+                processor.tokenizer.decode(inputs["input_ids"][0])
+            except Exception as error:  # such as of a template that knows no system message
+                if _is_explosion(error):
+                    raise
+
+    run_within_limits(encode, f"{name}: its chat template, tokenizer or image processor")
+
+
+_INTERRUPTED = 130  # the exit code of a process that Ctrl-C ended
+
+
+def run_within_limits(function: Callable[[], Any], what: str, seconds: float = 10, num_bytes: int = 2 << 30) -> Any:
+    """Run a function in a process of its own, and return what it returned (as JSON), or None where it raised an error.
+
+    Args:
+        function: it sees this process's memory, and cannot change it.
+        what: the subject of the error's line.
+        seconds: longest time.
+        num_bytes: most memory beyond what this process has, on Linux.
+
+    Raises:
+        ValueError: it takes more than that.
+    """
+    if not hasattr(os, "fork"):  # Windows
+        with suppress(Exception):
+            return function()
+        return None
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # forking beside threads is deprecated: the new process does not need them
+        child = os.fork()
+    if child == 0:
+        _answer(function, writer, num_bytes)
+    os.close(writer)
+    answer, deadline = b"", time.monotonic() + seconds
+    try:
+        while select.select([reader], [], [], max(0, deadline - time.monotonic()))[0]:
+            piece = os.read(reader, 1 << 16)
+            if not piece:
+                break
+            answer += piece
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.close(reader)
+        _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) == _INTERRUPTED:
+        raise KeyboardInterrupt
+    if not answer.endswith(b"\n"):  # the answer is incomplete: out of time, or of memory
+        raise ValueError(f"{what} takes more than {seconds:g} seconds or {num_bytes / 2**30:g} GB.")
+    return json.loads(answer)
+
+
+def _answer(function: Callable[[], Any], writer: int, num_bytes: int) -> NoReturn:
+    """In the new process: write the function's result as a line of JSON, or nothing, and end."""
+    code = 0
+    try:
+        faulthandler.disable()  # a crash is an answer too
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(null, stream)
+        with suppress(ImportError, OSError):
+            import resource
+
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + num_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        try:
+            result = function()
+        except Exception as error:
+            if _is_explosion(error):
+                raise
+            result = None
+        with os.fdopen(writer, "wb") as file:
+            file.write(json.dumps(result).encode() + b"\n")
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    finally:
+        os._exit(code)
+
+
+def _is_explosion(error: Exception) -> bool:
+    return isinstance(error, MemoryError | RecursionError | OverflowError) or "allocate memory" in str(error)

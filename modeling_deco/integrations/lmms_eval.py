@@ -1,0 +1,208 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""DeCo as a model of lmms-eval, at any token budget.
+
+    python -m lmms_eval --model deco --model_args pretrained=DIR,pooled_grid_size=8 --tasks pope --batch_size 16
+
+lmms-eval finds it by the entry point `lmms_eval.models`. Its interface was read in 0.7.3.
+"""
+
+import inspect
+import re
+import time
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.models.model_utils.progress import make_progress
+from lmms_eval.protocol import ChatMessages
+from lmms_eval.utils import Collator
+from transformers import LogitsProcessorList
+from transformers.utils import logging
+
+from ..configuration_deco import check_grid, parse_grid
+from ..inference.generation import RefuseNaN, encode, load_processor
+from ..inference.loading import load_config, load_model
+from ..inference.quantization import nf4_config
+from ..utils.options import parse_grid_option
+
+logger = logging.get_logger(__name__)
+
+# Longest answer where neither the task nor the checkpoint's generation config says it, as in TextVQA and RefCOCO:
+# that of lmms-eval's own LLaVA.
+MAX_NEW_TOKENS = 1024
+
+_GENERATION_KWARGS = ("max_new_tokens", "num_beams", "repetition_penalty")
+_SAMPLING_KWARGS = ("temperature", "top_p", "top_k")
+
+
+class Deco(lmms):
+    """A DeCo checkpoint as one of lmms-eval's chat models: text and images in any order, one turn or several.
+
+    Under `accelerate launch -m lmms_eval` each process has a whole model and answers its share of the requests.
+
+    Args:
+        pretrained: folder or Hub id of a DeCo checkpoint, or of an adapter of one.
+        pooled_grid_size: token budget of each image, `8` or `8x12` (rows x columns). Default: the checkpoint's.
+        batch_size: requests answered together.
+        device: default: a GPU of the process's own, or the CPU.
+        device_map: `auto` spreads one model over all GPUs; for a single process.
+        dtype: `auto` (the checkpoint's), `bfloat16`, `float32`, ...
+        revision: branch, tag or commit on the Hub.
+        attn_implementation: `sdpa`, `flash_attention_2`, ...; default: transformers'.
+        load_in_4bit: language model in NF4 (needs bitsandbytes).
+
+    Raises:
+        ValueError: an argument is unknown, or does not fit the others, the checkpoint or the number of processes.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        pooled_grid_size: int | str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        device_map: str | None = None,
+        dtype: str = "auto",
+        revision: str = "main",
+        attn_implementation: str | None = None,
+        load_in_4bit: bool = False,
+        **unknown,
+    ):
+        super().__init__()
+        if unknown:
+            known = [name for name in inspect.signature(Deco).parameters if name != "unknown"]
+            raise ValueError(f"--model deco knows no {', '.join(unknown)}; its arguments are {', '.join(known)}.")
+        for name, value in {"pretrained": pretrained, "revision": revision}.items():
+            if not isinstance(value, str):  # lmms-eval makes a number of whatever looks like one
+                raise ValueError(f"--model_args: {name} must be text, got {value!r}; write a folder 7 as ./7.")
+        if not re.fullmatch(r"[1-9]\d*", str(batch_size)):
+            raise ValueError(f"--batch_size must be a positive number, got {batch_size!r}; DeCo has no 'auto'.")
+        if pooled_grid_size is not None:  # 8, which lmms-eval made a number, or "8x12"
+            pooled_grid_size = parse_grid(parse_grid_option(str(pooled_grid_size)))
+        self.pooled_grid_size = pooled_grid_size
+        self.batch_size = int(batch_size)
+
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self.world_size > 1 and (device or device_map):
+            raise ValueError(f"device and device_map are for one process; each of {self.world_size} has its own GPU.")
+        load_config(pretrained, revision)  # which says so where it is none
+        self.processor = load_processor(pretrained, revision)
+        self.model = load_model(
+            pretrained,
+            revision,
+            dtype=dtype,
+            device_map=device_map or {"": device or self.accelerator.device},
+            attn_implementation=attn_implementation,
+            quantization_config=nf4_config() if load_in_4bit else None,
+        )
+        self.device = self.model.device
+        config = self.model.config
+        if self.pooled_grid_size is not None:  # before data are loaded
+            check_grid(self.pooled_grid_size, config.patch_grid)
+        self.max_length = getattr(config.text_config, "max_position_embeddings", None)
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers, in the order of the requests, each cut before the first of its task's stop strings (`until`).
+
+        Greedy, unless the task or `--gen_kwargs` gives a temperature above 0 or `do_sample=True`.
+
+        Raises:
+            ValueError: an image cannot be read, or images and `<image>` in the text are not as many.
+            NotImplementedError: a request has video or audio.
+        """
+        # Requests that share their generation arguments are answered together, the longest first: if memory does not
+        # suffice for a batch, that shows at once.
+        batches = Collator(
+            [request.args for request in requests], lambda args: -len(args[0]), lambda args: args[2], grouping=True
+        )
+        results, seconds = [], 0.0
+        progress = make_progress(total=len(requests), desc="Model Responding", disable=self.rank != 0)
+        for batch in batches.get_batched(n=self.batch_size):
+            try:
+                conversations = [self._conversation(*args) for args in batch]
+                inputs = encode(self.processor, conversations, self.pooled_grid_size).to(self.device)
+                start = time.perf_counter()
+                results += self._generate(inputs, **batch[0][2])
+                seconds += time.perf_counter() - start
+            except Exception:
+                places = ", ".join(f"{task} {doc_id}" for _, _, _, doc_id, task, _ in batch)
+                logger.error(f"DeCo stopped at one of these documents: {places}")
+                raise
+            progress.update(len(batch))
+        progress.close()
+        num_tokens = sum(result.token_counts.output_tokens for result in results)
+        log_metrics(seconds, num_tokens, num_tokens / seconds if seconds else 0.0)
+        return batches.get_original(results)
+
+    def _conversation(self, context, doc_to_messages, generation_kwargs, doc_id, task, split) -> list[dict]:
+        """A request as transformers' chat messages."""
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+        _, videos, audios = messages.extract_media()
+        if videos or audios:
+            raise NotImplementedError(f"DeCo reads text and images; {task} has {'video' if videos else 'audio'}.")
+        messages = messages.to_hf_messages()
+        for message in messages:
+            message["content"] = _interleave(message["content"], self.processor.image_token)
+        return messages
+
+    @torch.inference_mode()
+    def _generate(self, inputs, until=None, do_sample=None, **generation_kwargs) -> list[GenerationResult]:
+        for name in generation_kwargs.keys() - {*_GENERATION_KWARGS, *_SAMPLING_KWARGS}:
+            logger.warning_once(
+                f"The generation argument {name}, of a task or of --gen_kwargs, has no effect on DeCo."
+            )
+        temperature = generation_kwargs.get("temperature")
+        sample = temperature != 0 and bool(temperature if do_sample is None else do_sample)
+        arguments = {name: generation_kwargs.get(name) for name in _GENERATION_KWARGS}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        # those of a checkpoint's generation config would bring a warning with greedy answers
+        arguments |= {name: generation_kwargs.get(name) if sample else None for name in _SAMPLING_KWARGS}
+        arguments["logits_processor"] = LogitsProcessorList([RefuseNaN()])
+        if "max_new_tokens" not in arguments and self.model.generation_config.max_new_tokens is None:
+            arguments["max_new_tokens"] = MAX_NEW_TOKENS
+        stop_strings = [until] if isinstance(until, str) else [stop for stop in until or [] if stop]
+        prompt_length = inputs["input_ids"].shape[1]
+        if stop_strings:
+            arguments |= {"stop_strings": stop_strings, "tokenizer": self.processor.tokenizer}
+
+        generated = self.model.generate(**inputs, do_sample=sample, **arguments)
+        answers = generated[:, prompt_length:]
+        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
+        texts = [min((text.partition(stop)[0] for stop in stop_strings), key=len, default=text) for text in texts]
+        input_tokens = inputs["attention_mask"].sum(1).tolist()
+        output_tokens = (answers != self.processor.tokenizer.pad_token_id).sum(1).tolist()
+        counts = list(zip(input_tokens, output_tokens, strict=True))
+        if self.max_length and max(map(sum, counts)) > self.max_length:
+            logger.warning_once(
+                f"Some prompts with their answers are longer than the {self.max_length} tokens that the language "
+                f"model was made for: choose a smaller pooled_grid_size."
+            )
+        return [GenerationResult(text, TokenCounts(*count)) for text, count in zip(texts, counts, strict=True)]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not for chat models: lmms-eval itself refuses their tasks that compare likelihoods."""
+        raise NotImplementedError("DeCo answers generate_until tasks; lmms-eval has no loglikelihood for chat models.")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """Not implemented: in these tasks each round depends on the last answer."""
+        raise NotImplementedError("DeCo answers generate_until tasks, not generate_until_multi_round.")
+
+
+def _interleave(content: list[dict], image_token: str) -> list[dict]:
+    """A message's content with its images where its text has `<image>`, as some tasks write it for models of LLaVA's
+    line; where the text has none, or not as many, content stays as it is."""
+    images = [part for part in content if part["type"] == "image"]
+    text = "".join(part["text"] for part in content if part["type"] == "text")
+    pieces = text.split(image_token)
+    if len(pieces) == 1 or len(pieces) != len(images) + 1:
+        return content
+    interleaved = [{"type": "text", "text": pieces[0]}]
+    for image, piece in zip(images, pieces[1:], strict=True):
+        interleaved += [image, {"type": "text", "text": piece}]
+    return [part for part in interleaved if part.get("text") != ""]

@@ -1,0 +1,286 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a frozen vision tower makes of images, kept on a disk: `cache_features` writes it, the trainer reads it.
+
+A cache is a folder of safetensors and a `cache.json`, which says what the features depend on: the tower's weights and
+config, the image processor, the dtype. Each shard has the features of so many images, one tensor per grid, `"12x12"`:
+`(images, 144, vision_hidden_size)`, or `"patches"` for projectors that read patches; and the images' keys. A key is a
+digest of an image's bytes or, where the data have paths, of path and size: the data may have other texts, another
+order and fewer images than those that the cache was made of. A row is read where it lies in the file, by mmap.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, List, Value
+from safetensors import SafetensorError, safe_open
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .. import num_image_tokens
+from ..configuration_deco import parse_grid
+from ..pixels import NORMALIZATION
+
+MANIFEST = "cache.json"
+COMMAND = "python recipes/cache_features.py"
+PATCHES = "patches"  # the name of the features of the patch grid, beside those of pooled grids
+_NO_MATTER = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # fields of a tower's config
+
+
+class CacheError(ValueError):
+    """Features cannot be cached, or these are not the run's. The message is one line that says what to do."""
+
+
+def grid_name(pooled_grid_size) -> str:
+    """The name that a grid's features have, `"12x12"`."""
+    rows, cols = parse_grid(pooled_grid_size)
+    return f"{rows}x{cols}"
+
+
+def grids_of_run(model, processor, args, evaluates: bool) -> list[str]:
+    """Names of the features that a run reads."""
+    if model.config.projector_type != "avg_pool":
+        return [PATCHES]
+    grids = list(args.pooled_grid_sizes or [processor.pooled_grid_size])
+    if evaluates:
+        grids.append(processor.pooled_grid_size)
+    return list(dict.fromkeys(map(grid_name, grids)))
+
+
+def fingerprint(model, processor, args) -> dict[str, Any]:
+    """What features depend on beside the images, as JSON has it.
+
+    Raises:
+        CacheError: they are not the same in each step.
+    """
+    tower, config = model.base_model.vision_tower, model.config.vision_config.to_dict()
+    for name, value in config.items():
+        if "drop" in name and value:
+            raise CacheError(
+                f"The vision tower draws what it drops ({name}={value}), and a cache has one draw: set it to 0, or "
+                f"leave out --feature_cache."
+            )
+    config = model.config.vision_config.to_diff_dict()
+    image_processor = processor.image_processor
+    weights_dtype = next(tower.parameters()).dtype
+    parts = {
+        "dtype": {"of the tower": str(weights_dtype), "of the features": str(feature_dtype(model, args))},
+        "vision tower": {name: value for name, value in config.items() if name not in _NO_MATTER}
+        | {"weights": _digest(tower)},
+        # PIL and torchvision do not resize alike, and to_dict() has one name for both
+        "image preprocessing": json.loads(image_processor.to_json_string())
+        | {"type": type(image_processor).__name__, "normalization": NORMALIZATION},
+    }
+    return json.loads(json.dumps(parts))
+
+
+def feature_dtype(model, args) -> torch.dtype:
+    """Autocast's, to which the first linear layer casts its input, or else the tower's."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return next(model.base_model.vision_tower.parameters()).dtype
+
+
+def feature_shape(config, name: str) -> tuple[int, int]:
+    """`(tokens, vision_hidden_size)` of an image's features of that name."""
+    grid = config.patch_grid if name == PATCHES else tuple(map(int, name.split("x")))
+    return num_image_tokens(grid), config.vision_config.hidden_size
+
+
+def _digest(module: torch.nn.Module) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def image_keys(dataset: Dataset) -> list[list[bytes]]:
+    """16 bytes for each image of each row.
+
+    Raises:
+        CacheError: an image is no file, or the rows are not at hand as they are written.
+    """
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        raise CacheError(
+            "--feature_cache is for data on a disk, whose images stay what they are: not with --streaming, nor with a "
+            "transform of your own."
+        )
+    keys = []
+    for table in dataset.select_columns("images").with_format("arrow").iter(1000):
+        keys += [[_key(image) for image in images or ()] for images in table["images"].to_pylist()]
+    return keys
+
+
+def _key(image: dict[str, Any]) -> bytes:
+    if image["bytes"] is not None:
+        return xxhash.xxh3_128_digest(image["bytes"])
+    try:
+        return xxhash.xxh3_128_digest(f"{Path(image['path']).stat().st_size} {image['path']}".encode())
+    except OSError as error:
+        raise CacheError(f"{image['path']}, an image of the data, cannot be read: {error.strerror}.") from None
+
+
+@dataclass
+class FeatureCache:
+    """A cache as a run sees it, checked when it is opened.
+
+    Args:
+        folder: of the cache.
+        config: the model's.
+        names: of the grids that are read.
+
+    Raises:
+        CacheError: there is none, or a shard is missing, broken or of another cache.
+    """
+
+    folder: Path
+    config: Any
+    names: list[str]
+    manifest: dict[str, Any] = field(init=False)
+
+    def __post_init__(self):
+        self._files = {}
+        self.manifest = read_manifest(self.folder)
+        lacking = [name for name in self.names if name not in self.manifest["grids"]]
+        if lacking:
+            raise CacheError(
+                f"--feature_cache {self.folder} has the grids {', '.join(self.manifest['grids'])}, and not "
+                f"{', '.join(lacking)}: make one in another folder, with all grids, by `{COMMAND}`."
+            )
+
+    @classmethod
+    def of_run(cls, model, processor, args, evaluates: bool) -> "FeatureCache":
+        """The cache `args.feature_cache`, whose features are those that this run would compute."""
+        if is_deepspeed_zero3_enabled():
+            raise CacheError("--feature_cache compares the tower's weights, which ZeRO-3 has split: use DDP or FSDP2.")
+        cache = cls(Path(args.feature_cache), model.config, grids_of_run(model, processor, args, evaluates))
+        # of the first process, since under FSDP the others may have no weights yet
+        found = [fingerprint(model, processor, args) if args.process_index == 0 else None]
+        cache.check(broadcast_object_list(found)[0])
+        problems = {path.name: problem for path, problem in cache.problems().items() if problem}
+        if problems:
+            name, problem = next(iter(problems.items()))
+            raise CacheError(
+                f"--feature_cache {cache.folder} lacks {len(problems)} of {cache.num_shards} shards ({name}: "
+                f"{problem}). Run `{COMMAND}` with this run's arguments; it computes what is missing."
+            )
+        return cache
+
+    def check(self, expected: dict[str, Any]) -> None:
+        """Refuse a cache of other features, and name the first difference."""
+        for part, fields in expected.items():
+            cached = self.manifest["fingerprint"].get(part, {})
+            for name in sorted(fields.keys() | cached.keys()):
+                if fields.get(name) != cached.get(name):
+                    raise CacheError(
+                        f"--feature_cache {self.folder} is stale: {part}, {name} is {cached.get(name)!r} there and "
+                        f"{fields.get(name)!r} in this run. Make one in another folder by `{COMMAND}` with this run's "
+                        f"arguments, or leave out --feature_cache."
+                    )
+
+    # --- shards ------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(self.manifest["images"]["number"] / self.manifest["images_per_shard"])
+
+    @property
+    def shards(self) -> list[Path]:
+        return [
+            self.folder / f"features-{shard:05d}-of-{self.num_shards:05d}.safetensors"
+            for shard in range(self.num_shards)
+        ]
+
+    def images_of(self, shard: int) -> range:
+        """Numbers of a shard's images."""
+        first = shard * self.manifest["images_per_shard"]
+        return range(first, min(first + self.manifest["images_per_shard"], self.manifest["images"]["number"]))
+
+    @property
+    def mark(self) -> str:
+        """What all shards of a cache carry, and those of another do not."""
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.manifest, sort_keys=True).encode())
+
+    def problems(self) -> dict[Path, str]:
+        """What is wrong with each shard; an empty text where it is whole. The features' values are not read."""
+        return {path: self._problem(path, len(self.images_of(shard))) for shard, path in enumerate(self.shards)}
+
+    def _problem(self, path: Path, num_images: int) -> str:
+        try:
+            with safe_open(path, "pt") as file:  # which compares the header with the file's length
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                mark = (file.metadata() or {}).get("cache")
+        except FileNotFoundError:
+            return "not there"
+        except (OSError, SafetensorError) as error:
+            return f"broken, {error}"
+        expected = {name: (num_images, *feature_shape(self.config, name)) for name in self.manifest["grids"]}
+        expected["keys"] = num_images, 16
+        return "" if mark == self.mark and shapes == expected else "of another cache"
+
+    def _open(self, shard: int):
+        if shard not in self._files:
+            self._files[shard] = safe_open(self.shards[shard], "pt")
+        return self._files[shard]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_files": {}}  # each process opens its own
+
+    # --- what training reads -----------------------------------------------------------------------------------------
+
+    def refer(self, dataset: Dataset) -> Dataset:
+        """The data set with numbers of cached images in the place of its images, which nobody decodes then.
+
+        Raises:
+            CacheError: images are not in the cache; the message has their number.
+        """
+        numbers = {}
+        for shard in range(self.num_shards):
+            keys = self._open(shard).get_tensor("keys").numpy()
+            numbers |= {key.tobytes(): number for key, number in zip(keys, self.images_of(shard), strict=True)}
+        keys = image_keys(dataset)
+        lacking = {key: row for row, keys_of_row in enumerate(keys) for key in keys_of_row if key not in numbers}
+        if lacking:
+            row = min(lacking.values())
+            name = dataset[row]["id"] if "id" in dataset.column_names else f"row {row}"
+            raise CacheError(
+                f"--feature_cache {self.folder} lacks {len(lacking)} images of these data, as sample {name!r} has: "
+                f"make one of these data in another folder by `{COMMAND}`."
+            )
+        references = [[numbers[key] for key in keys_of_row] for keys_of_row in keys]
+        return dataset.remove_columns("images").add_column("images", references, feature=List(Value("int64")))
+
+    def read(self, images: list[int]) -> dict[str, torch.Tensor]:
+        """`(images, tokens, vision_hidden_size)` by grid; without images the patches of a blank one."""
+        if not images:
+            return {PATCHES: torch.zeros(1, *feature_shape(self.config, PATCHES))}
+        places = [divmod(image, self.manifest["images_per_shard"]) for image in images]
+        return {
+            name: torch.stack([self._open(shard).get_slice(name)[row] for shard, row in places]) for name in self.names
+        }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CacheError(
+            f"--feature_cache {folder} has no {MANIFEST} of cached features: make them by `{COMMAND}` with this run's "
+            f"arguments."
+        ) from None
+
+
+def key_digest(keys: list[bytes]) -> str:
+    return xxhash.xxh3_128_hexdigest(b"".join(keys))
+
+
+def key_tensor(keys: list[bytes]) -> torch.Tensor:
+    """`(images, 16)`, as a shard has it."""
+    return torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16).copy())

@@ -1,0 +1,151 @@
+"""Accuracy of a checkpoint on the digits world, by kind of question, from what the model itself writes.
+
+    python -m modeling_deco.worlds.digits.evaluate --model DIR --pooled-grid-size 6 [--conversation] [--json]
+
+Pictures are made of held-out scans and hold at least two digits, so that no question can be answered without looking
+the digit up. The standard error is over pictures, since the questions of one are not independent.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from tqdm.auto import tqdm
+from transformers import LogitsProcessorList
+
+from ...configuration_deco import parse_grid
+from ...inference.generation import RefuseNaN, encode, load
+from ...utils.measure import environment
+from ...utils.script import run
+from .world import KINDS, SPLITS, questions, render, score
+
+BATCH_SIZE = 256  # questions
+
+
+@torch.inference_mode()
+def answer(model, processor, images, texts, pooled_grid_size=None, earlier=None) -> list[str]:
+    """Greedy answers to one question per image, after `earlier` pairs of question and answer where there are some."""
+    earlier = earlier or [[]] * len(images)
+    messages = [_conversation(*asked) for asked in zip(images, earlier, texts, strict=True)]
+    inputs = encode(processor, messages, pooled_grid_size).to(model.device)
+    processors = LogitsProcessorList([RefuseNaN()])
+    generated = model.generate(**inputs, max_new_tokens=16, do_sample=False, logits_processor=processors)
+    return processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _conversation(image, earlier, text) -> list[dict]:
+    turns = [("user", text)]
+    for question, answer in reversed(earlier):
+        turns = [("user", question), ("assistant", answer), *turns]
+    messages = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in turns]
+    messages[0]["content"].insert(0, {"type": "image", "image": image})
+    return messages
+
+
+def accuracy_by_turn(model, processor, split, num_pictures, pooled_grid_size=None, seed=0) -> dict[str, dict]:
+    """As `accuracy_by_kind`, for conversations: each picture's questions, one of every kind in random order, are asked
+    one after the other, and the model's own answers stand before the next. One row for each place in the order."""
+    model.eval()
+    scenes = [render(split, index, seed=seed, min_digits=2) for index in range(num_pictures)]
+    images, asked = [scene.image for scene in scenes], []
+    for index, scene in enumerate(scenes):
+        rng = np.random.default_rng(index)
+        of_scene = questions(scene, rng)
+        asked.append([of_scene[place] for place in rng.permutation(len(KINDS))])
+    earlier, hits = [[] for _ in scenes], {}
+    for turn, row in enumerate(zip(*asked, strict=True), start=1):
+        texts, answers = [question.text for question in row], []
+        for start in range(0, num_pictures, BATCH_SIZE):
+            batch = slice(start, start + BATCH_SIZE)
+            answers += answer(model, processor, images[batch], texts[batch], pooled_grid_size, earlier[batch])
+        hits[f"question {turn}"] = [[score(*pair)] for pair in zip(row, answers, strict=True)]
+        earlier = [[*turns, pair] for turns, *pair in zip(earlier, texts, answers, strict=True)]
+    return {turn: _summary(by_picture) for turn, by_picture in hits.items()}
+
+
+def accuracy_by_kind(
+    model, processor, split, num_pictures, pooled_grid_size=None, kinds=KINDS, seed=0, min_digits=2, max_digits=4
+) -> dict[str, dict[str, float]]:
+    """For each kind: `accuracy` and `standard_error` in percent, and the number of `questions`.
+
+    Args:
+        split: of the scans; pictures hold `min_digits` to `max_digits` digits.
+        kinds: kinds of questions asked about each picture, one for each entry.
+        pooled_grid_size: default: the processor's.
+    """
+    was_training = model.training
+    model.eval()
+    asked = []
+    for index in range(num_pictures):
+        scene = render(split, index, seed=seed, min_digits=min_digits, max_digits=max_digits)
+        asked += [(index, scene.image, question) for question in questions(scene, np.random.default_rng(index), kinds)]
+    hits = defaultdict(lambda: defaultdict(list))  # kind -> picture -> right or not
+    for start in tqdm(range(0, len(asked), BATCH_SIZE), desc="evaluate", unit="batch", disable=None, file=sys.stderr):
+        batch = asked[start : start + BATCH_SIZE]
+        texts = [question.text for _, _, question in batch]
+        answers = answer(model, processor, [image for _, image, _ in batch], texts, pooled_grid_size)
+        for (index, _, question), text in zip(batch, answers, strict=True):
+            hits[question.kind][index].append(score(question, text))
+    model.train(was_training)
+    return {kind: _summary(by_picture.values()) for kind, by_picture in hits.items()}
+
+
+def _summary(hits_by_picture) -> dict[str, float]:
+    """Mean over questions, and its standard error with pictures as the independent units (ratio estimator)."""
+    right = np.array([sum(hits) for hits in hits_by_picture], dtype=float)
+    total = np.array([len(hits) for hits in hits_by_picture], dtype=float)
+    mean = right.sum() / total.sum()
+    residuals = (right - mean * total) / total.mean()
+    standard_error = residuals.std(ddof=1) / np.sqrt(len(total)) if len(total) > 1 else float("nan")
+    return {
+        "accuracy": round(100 * float(mean), 2),
+        "standard_error": round(100 * float(standard_error), 2),
+        "questions": int(total.sum()),
+    }
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Folder or Hub id of the checkpoint.")],
+    pooled_grid_size: Annotated[int | None, typer.Option(help="Token budget; default: the checkpoint's.")] = None,
+    split: Annotated[str, typer.Option(help=f"Scans to draw from: {', '.join(SPLITS)}.")] = "test",
+    num_pictures: Annotated[int, typer.Option(min=2, help="Pictures, each with one question of every kind.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Another seed gives other pictures.")] = 0,
+    in_4bit: Annotated[bool, typer.Option("--4bit", help="Language model in 4 bits (NF4, bitsandbytes).")] = False,
+    in_int8: Annotated[bool, typer.Option("--int8", help="Linear layers in int8.")] = False,
+    in_conversation: Annotated[
+        bool, typer.Option("--conversation", help="Ask a picture's questions one after the other; rows by place.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Print the accuracy of MODEL on held-out handwriting."""
+    if split not in SPLITS:
+        raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
+    loaded, processor = load(model, in_4bit=in_4bit, in_int8=in_int8)
+    evaluate = accuracy_by_turn if in_conversation else accuracy_by_kind
+    accuracies = evaluate(loaded, processor, split, num_pictures, pooled_grid_size, seed=seed)
+    if as_json:
+        report = {
+            "model": model,
+            "pooled_grid_size": list(parse_grid(pooled_grid_size or processor.pooled_grid_size)),
+            "in_4bit": in_4bit,
+            "in_int8": in_int8,
+            "in_conversation": in_conversation,
+            "split": split,
+            "num_pictures": num_pictures,
+            "seed": seed,
+            "accuracy": accuracies,
+            "environment": environment(loaded.device),
+        }
+        typer.echo(json.dumps(report))
+        return
+    typer.echo(f"{'':10} accuracy  std. error  questions")
+    for kind, row in accuracies.items():
+        typer.echo(f"{kind:10} {row['accuracy']:7.1f} %  {row['standard_error']:7.1f} %  {row['questions']:9}")
+
+
+if __name__ == "__main__":
+    run("digits.evaluate", lambda: typer.run(main))

