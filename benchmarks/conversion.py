@@ -89,7 +89,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_llava_hf(folder: Path, num_layers: int) -> None:
-    from modeling_deco.conversion.processing import load_tokenizer
+    from modeling_deco.conversion.tokenizer import load_tokenizer
 
     folder.mkdir(parents=True)
     write_tokenizer(folder)

@@ -1,29 +1,23 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What both directions share: a staged folder with verified weights and a report, and its upload."""
+"""Write a checkpoint of either direction: its small files, its weights and the report, into a staged folder."""
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
-from .. import __version__
-from ..hub import load_card
-from ..utils.errors import ConversionError, first_names, one_line
+from ..utils.errors import first_names
 from ..utils.staging import staged
+from .report import REPORT, build_report
 from .sources import Source
 from .writing import write_weights
 
 logger = logging.getLogger(__name__)
 
-REPORT = "conversion_report.json"
 _SMALL_FILES_BYTES = 64 << 20  # room for tokenizer, configs and code
 
 
@@ -42,11 +36,11 @@ def write_checkpoint(
     Args:
         destination: see `staged`.
         tensors: see `write_weights`.
-        sources: where the tensors are from, by role.
-        files: the weight files they lie in, whose digests are reported.
-        facts: more for the report.
+        sources: the folders of the tensors, by role.
+        files: the weight files of the tensors. The report has their digests.
+        facts: more entries of the report.
         write_small_files: called with the staged folder.
-        check: called with it when the weights are there; what it returns is reported too.
+        check: called with the staged folder after the weights are written; returns more entries of the report.
         overwrite: see `check_destination`.
 
     Returns:
@@ -57,49 +51,16 @@ def write_checkpoint(
     with staged(destination, num_bytes + _SMALL_FILES_BYTES, overwrite) as folder:
         write_small_files(folder)
         with _progress(num_bytes) as progress:
-            written = write_weights(tensors, folder, files, progress)
+            digests = write_weights(tensors, folder, files, progress)
         if check is not None:
             facts = facts | check(folder)
-        report = {
-            "source": sources["source"].name,
-            "revision": sources["source"].revision,
-            **facts,
-            "sources": {
-                role: {
-                    "name": source.name,
-                    "revision": source.revision,
-                    "files": {
-                        path.name: {"bytes": path.stat().st_size, "xxh3_128": written.source_files[path]}
-                        for path in files
-                        if path.parent == source.folder
-                    },
-                }
-                for role, source in sources.items()
-            },
-            "written": written.files,
-            "nonfinite": written.nonfinite,
-            "tensors": {
-                name: {
-                    "key": tensor.key,
-                    "file": tensor.path.name,
-                    "how": tensor.how,
-                    "xxh3_128": written.tensors[name],
-                }
-                for name, tensor in tensors.items()
-            },
-            "versions": {
-                "modeling-deco": __version__,
-                "python": sys.version.split()[0],
-                **{name: version(name) for name in ("torch", "transformers", "safetensors", "huggingface_hub")},
-            },
-        }
+        report = build_report(tensors, sources, files, facts, digests)
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    if written.nonfinite:
-        names = sorted(written.nonfinite)
-        count, first = sum(written.nonfinite.values()), first_names(names)
+    if digests.nonfinite:
+        count, names = sum(digests.nonfinite.values()), sorted(digests.nonfinite)
         logger.warning(
-            f"{destination}: {count:,} weights of {len(names)} tensors are NaN or infinite as in the source: {first}. "
-            f"Such a model does not answer."
+            f"{destination}: {count:,} weights of {len(names)} tensors are NaN or infinite as in the source: "
+            f"{first_names(names)}. Such a model does not answer."
         )
     size = tqdm.format_sizeof(num_bytes, "B")
     logger.info(f"{destination}: {len(tensors)} tensors, {size}, read back and equal to the source's")
@@ -108,7 +69,7 @@ def write_checkpoint(
 
 @contextmanager
 def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar in bytes on a terminal, a line in the log at each tenth elsewhere."""
+    """A progress bar in bytes on a terminal; elsewhere a line in the log for each tenth."""
     with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None) as bar:
         written = 0
 
@@ -120,29 +81,3 @@ def _progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
                 logger.info(f"{tqdm.format_sizeof(written, 'B')} of {tqdm.format_sizeof(num_bytes, 'B')}")
 
         yield progress
-
-
-def check_login(repo_id: str) -> None:
-    """Refuse an upload before the work, and not after it: where nobody is logged in to the Hub, or to no such name."""
-    try:
-        validate_repo_id(repo_id)
-        HfApi().whoami()
-    except Exception as error:  # of many kinds, by the network
-        raise ConversionError(f"--push-to-hub {repo_id}: {one_line(error)} (log in by `hf auth login`)") from None
-
-
-def upload(folder: Path, repo_id: str) -> None:
-    """Upload a finished folder to the Hub, where a model card that the repository has stays."""
-    try:
-        HfApi().create_repo(repo_id, exist_ok=True)
-        HfApi().upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message="Convert from LLaVA",
-            ignore_patterns=None if load_card(repo_id) is None else "README.md",
-        )
-    except Exception as error:  # of many kinds, by the network
-        raise ConversionError(
-            f"{folder} is complete, but its upload to {repo_id!r} failed: {one_line(error)} "
-            f"Try `hf upload {repo_id} {folder}`."
-        ) from None

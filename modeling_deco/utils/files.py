@@ -27,6 +27,11 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def read_settings(path: Path) -> dict:
+    """The settings in a JSON file, without those that are null; empty if there is no file."""
+    return {name: value for name, value in read_json(path).items() if value is not None} if path.is_file() else {}
+
+
 def without_duplicates(pairs: list[tuple]) -> dict:
     """For `json.loads(object_pairs_hook=...)`, which by itself keeps the last of several."""
     names = set()

@@ -28,15 +28,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from modeling_deco import DecoProcessor
 from modeling_deco.chat_templates import CHAT_TEMPLATES
-from modeling_deco.conversion.processing import (
+from modeling_deco.conversion.chat_template import (
     VICUNA_CHAT_TEMPLATE,
     choose_chat_template,
     load_chat_template,
-    load_generation_config,
-    load_image_processor,
-    load_tokenizer,
     named_chat_template,
 )
+from modeling_deco.conversion.generation_config import load_generation_config
+from modeling_deco.conversion.image_processor import load_image_processor
+from modeling_deco.conversion.tokenizer import load_tokenizer
 from modeling_deco.utils.errors import ConversionError
 
 SYSTEM = (
@@ -352,7 +352,7 @@ def test_a_tokenizer_json_needs_no_sentencepiece(llama, tmp_path):
         import sys
 
         sys.modules["sentencepiece"] = None  # before transformers looks for it
-        from modeling_deco.conversion.processing import load_tokenizer
+        from modeling_deco.conversion.tokenizer import load_tokenizer
 
         return len(load_tokenizer(folder))
 

@@ -324,7 +324,7 @@ def test_a_card_that_cannot_be_read_is_not_replaced(hub, model, monkeypatch):
 
 
 def test_a_conversion_leaves_the_card_of_the_repository(hub, tmp_path):
-    from modeling_deco.conversion.output import upload
+    from modeling_deco.conversion.upload import upload
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "README.md").write_text("# Converted\n")

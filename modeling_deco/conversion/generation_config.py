@@ -1,0 +1,51 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The generation config of a converted checkpoint."""
+
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from ..utils.errors import ConversionError, one_line
+from ..utils.files import read_settings
+
+# Settings that act only where sampling or beams are on; transformers refuses to save them elsewhere.
+_SAMPLING_SETTINGS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+_BEAM_SETTINGS = ("early_stopping", "length_penalty")
+
+
+def load_generation_config(folder, tokenizer) -> GenerationConfig:
+    """The settings of generation in `generation_config.json`, or fresh ones; what they do not say about special tokens
+    is the tokenizer's, if there is one, and so is the padding token.
+
+    Vicuna's file has a temperature without sampling, which transformers does not save: settings without effect are
+    left out, and generation is what it was.
+
+    Raises:
+        ConversionError: the file has settings that contradict each other.
+    """
+    path = Path(folder) / "generation_config.json"
+    settings = read_settings(path)
+    if tokenizer is not None:
+        settings = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **settings}
+        settings["pad_token_id"] = tokenizer.pad_token_id
+    idle = ["transformers_version", "_from_model_config"]  # of the file's writer
+    if not settings.get("do_sample"):
+        idle += _SAMPLING_SETTINGS
+    if settings.get("num_beams", 1) == 1:
+        idle += _BEAM_SETTINGS
+    try:
+        config = GenerationConfig(**{name: value for name, value in settings.items() if name not in idle})
+        config.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"{path} is not valid ({one_line(error)}); mend it or remove it.") from error
+    return config

@@ -1,0 +1,41 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The image processor of a converted checkpoint. Only files are read: never the network, never a checkpoint's own
+code."""
+
+from pathlib import Path
+
+from ..utils.errors import ConversionError, one_line
+from ..utils.files import read_settings
+from ..utils.image_processors import build_image_processor, pad_to_square
+
+
+def load_image_processor(folder, image_aspect_ratio=None):
+    """The image processor of a vision tower, with or without torchvision.
+
+    Args:
+        folder: with a `preprocessor_config.json`, or a `processor_config.json` that has an image processor in it.
+        image_aspect_ratio: the original LLaVA's. `"pad"` makes it LLaVA's image processor, which first pads an image
+            to a square in the mean colour; `"square"` and None leave it as it is.
+
+    Raises:
+        ConversionError: there is none, it cannot be read, or the aspect ratio is another.
+    """
+    folder = Path(folder)
+    if image_aspect_ratio not in (None, "square", "pad"):
+        raise ConversionError(f"image_aspect_ratio must be 'pad' or 'square', got {image_aspect_ratio!r}.")
+    settings = read_settings(folder / "processor_config.json").get("image_processor")
+    settings = settings or read_settings(folder / "preprocessor_config.json")
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    if kind is None:
+        raise ConversionError(
+            f"{folder} names no image processor: neither preprocessor_config.json nor processor_config.json has an "
+            f"image_processor_type; name the folder of the vision tower."
+        )
+    try:
+        processor = build_image_processor(kind.replace("FeatureExtractor", "ImageProcessor"), settings)
+        if image_aspect_ratio == "pad":
+            processor = pad_to_square(processor)
+    except (ValueError, TypeError, OSError) as error:
+        raise ConversionError(f"{folder}: the image processor {kind!r} cannot be built: {one_line(error)}") from error
+    return processor

@@ -1,0 +1,107 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of the original code (haotian-liu/LLaVA): a whole model, a projector alone (stage 1), or LoRA adapters.
+
+Where a projector or adapters lie alone, the language model comes from the base model. The vision tower is in a folder
+of its own.
+"""
+
+import re
+from pathlib import Path
+
+from ..utils.errors import ConversionError
+from ..utils.files import read_json
+from .checkpoints import EMBEDDINGS, LlavaCheckpoint, add_tensors, build_config
+from .layouts import ORIGINAL
+from .lora import merge_adapters, read_adapters
+from .mm_projector import count_layers, grid_of_query_num, is_average_pooling
+from .sources import Source, open_source
+from .vision_tower import read_vision_config, read_vision_tower
+from .weights import read_weight_file, weight_entry
+
+# model types of the original code, and the language models in them
+TEXT_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+# what the original code adds to a language model's config, and what belongs to a file and not to a model
+_NOT_TEXT_FIELD = (
+    r"(mm|tune_mm|freeze_mm|unfreeze_mm|use_mm|image|s2)_.*|.*query_num|tokenizer_(model_max_length|padding_side)|"
+    r"model_type|architectures|auto_map|_name_or_path|transformers_version|use_cache|s2"
+)
+
+
+def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tower, base_model) -> LlavaCheckpoint:
+    checkpoint = LlavaCheckpoint("original", None, {"source": source}, {}, {}, source, source)
+    _read_tensors(checkpoint, raw_config, base_model)
+    projector_num_layers = count_layers(checkpoint, raw_config)
+
+    tower = vision_tower or raw_config.get("mm_vision_tower") or raw_config.get("vision_tower")
+    if not isinstance(tower, str | Path) or not tower:
+        raise ConversionError(f"config.json of {source.name} names no mm_vision_tower; name it by --vision-tower.")
+    tower = open_source(tower, what="--vision-tower")
+    checkpoint.sources["vision_tower"] = checkpoint.image_processor = tower
+    read_vision_tower(checkpoint, tower, is_trained=bool(raw_config.get("unfreeze_mm_vision_tower")))
+
+    grid_name = "--pooled-grid-size"
+    if is_average_pooling(checkpoint):
+        checkpoint.format += " with AvgPoolProjector"
+        checkpoint.is_trained_pooled = True
+        if pooled_grid_size is None:
+            grid_name = f"The grid of query_num in config.json of {source.name}"
+            pooled_grid_size = grid_of_query_num(raw_config, source)
+    checkpoint.image_aspect_ratio = raw_config.get("image_aspect_ratio")
+    if raw_config.get("mm_use_im_patch_token"):  # in the order in which the original code adds them
+        checkpoint.extra_tokens += ["<im_patch>"]
+    if raw_config.get("mm_use_im_start_end"):
+        checkpoint.extra_tokens += ["<im_start>", "<im_end>"]
+    select_feature = str(raw_config.get("mm_vision_select_feature", "patch"))
+    checkpoint.config = build_config(
+        pooled_grid_size,
+        grid_name,
+        vision_config=read_vision_config(tower),
+        text_config=_text_config(raw_config, checkpoint),
+        image_token_id=0,  # until the tokenizer has one
+        projector_num_layers=projector_num_layers,
+        vision_feature_layer=raw_config.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}.get(select_feature, select_feature),
+    )
+    return checkpoint
+
+
+def _read_tensors(checkpoint: LlavaCheckpoint, raw_config: dict, base_model) -> None:
+    """A whole model's tensors, or a base model's with what was trained over it."""
+    source, projector_type = checkpoint.sources["source"], raw_config.get("mm_projector_type")
+    adapter_config, stage_1 = source.folder / "adapter_config.json", source.folder / "mm_projector.bin"
+    is_lora, is_stage_1 = adapter_config.exists(), stage_1.exists()
+    # of a whole model on the Hub only the index is fetched yet, if it has one
+    is_whole = weight_entry(source.folder) is not None or (source.revision and not is_lora and not is_stage_1)
+    if is_whole and is_lora:
+        raise ConversionError(f"{source.name} holds a whole model and adapter_config.json; remove what is not meant.")
+    if is_whole or not (is_lora or is_stage_1):
+        add_tensors(checkpoint, source.read_weights(), ORIGINAL, projector_type)
+        return
+
+    base_name, adapters = base_model or raw_config.get("_name_or_path"), {}
+    if is_lora:
+        checkpoint.format = "original LoRA"
+        adapter_config = read_json(adapter_config)
+        base_name = base_model or adapter_config.get("base_model_name_or_path") or base_name
+        adapters, trained = read_adapters(source, adapter_config)
+    else:
+        checkpoint.format = "original stage 1"
+        trained = read_weight_file(stage_1)
+    if not base_name:
+        raise ConversionError(f"{source.name} does not say what it was trained from; name it by --base-model.")
+    base = checkpoint.sources["base_model"] = open_source(base_name, what="--base-model")
+    add_tensors(checkpoint, base.read_weights(), ORIGINAL)
+    trained = {key.removeprefix("base_model.model."): tensor for key, tensor in trained.items()}
+    add_tensors(checkpoint, trained, ORIGINAL, projector_type, may_replace=True)
+    merge_adapters(checkpoint, adapters)
+    if not any((source.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        checkpoint.tokenizer = base
+
+
+def _text_config(raw_config: dict, checkpoint: LlavaCheckpoint) -> dict:
+    fields = {name: value for name, value in raw_config.items() if not re.fullmatch(_NOT_TEXT_FIELD, name)}
+    embeddings = checkpoint.tensors.get(EMBEDDINGS[0])
+    if embeddings is not None:  # the tokenizer may have grown since
+        fields["vocab_size"] = embeddings.shape[0] if embeddings.shape else 0
+    return {"model_type": TEXT_MODELS[raw_config["model_type"]], **fields}

@@ -1,0 +1,64 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The processor of a converted checkpoint: image processor, tokenizer and chat template."""
+
+import logging
+import math
+from functools import partial
+from pathlib import Path
+
+from ..inference.folders import check_processor, run_within_limits
+from ..processing_deco import DecoProcessor
+from ..utils.errors import ConversionError
+from ..utils.files import value_errors
+from .chat_template import choose_chat_template, load_chat_template, named_chat_template
+from .checkpoints import EMBEDDINGS, LlavaCheckpoint
+from .image_processor import load_image_processor
+from .tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> tuple[DecoProcessor | None, str | None]:
+    """The processor and where its chat template is from. The config learns the tokenizer's ids."""
+    config, source = checkpoint.config, checkpoint.sources["source"]
+    if checkpoint.format == "llava-hf" and not _has_processor_files(source.folder):
+        logger.warning(
+            f"{source.name} has no tokenizer or no image processor, so the converted folder has no processor; put the "
+            f"source's files there and convert again, or save a DecoProcessor into it."
+        )
+        return None, None
+    tokenizer = load_tokenizer(checkpoint.tokenizer.folder, checkpoint.extra_tokens)
+    image_processor = load_image_processor(checkpoint.image_processor.folder, checkpoint.image_aspect_ratio)
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    if checkpoint.format == "llava-hf" and image_token_id != config.image_token_id:
+        raise ConversionError(
+            f"image_token_index is {config.image_token_id} in config.json of {source.name}, and '<image>' is "
+            f"{image_token_id} in its tokenizer; they must be the same."
+        )
+    num_rows = checkpoint.tensors[EMBEDDINGS[0]].shape[0]
+    if len(tokenizer) > num_rows:
+        num_rows = math.ceil(len(tokenizer) / 64) * 64
+    config.image_token_id, config.text_config.vocab_size = image_token_id, num_rows
+    config.text_config.pad_token_id = tokenizer.pad_token_id
+    use_im_start_end = "<im_start>" in checkpoint.extra_tokens
+    if chat_template is not None:
+        template, origin = named_chat_template(chat_template, use_im_start_end), chat_template
+    else:
+        template = load_chat_template(checkpoint.tokenizer.folder, tokenizer)
+        choose = partial(choose_chat_template, template, tokenizer, config.text_config.model_type, use_im_start_end)
+        with value_errors():
+            run_within_limits(choose, f"The chat template of {source.name}")
+        template, origin = choose()
+    tokenizer.chat_template = template  # in place of several by name, maybe
+    patch_size = config.vision_config.patch_size
+    processor = DecoProcessor(image_processor, tokenizer, config.pooled_grid_size, template, patch_size=patch_size)
+    with value_errors():
+        check_processor(processor, source.name)
+    return processor, origin
+
+
+def _has_processor_files(folder: Path) -> bool:
+    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    image_processors = ("preprocessor_config.json", "processor_config.json")
+    return all(any((folder / name).exists() for name in names) for names in (tokenizers, image_processors))
