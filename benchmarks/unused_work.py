@@ -118,7 +118,7 @@ def main(
     mixed = patches[: len(grids)]
 
     def by_grid(start: int, stop: int):
-        return model.model._project(mixed[start:stop], PATCH_GRID, grids[start:stop])
+        return model.model.project_features(mixed[start:stop], PATCH_GRID, grids[start:stop])
 
     savings = {
         "layers above the feature layer are not run": {

@@ -40,7 +40,7 @@ from transformers.utils import (  # private, seen in transformers 5.19 to 5.24
     torch_compilable_check,
 )
 
-from .configuration_deco import DecoConfig, check_grid, fit_grid, num_image_tokens
+from .configuration_deco import DecoConfig, check_grid, fit_grid
 from .hub import base_models, files_of, model_card, upload
 from .projectors import (
     AvgPoolProjector,
@@ -281,7 +281,7 @@ class DecoModel(DecoPreTrainedModel):
         # hidden_states[-1], not last_hidden_state, which SigLIP and DINOv2 normalize
         patch_features = image_outputs.hidden_states[-1][:, self.config.num_prefix_tokens :]
 
-        image_outputs.pooler_output = self._project(patch_features, patch_grids, pooled_grid_sizes)
+        image_outputs.pooler_output = self.project_features(patch_features, patch_grids, pooled_grid_sizes)
         return image_outputs if return_dict else image_outputs.to_tuple()
 
     def _tower_inputs(self, pixel_values, pixel_attention_mask, spatial_shapes):
@@ -298,13 +298,6 @@ class DecoModel(DecoPreTrainedModel):
         if not vision_config.model_type.startswith("dinov2"):  # which does so by itself; at its own size no tower does
             inputs["interpolate_pos_encoding"] = True
         return inputs, patch_grid
-
-    def _grid_of(self, patch_features, pooled_grid_sizes):
-        """The grid of features that came without pixels: that of the patches or, of fewer features, the pooled one."""
-        is_patches = patch_features.shape[1] == num_image_tokens(self.config.patch_grid)
-        if is_patches or self.config.projector_type != "avg_pool":  # the others refuse what is pooled already
-            return self.config.patch_grid
-        return self.config.pooled_grid if pooled_grid_sizes is None else tuple(pooled_grid_sizes[0].tolist())
 
     def image_grids(
         self, patch_grids: list[tuple[int, int]], pooled_grid_sizes: torch.LongTensor | None = None
@@ -331,8 +324,22 @@ class DecoModel(DecoPreTrainedModel):
             for index, (grid, patch_grid) in enumerate(grids, start=1)
         ]
 
-    def _project(self, patch_features, patch_grids, pooled_grid_sizes):
-        """Pool and project; of images with different grids those that share theirs go in one call."""
+    def project_features(
+        self,
+        patch_features: torch.FloatTensor,
+        patch_grids: tuple[int, int] | list[tuple[int, int]],
+        pooled_grid_sizes: torch.LongTensor | None = None,
+    ) -> list[torch.FloatTensor]:
+        """Pool and project the vision tower's patch features: the second half of `get_image_features`.
+
+        Args:
+            patch_features: `(num_images, num_patches, vision_hidden_size)`, without prefix tokens.
+            patch_grids: `(rows, cols)` of all images, or a list with one for each image.
+            pooled_grid_sizes: as in `get_image_features`.
+
+        Returns:
+            One `(rows * cols, text_hidden_size)` tensor per image. Images with the same grids are projected together.
+        """
         if isinstance(patch_grids, tuple) and pooled_grid_sizes is None:  # one grid for all: no loop over images
             return list(self.multi_modal_projector(patch_features, patch_grids, self.config.pooled_grid))
         num_images = patch_features.shape[0]
@@ -425,28 +432,22 @@ class DecoModel(DecoPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        patch_features: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DecoModelOutputWithPast:
         """See `get_image_features` for the images' arguments, and the language model for the others.
 
-        In the place of `pixel_values` it takes what was made of them before:
-
-        - `patch_features` `(num_images, rows * cols, vision_hidden_size)`, the vision tower's without prefix tokens,
-          of the config's patch grid or, where the projector is `"avg_pool"`, already pooled to the grid of the call,
-          one for all images. Training on a frozen tower reads them from a disk.
-        - `mm_encoder_outputs`, `{"image": get_image_features(...)}`: `generate` encodes images once and hands the
-          result on.
+        `mm_encoder_outputs`, `{"image": get_image_features(...)}`, replaces `pixel_values` where images are already
+        encoded: `generate` encodes them once and passes the result on.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`, several kinds of images, or
-                `get_image_features` and `get_placeholder_mask` refuse them.
+            ValueError: neither or both of `input_ids` and `inputs_embeds` are given, or both `pixel_values` and
+                `mm_encoder_outputs`; or `get_image_features` or `get_placeholder_mask` raise it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs is not None else None
-        if sum(images is not None for images in (pixel_values, patch_features, image_outputs)) > 1:
-            raise ValueError("Pass images as pixel_values, as patch_features or as mm_encoder_outputs, one of them.")
+        if pixel_values is not None and image_outputs is not None:
+            raise ValueError("Pass images either as pixel_values or as mm_encoder_outputs, not as both.")
 
         if "past_key_values" in kwargs and CACHE_NAME not in kwargs:
             kwargs[CACHE_NAME] = kwargs.pop("past_key_values")
@@ -455,11 +456,6 @@ class DecoModel(DecoPreTrainedModel):
         if pixel_values is not None:
             image_outputs = self.get_image_features(
                 pixel_values, pooled_grid_sizes, pixel_attention_mask, spatial_shapes, return_dict=True
-            )
-        elif patch_features is not None:
-            grid = self._grid_of(patch_features, pooled_grid_sizes)
-            image_outputs = BaseModelOutputWithPooling(
-                pooler_output=self._project(patch_features, grid, pooled_grid_sizes)
             )
         if image_outputs is not None:
             placeholder_mask = self.get_placeholder_mask(
@@ -587,7 +583,6 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        patch_features: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DecoCausalLMOutputWithPast:
         """See `DecoModel.forward`.
@@ -614,7 +609,6 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
             mm_encoder_outputs=mm_encoder_outputs,
-            patch_features=patch_features,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

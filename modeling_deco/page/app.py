@@ -725,7 +725,7 @@ class _EncodedPictures:
             self.kept.remove(picture)
             start -= picture.seconds
             patch_features = picture.patch_features.to(pixel_values.device)
-            features = self.model._project(patch_features, [picture.patch_grid], pooled_grid_sizes)
+            features = self.model.project_features(patch_features, [picture.patch_grid], pooled_grid_sizes)
         self.seconds = now(features[0]) - start
         self.kept = [*self.kept, picture][-self.max_pictures :]
         return BaseModelOutputWithPooling(pooler_output=features)

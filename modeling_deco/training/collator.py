@@ -242,7 +242,8 @@ def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProces
             `pooled_grid_sizes` and its graph is static.
 
     Returns:
-        The model's inputs with `labels`. `attention_mask` is `(batch, sequence)`; where turns are independent it is
+        The model's inputs with `labels`; cached features are its `pixel_values`, for `features_as_pixels`.
+        `attention_mask` is `(batch, sequence)`; where turns are independent it is
         `(batch, 1, sequence, sequence)`, true where a token may look, and `position_ids` of every turn go on from the
         images, so that logits equal those of one sample per turn.
     """
@@ -252,8 +253,8 @@ def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProces
     repeats = (owners != PADDING).long()  # rows are padded anew
     if "patch_features" in batch:
         grid = processor.pooled_grid_size if pooled_grid_size is None else pooled_grid_size
-        by_grid = batch["patch_features"]
-        inputs["patch_features"] = by_grid[PATCHES] if PATCHES in by_grid else by_grid[grid_name(grid)]
+        by_grid = inputs.pop("patch_features")
+        inputs["pixel_values"] = by_grid[PATCHES] if PATCHES in by_grid else by_grid[grid_name(grid)]
         grids = [parse_grid(grid)] * int(is_image.sum())
     else:
         grids = processor.image_grids(batch, pooled_grid_size)

@@ -11,6 +11,8 @@ order and fewer images than those that the cache was made of. A row is read wher
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, List, Value
 from safetensors import SafetensorError, safe_open
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .. import num_image_tokens
 from ..configuration_deco import parse_grid
@@ -265,6 +268,33 @@ class FeatureCache:
         return {
             name: torch.stack([self._open(shard).get_slice(name)[row] for shard, row in places]) for name in self.names
         }
+
+
+@contextmanager
+def features_as_pixels(model) -> Iterator[None]:
+    """Inside this context, a model takes cached features as its `pixel_values`.
+
+    They are `(images, tokens, vision_hidden_size)`: of the patch grid or, where the projector is `"avg_pool"`, pooled
+    to the grid of the call, the same for all images. The projector still runs within the model's `forward`, as DDP and
+    FSDP2 need it.
+
+    Args:
+        model: a `DecoModel`.
+    """
+
+    def get_image_features(pixel_values, pooled_grid_sizes=None, *args, **kwargs) -> BaseModelOutputWithPooling:
+        grid = model.config.patch_grid
+        is_pooled = pixel_values.shape[1] != num_image_tokens(grid)
+        if is_pooled and model.config.projector_type == "avg_pool":  # the others refuse pooled features
+            grid = model.config.pooled_grid if pooled_grid_sizes is None else tuple(pooled_grid_sizes[0].tolist())
+        features = model.project_features(pixel_values, grid, pooled_grid_sizes)
+        return BaseModelOutputWithPooling(pooler_output=features)
+
+    model.get_image_features = get_image_features
+    try:
+        yield
+    finally:
+        del model.get_image_features  # of this instance; its class has its own
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from ..configuration_deco import check_grid, num_image_tokens
 from ..hub import base_models, model_card
 from .collator import DecoCollator, expand_images
-from .feature_cache import CacheError, FeatureCache
+from .feature_cache import CacheError, FeatureCache, features_as_pixels
 from .records import report_faults, rows_without_bytes, undecoded
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,11 @@ class DecoSFTTrainer(SFTTrainer):
                     f"alone: set --bf16 true, or --dtype float32."
                 )
         if self.is_fsdp_enabled:
-            reduce_head_gradient(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+            reduce_head_gradient(self._unwrapped())
+
+    def _unwrapped(self):
+        """The DeCo under PEFT's model, which adapters change in place."""
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     @staticmethod
     def _check_grids(model, args):
@@ -267,6 +271,12 @@ class DecoSFTTrainer(SFTTrainer):
                 f"Nothing was learned from them; checkpoints before this step are good."
             )
         return loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.data_collator.feature_cache is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with features_as_pixels(self._unwrapped().model):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         return super().prediction_step(model, expand_images(inputs, None, self.processing_class), *args, **kwargs)

@@ -797,7 +797,7 @@ def test_ids_and_embeddings_exclude_each_other(names, model):
 
 def test_pixels_and_encoded_images_exclude_each_other(model):
     encoded = {"image": model.get_image_features(pixels(1), return_dict=True)}
-    with pytest.raises(ValueError, match="pixel_values, as patch_features or as mm_encoder_outputs, one of them"):
+    with pytest.raises(ValueError, match="either as pixel_values or as mm_encoder_outputs"):
         model(**batch(prompt(9)), pixel_values=pixels(1), mm_encoder_outputs=encoded)
 
 

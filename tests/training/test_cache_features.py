@@ -27,7 +27,7 @@ from trl import ModelConfig, TrlParser
 from modeling_deco import DecoForConditionalGeneration, DecoProcessor
 from modeling_deco.training import cache_features, feature_cache, sft
 from modeling_deco.training.cache_features import CacheArguments
-from modeling_deco.training.feature_cache import CacheError, FeatureCache
+from modeling_deco.training.feature_cache import CacheError, FeatureCache, features_as_pixels
 from modeling_deco.training.trainer import DecoSFTConfig, DecoSFTTrainer
 
 FROZEN = {"freeze": "vision_tower", "learning_rate": 1e-3, "train_sampling_strategy": "sequential"}
@@ -522,9 +522,7 @@ def test_sharded_weights_are_refused(checkpoint, data, tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_cache_is_refused(checkpoint, data, tmp_path):
-    with pytest.raises(
-        CacheError, match=r"has no cache\.json of cached features: make them by `python -m modeling_deco"
-    ):
+    with pytest.raises(CacheError, match=r"has no cache\.json of cached features: make them by `python recipes"):
         run(checkpoint, data, tmp_path / "out", **FROZEN, feature_cache=tmp_path)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(CacheError, match="has other files in it: name an empty folder"):
@@ -624,18 +622,18 @@ def test_the_model_takes_pooled_features_for_pixels(vision, grid):
         model.model.multi_modal_projector = cache_features.PoolToAll(["1x1", f"{grid[0]}x{grid[1]}"], (6, 6))
         features = torch.stack(model.get_image_features(pixels).pooler_output)[:, 1:]
         model.model.multi_modal_projector = projector
-        torch.testing.assert_close(model(**inputs, patch_features=features).logits, expected)
-        inputs.pop("pooled_grid_sizes")
-        torch.testing.assert_close(model(**inputs, patch_features=features).logits, expected)
-
-
-def test_pixels_and_features_together_are_refused(model):
-    with pytest.raises(ValueError, match="pixel_values, as patch_features or as mm_encoder_outputs, one of them"):
-        model(**tiny.batch(tiny.prompt(9)), pixel_values=tiny.pixels(1), patch_features=torch.zeros(1, 9, 32))
+        with features_as_pixels(model.model):
+            torch.testing.assert_close(model(**inputs, pixel_values=features).logits, expected)
+            inputs.pop("pooled_grid_sizes")
+            torch.testing.assert_close(model(**inputs, pixel_values=features).logits, expected)
+        assert torch.equal(model(**inputs, pixel_values=pixels).logits, expected)  # as before
 
 
 def test_pooled_features_are_refused_by_projectors_that_read_patches():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = tiny.build_model(projector_type="qformer", projector_config=sizes)
-    with pytest.raises(ValueError, match="9 patch features do not fill a grid of 6 x 6 = 36 patches"):
-        model(**tiny.batch(tiny.prompt(9)), patch_features=torch.zeros(1, 9, 32))
+    with (
+        features_as_pixels(model.model),
+        pytest.raises(ValueError, match="9 patch features do not fill a grid of 6 x 6 = 36 patches"),
+    ):
+        model(**tiny.batch(tiny.prompt(9)), pixel_values=torch.zeros(1, 9, 32))
