@@ -13,15 +13,16 @@ help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 $(VENV)/demo.stamp: pyproject.toml $(CONSTRAINTS)
-	@echo "Building the environment $(VENV) (first time only; torch is the large part) ..."
+	@echo "Building the environment $(VENV) for the demo (first time only; torch is the large part) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable ".[digits]"
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/demo.stamp
-	@echo "Adding what tests and training need ..."
+$(VENV)/dev.stamp: pyproject.toml $(CONSTRAINTS)
+	@echo "Building the environment $(VENV) for tests and training ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable ".[dev]"
-	@touch $@
+	@touch $(VENV)/demo.stamp $@  # it has what the demo needs
 
 demo: $(VENV)/demo.stamp ## ask the shipped checkpoint about a picture of handwriting it has never seen
 	@$(BIN)/python examples/demo.py

@@ -4,10 +4,11 @@
 
     python benchmarks/chat.py
 
-CLIP ViT-L/14-336, 144 tokens per image and a decoder of Qwen2.5-0.5B's shape, random weights, both of so many layers
-as `--layers` says. Each turn is asked both ways, one after the other in one process; times are medians over
-conversations, after one that warms up. Answers are of fixed length and must be the same token by token (in float32).
-Prints a table and ends with one line of JSON, which is also written to results/chat.json.
+The model has CLIP ViT-L/14-336, 144 tokens per image, a decoder with the shape of Qwen2.5-0.5B, and random weights.
+`--layers` sets the number of layers of both. Each turn is generated both ways, one after the other in one process.
+Times are medians over conversations, after one as a warm-up. Answers have a fixed length, and both ways must give the
+same tokens (in float32). The results are written to results/chat.json, and the last line of the output is the same
+JSON.
 """
 
 import json
@@ -23,7 +24,7 @@ from modeling_deco import DecoForConditionalGeneration
 from modeling_deco.inference.prompt_cache import PromptCache
 from modeling_deco.utils.measure import command, environment, write_report
 
-QUESTION_TOKENS, NUM_WORDS = 24, 32_000  # words have the ids below
+QUESTION_TOKENS, NUM_WORDS = 24, 32_000  # the ids of words are smaller
 
 
 def converse(model, prompts: PromptCache, turns: int, answer_tokens: int, seed: int) -> list[tuple[float, float]]:
@@ -52,7 +53,7 @@ def converse(model, prompts: PromptCache, turns: int, answer_tokens: int, seed: 
             )
             both.append(streamer.first_token_seconds)
         if not torch.equal(*answers):
-            raise RuntimeError("The answer with the cache is not the one without it.")
+            raise RuntimeError("The answer with the cache differs from the answer without it.")
         token_ids = answers[0]
         seconds.append(tuple(both))
     return seconds
@@ -61,12 +62,14 @@ def converse(model, prompts: PromptCache, turns: int, answer_tokens: int, seed: 
 def main(
     turns: Annotated[int, typer.Option(min=2, help="Questions in a conversation.")] = 4,
     answer_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed conversations; the median counts.")] = 3,
-    shape: Annotated[str, typer.Option(help=f"Of tiny, {', '.join(TEXT_CONFIGS)}.")] = "0.5b",
-    num_layers: Annotated[int, typer.Option("--layers", min=0, help="Of tower and decoder; 0: all.")] = 6,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed conversations.")] = 3,
+    shape: Annotated[str, typer.Option(help=f"One of tiny, {', '.join(TEXT_CONFIGS)}.")] = "0.5b",
+    num_layers: Annotated[
+        int, typer.Option("--layers", min=0, help="Number of layers of tower and decoder; 0: all.")
+    ] = 6,
     out: Annotated[Path, typer.Option(help="Folder for chat.json.")] = RESULTS,
 ) -> None:
-    """Time to the first token, turn by turn."""
+    """Time to the first token at each turn of a conversation."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     with torch.device(device):

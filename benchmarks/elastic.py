@@ -1,8 +1,8 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Elastic training against training at one grid, on the digits world: accuracy at each token budget.
+"""Accuracy at each token budget after elastic training and after training at one grid, on the digits world.
 
-    python -m modeling_deco.worlds.digits.train --output_dir runs/start --num_steps 900 --plateau_step 900 \
+    python recipes/digits/train.py --output_dir runs/start --num_steps 900 --plateau_step 900 \
         --tower modeling_deco/checkpoints/deco-digits --tower_learning_rate_factor 0
     python -m modeling_deco.worlds.digits.world --split train --num-pictures 16000 --seed 7 --one-record-per-picture \
         --out runs/llava
@@ -15,8 +15,8 @@
         --data_path runs/data --output_dir runs/elastic
     python benchmarks/elastic.py runs/fixed-3 runs/fixed-6 runs/fixed-12 runs/elastic
 
-Same start (one grid, 36 tokens), pictures, order and number of steps for all. Writes results/elastic.json and
-results/elastic.png, prints the table, and ends with one line of JSON.
+All runs have the same start (one grid, 36 tokens), pictures, order and number of steps. The results are written to
+results/elastic.json and results/elastic.png, and the last line of the output is the same JSON.
 """
 
 import json
@@ -32,7 +32,7 @@ import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
 from modeling_deco.configuration_deco import num_image_tokens
 from modeling_deco.utils.measure import command, environment, write_report
 from modeling_deco.worlds.digits.evaluate import accuracy_by_kind
-from modeling_deco.worlds.digits.world import KINDS
+from modeling_deco.worlds.digits.questions import KINDS
 
 SHOWN = ("colour", "read", "relation", "locate")  # existence and count are nearly solved at every grid
 
@@ -45,7 +45,7 @@ def evaluate(folder: Path, grids: list[int], num_pictures: int) -> dict[str, dic
 
 
 def draw(results: dict[str, dict], grids: list[int], path: Path) -> None:
-    """One panel per kind of question: accuracy against tokens per image, a line per checkpoint."""
+    """Plot accuracy against tokens per image: a panel per kind of question, a line per checkpoint."""
     figure = Figure(figsize=(3.4 * len(SHOWN), 3.6), layout="constrained")
     tokens = [num_image_tokens(grid) for grid in grids]
     for axes, kind in zip(figure.subplots(1, len(SHOWN), sharey=True), SHOWN, strict=True):
@@ -69,14 +69,16 @@ def draw(results: dict[str, dict], grids: list[int], path: Path) -> None:
 
 
 def main(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Folders; a folder's name names its line.")],
-    grids: Annotated[list[int], typer.Option("--grid", help="Sides of the grids asked at.")] = [2, 3, 4, 6, 8, 12],  # noqa: B006
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Folders of checkpoints. The name of a folder is the name of its line.")
+    ],
+    grids: Annotated[list[int], typer.Option("--grid", help="Sides of the grids.")] = [2, 3, 4, 6, 8, 12],  # noqa: B006
     num_pictures: Annotated[
-        int, typer.Option(min=2, help="Held-out pictures, a question of each kind about each.")
+        int, typer.Option(min=2, help="Number of test pictures, each with one question of every kind.")
     ] = 500,
     out: Annotated[Path, typer.Option(help="Folder for elastic.json and elastic.png.")] = RESULTS,
 ) -> None:
-    """Accuracy of CHECKPOINTS at every grid."""
+    """Measure the accuracy of CHECKPOINTS at every grid."""
     results = {folder.name: evaluate(folder, grids, num_pictures) for folder in checkpoints}
     report = {
         "command": command(),

@@ -29,7 +29,7 @@ from modeling_deco.training import cache_features, sft
 from modeling_deco.training.data import build_data
 from modeling_deco.training.feature_cache import feature_shape, grid_name
 from modeling_deco.training.trainer import DecoSFTConfig, DecoSFTTrainer
-from modeling_deco.utils.measure import command, environment, seconds, spread, take_turns, turns, write_report
+from modeling_deco.utils.measure import command, environment, seconds, spread, time_interleaved, write_report
 
 ROOT = Path(__file__).parents[1]
 NUM_IMAGES, LLAVA_IMAGES = 8, 558_128  # the second: of LLaVA-1.5's stage 1
@@ -117,8 +117,8 @@ def main(
                 processing_class=processor,
             )
         iterators = {name: steps(trainer) for name, trainer in trainers.items()}
-        times = turns({name: lambda name=name: next(iterators[name]) for name in trainers}, repeats, device)
-        collate = take_turns(
+        times = time_interleaved({name: lambda name=name: next(iterators[name]) for name in trainers}, repeats, device)
+        collate = time_interleaved(
             {
                 name: lambda trainer=trainer: trainer.data_collator(
                     [trainer.train_dataset[row] for row in range(batch_size)]
@@ -140,7 +140,7 @@ def main(
         "seconds_per_step": per_step,
         "steps_per_second": {name: float(f"{1 / row['median']:.4g}") for name, row in per_step.items()},
         "speed_up": spread([before / after for before, after in zip(times["images"], times["features"], strict=True)]),
-        "seconds_per_batch_made": collate,
+        "seconds_per_batch_made": {name: spread(values) for name, values in collate.items()},
         "making_the_cache": {
             "grids": list(bytes_per_image),
             "seconds_per_image": float(f"{build_per_image:.4g}"),

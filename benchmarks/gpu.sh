@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything that is measured on CUDA, in under 8 minutes on one large GPU: results and logs go to
-# benchmarks/results/cuda, each as soon as it is there. The most wanted come first; what the time does not suffice for is
-# named at the end. recipes/gpu_check.sh is beside it: every stage of training at 1.5B and 7B.
+# Run every benchmark on CUDA, in less than 8 minutes on one large GPU. Results and logs are written to
+# benchmarks/results/cuda as soon as a benchmark ends. The most important benchmarks run first; the script names those
+# that failed or had no time left. recipes/gpu_check.sh runs every stage of training at 1.5B and 7B.
 #
 #     benchmarks/gpu.sh [FOLDER]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 OUT=${1:-benchmarks/results/cuda}
-LIMIT=${LIMIT:-470}  # seconds of all together
+LIMIT=${LIMIT:-470}  # seconds for all benchmarks
 "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
     { echo "There is no CUDA device: nothing was run."; exit 1; }
 mkdir -p "$OUT"
@@ -25,7 +25,7 @@ run() {  # NAME SECONDS COMMAND...
 
 run inference 100 benchmarks/inference.py --shape 0.5b --shape 7b --variant default --batch-size 1 --batch-size 8 \
     --grid 12 --grid 8 --new-tokens 33 --out "$OUT"
-# these two compile, which may take minutes
+# the next two compile, which can take minutes
 run int8 100 benchmarks/inference.py --shape 0.5b --shape 7b --variant default --variant int8 --grid 12 --new-tokens 33 \
     --out "$OUT/int8"
 run compiled 100 benchmarks/inference.py --shape 0.5b --variant default --variant compiled --grid 12 --new-tokens 33 \
@@ -40,6 +40,6 @@ run processor 60 benchmarks/processor.py --out "$OUT"
 run tests 120 -m pytest -q -m gpu tests
 
 if [ ${#NOT_RUN[@]} -gt 0 ]; then
-    printf 'not run to the end: %s\n' "${NOT_RUN[@]}"
+    printf 'not completed: %s\n' "${NOT_RUN[@]}"
     exit 1
 fi

@@ -1,18 +1,20 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an answer costs: DeCo at several grids beside transformers' LLaVA with the same weights, and the limit of both.
+"""The cost of an answer: DeCo at several grids, transformers' LLaVA with the same weights, and the limit of both.
 
     python benchmarks/inference.py --shape 0.5b --variant default --variant int8
 
-Weights are random, drawn on the device; LLaVA and DeCo share their tensors, and LLaVA has the vision layer that it
-computes and does not read. All variants run in turn in one process, round after round, the first to warm up; a time is
-the median of the rounds, with the quartiles, and a ratio is the median of the rounds' ratios.
+Weights are random and are created on the device. LLaVA and DeCo share their tensors; LLaVA has one more vision layer,
+which it computes and does not use. All variants are timed in rounds in one process, after a warm-up. A time is the
+median over rounds, with quartiles, and a ratio is the median over rounds of the ratio.
 
-The limit is what no model of this kind can do without: the vision tower's used layers alone, and the language model
-alone on as many embeddings. Prefill is one forward pass from pixels to the last position's logits; the first token is
-what `generate` takes for it. Peak memory is weights and the most that a prefill holds beside them.
+The limit is the cost that every model of this kind has: the used layers of the vision tower alone, and the language
+model alone on as many embeddings. Prefill is one forward pass from pixels to the logits of the last position. The time
+to the first token is measured in `generate`. Peak memory is the weights and the most that a prefill holds besides
+them.
 
-Results are written after each shape and batch, to results/inference.json and .png; the last line printed is the JSON.
+The results are written to results/inference.json and .png after each shape and batch size, and the last line of the
+output is the same JSON.
 """
 
 import copy
@@ -34,7 +36,7 @@ from modeling_deco import SHIPPED_CHECKPOINT, DecoForConditionalGeneration, num_
 from modeling_deco.inference.info import format_size
 from modeling_deco.inference.quantization import Int8Linear, quantize_to_int8
 from modeling_deco.modeling_deco import CACHE_NAME
-from modeling_deco.utils.measure import command, environment, spread, synchronize, turns, write_report
+from modeling_deco.utils.measure import command, environment, spread, synchronize, time_interleaved, write_report
 
 SHAPES = ("digits", *TEXT_CONFIGS)
 VARIANTS = ("default", "int8", "compiled")
@@ -64,7 +66,7 @@ def build(shape: str) -> tuple[DecoForConditionalGeneration, LlavaForConditional
 
 
 def build_inputs(model: PreTrainedModel, batch_size: int, num_tokens: int) -> dict[str, torch.Tensor]:
-    """Random pixels, and as many placeholders as an image has tokens before random words."""
+    """Random pixels, and a prompt of `num_tokens` placeholders and random words."""
     device, dtype, config = model.device, model.dtype, model.config
     side = config.vision_config.image_size
     text = torch.randint(3, config.text_config.vocab_size, (batch_size, NUM_TEXT_TOKENS), device=device)
@@ -82,14 +84,15 @@ class Subject:
     """A model at one token budget, in one variant, at one batch size.
 
     Attributes:
-        parts: what is timed, by name.
-        decode_seconds: per token after the first, a call of `generate` after the other.
+        parts: the functions to time, by name.
+        decode_seconds: for each call of `generate`, seconds per token after the first.
+        first_token_seconds: for each call of `generate`, seconds to the first token.
     """
 
     def __init__(
         self, variant: str, name: str, model: PreTrainedModel, tower: nn.Module, inputs: dict, new_tokens: int
     ):
-        """`tower` is the vision tower without a layer that is not read."""
+        """`tower` is the vision tower without an unused layer."""
         self.variant, self.name, self.model, self.inputs, self.new_tokens = variant, name, model, inputs, new_tokens
         pixels, (batch_size, length), config = inputs["pixel_values"], inputs["input_ids"].shape, model.config
         self.batch_size, self.length = batch_size, length
@@ -99,7 +102,7 @@ class Subject:
         embeds = torch.randn(batch_size, length, config.text_config.hidden_size, **like)
         forward, language_model, self.generation = model, model.model.language_model, {}
         if variant == "compiled":
-            mode = "reduce-overhead" if pixels.is_cuda else "default"  # CUDA graphs, which a CPU has none of
+            mode = "reduce-overhead" if pixels.is_cuda else "default"  # CUDA graphs
             compiled = partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
             forward = compiled(forward)
             compile_config = CompileConfig(fullgraph=True, mode=mode)
@@ -134,11 +137,11 @@ class Subject:
         """Seconds, ratios and bytes.
 
         Args:
-            samples: seconds of each part, round by round.
-            llava: transformers' LLaVA as it is.
-            llava_alike: the same in this subject's variant.
+            samples: for each part the seconds of every round.
+            llava: transformers' LLaVA in the default variant.
+            llava_alike: transformers' LLaVA in the variant of this subject.
         """
-        rounds = len(samples["generate"])  # before them warmed up
+        rounds = len(samples["generate"])  # the calls before them were the warm-up
         limit = [sum(parts) for parts in zip(samples["vision_tower"], samples["language_model"], strict=True)]
         first_token = self.first_token_seconds[-rounds:]
         timed = {**samples, "first_token": first_token, "limit": limit}
@@ -164,7 +167,7 @@ class Subject:
 
 
 def tensors_of(parameter: torch.Tensor) -> list[torch.Tensor]:
-    """Those that torchao's quantized weights are made of, whose own `nbytes` are those before; or itself."""
+    """The weight, or the tensors that it consists of if torchao has quantized it; its own `nbytes` would be wrong."""
     if type(parameter) is nn.Parameter:
         return [parameter]
     parts = (getattr(parameter, name) for name in parameter.__tensor_flatten__()[0])
@@ -176,21 +179,21 @@ def median_ratio(numerators: list[float], denominators: list[float]) -> float:
 
 
 def peak_bytes(part: Callable) -> int:
-    """The most that tensors take while `part` runs, beyond what they took before."""
+    """The most bytes that `part` adds to those of existing tensors."""
     if torch.cuda.is_available():
         synchronize("cuda")
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         part()
         return torch.cuda.max_memory_allocated() - before
-    with torch.compiler.set_stance("force_eager"), TensorBytes() as tensors:  # which compiled code does not pass by
+    with torch.compiler.set_stance("force_eager"), TensorBytes() as tensors:  # compiled code would not be counted
         part()
     return tensors.peak
 
 
 def at_grid(model: DecoForConditionalGeneration, grid: int) -> DecoForConditionalGeneration:
-    """The same weights under a config with another grid, so that the grid is none of the inputs."""
-    shared = [model.model.vision_tower]  # whole, since a copy forgets that it is compiled
+    """A model with the same weights and another grid in its config, so that the grid is not an input."""
+    shared = [model.model.vision_tower]  # a copy would not be compiled
     shared += [*model.parameters(), *model.buffers(), *(m for m in model.modules() if isinstance(m, Int8Linear))]
     model = copy.deepcopy(model, memo={id(part): part for part in shared})
     model.config.pooled_grid_size = grid
@@ -200,13 +203,16 @@ def at_grid(model: DecoForConditionalGeneration, grid: int) -> DecoForConditiona
 def measure(
     device: str, shape: str, grids: list[int], variants: list[str], batch_size: int, repeats: int, new_tokens: int
 ) -> list[dict]:
-    """Rows of one shape at one batch size, in the default dtype."""
-    torch.compiler.reset()  # graphs of another shape or batch, which count against a limit
-    with torch.device(device):  # not around what is compiled, which traces the context too
+    """Results of one shape at one batch size, in the default dtype."""
+    torch.compiler.reset()  # graphs of other shapes and batch sizes count towards a limit
+    with torch.device(device):  # not around compiled code, which would trace this context too
         deco, llava = build(shape)
     subjects = []
     pixels_of_batch = build_inputs(deco, batch_size, 1)["pixel_values"]
-    for variant in ["default", *(name for name in variants if name != "default")]:  # ratios are to the default LLaVA
+    for variant in [
+        "default",
+        *(name for name in variants if name != "default"),
+    ]:  # the default LLaVA is the reference
         models = [deco, llava]
         if variant == "int8":
             models = [quantize_to_int8(copy.deepcopy(model)) for model in models]
@@ -218,7 +224,7 @@ def measure(
             inputs = build_inputs(model, batch_size, num_image_tokens(grid)) | {"pixel_values": pixels_of_batch}
             subjects.append(Subject(variant, name, model, tower, inputs, new_tokens))
     runs = {(i, part): run for i, subject in enumerate(subjects) for part, run in subject.parts.items()}
-    samples = turns(runs, repeats, deco.device)
+    samples = time_interleaved(runs, repeats, deco.device)
     llavas = {subject.variant: subject for subject in subjects if subject.name == "LLaVA"}
     return [
         subject.summarize(
@@ -229,7 +235,7 @@ def measure(
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:
-    """For each shape and batch, the time to the first token, and the parts of it."""
+    """Plot the time to the first token and its parts, for each shape and batch size."""
     height = sum(1 + 0.3 * len(rows) for rows in results.values())
     figure = Figure(figsize=(9, height), layout="constrained")
     heights = [1 + 0.3 * len(rows) for rows in results.values()]
@@ -255,15 +261,15 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
 
 @torch.inference_mode()
 def main(
-    shapes: Annotated[list[str], typer.Option("--shape", help=f"Of {', '.join(SHAPES)}.")] = ["digits", "0.5b"],  # noqa: B006
+    shapes: Annotated[list[str], typer.Option("--shape", help=f"One of {', '.join(SHAPES)}.")] = ["digits", "0.5b"],  # noqa: B006
     grids: Annotated[list[int], typer.Option("--grid", help="Sides of DeCo's grids.")] = [12, 8, 6],  # noqa: B006
-    variants: Annotated[list[str], typer.Option("--variant", help=f"Of {', '.join(VARIANTS)}.")] = ["default", "int8"],  # noqa: B006
-    batch_sizes: Annotated[list[int], typer.Option("--batch-size", help="Prompts, with an image each.")] = [1],  # noqa: B006
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds, after one to warm up.")] = 5,
+    variants: Annotated[list[str], typer.Option("--variant", help=f"{', '.join(VARIANTS)}.")] = ["default", "int8"],  # noqa: B006
+    batch_sizes: Annotated[list[int], typer.Option("--batch-size", help="Prompts with one image each.")] = [1],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 5,
     new_tokens: Annotated[int, typer.Option(min=3, help="Length of the answers.")] = 9,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the plot.")] = RESULTS,
 ) -> None:
-    """Time to the first token, and what it is made of."""
+    """Measure the time to the first token and its parts."""
     for name, given, known in (("shape", shapes, SHAPES), ("variant", variants, VARIANTS)):
         for value in given:
             if value not in known:

@@ -1,14 +1,14 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Images per second of DecoProcessor beside transformers' LlavaProcessor, with the same image processor and tokenizer.
+"""Images per second of DecoProcessor and of transformers' LlavaProcessor, with the same image processor and tokenizer.
 
     python benchmarks/processor.py
 
-DeCo makes 144 placeholders for an image, and 576 as LLaVA does ("deco-576"). Each kind of input is processed by all in
-turns, in one process: pictures in memory and JPEG files by path, small (640 x 480) and large (4000 x 3000, 12
-megapixels), a batch of texts with padding, and one text with many images. Speeds are of medians, `ratio` is the median
-of DeCo's speed over LLaVA's, round by round. The image processor's backends are those of transformers: "pil", and
-"torchvision" where that is installed. Results go to results/processor.json; the last line is the same JSON.
+DeCo makes 144 placeholders per image ("deco"), or 576 as LLaVA does ("deco-576"). All processors are timed in rounds
+in one process, for each kind of input: pictures in memory, small (640 x 480) and large (4000 x 3000) JPEG files by
+path, a batch of texts with padding, and one text with many images. `ratio` is the median over rounds of DeCo's speed
+divided by LLaVA's. The backends of the image processor are transformers' "pil" and, if it is installed, "torchvision".
+The results are written to results/processor.json, and the last line of the output is the same JSON.
 """
 
 import json
@@ -25,7 +25,7 @@ from transformers import AutoImageProcessor, LlavaProcessor
 from transformers.utils import is_torchvision_available
 
 from modeling_deco import DecoProcessor
-from modeling_deco.utils.measure import command, environment, spread, turns, write_report
+from modeling_deco.utils.measure import command, environment, spread, time_interleaved, write_report
 from modeling_deco.worlds.digits.tokenizer import build_tokenizer
 
 SIDE, PATCH_SIZE = 336, 14  # CLIP ViT-L/14-336
@@ -33,13 +33,13 @@ QUESTION = "What is this?"
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth, as photographs are: noise would make a JPEG several times their size."""
+    """A smooth picture: noise would make a JPEG several times larger than a photograph."""
     coarse = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def build_inputs(folder: Path, num_images: int, large: tuple[int, int]) -> dict[str, dict]:
-    """Arguments of a processor, by the name of the kind of input."""
+    """Arguments of a processor by kind of input."""
     pictures = [picture(seed, 640, 480) for seed in range(num_images)]
     small, big = [], []
     for seed, image in enumerate(pictures):
@@ -71,7 +71,7 @@ def measure(backend: str, inputs: dict[str, dict], repeats: int) -> dict[str, di
         Path(folder, "preprocessor_config.json").write_text(json.dumps(config))
         image_processor = AutoImageProcessor.from_pretrained(folder, backend=backend, trust_remote_code=False)
     tokenizer = build_tokenizer()
-    tokenizer.model_max_length = 10**6  # or it warns
+    tokenizer.model_max_length = 10**6  # avoids a warning
     llava = LlavaProcessor(image_processor, tokenizer, PATCH_SIZE, "default", num_additional_image_tokens=1)
     processors = {
         "llava": llava,
@@ -86,8 +86,8 @@ def measure(backend: str, inputs: dict[str, dict], repeats: int) -> dict[str, di
         }
         same = runs["llava"](), runs["deco-576"]()
         if not all(torch.equal(same[0][name], same[1][name]) for name in ("input_ids", "pixel_values")):
-            raise AssertionError(f"{kind}: DeCo at LLaVA's grid does not give LLaVA's inputs")
-        times, num_images = turns(runs, repeats), count(arguments["images"])
+            raise AssertionError(f"{kind}: DeCo's inputs at LLaVA's grid differ from LLaVA's.")
+        times, num_images = time_interleaved(runs, repeats), count(arguments["images"])
         rows[kind] = {"num_images": num_images}
         for name, seconds in times.items():
             ratios = [theirs / ours for theirs, ours in zip(times["llava"], seconds, strict=True)]
@@ -102,9 +102,9 @@ def measure(backend: str, inputs: dict[str, dict], repeats: int) -> dict[str, di
 
 
 def main(
-    num_images: Annotated[int, typer.Option(min=2, help="Images of a batch; a quarter as many large ones.")] = 8,
+    num_images: Annotated[int, typer.Option(min=2, help="Images in a batch; a quarter of it for large images.")] = 8,
     large: Annotated[tuple[int, int], typer.Option(help="Width and height of the large pictures.")] = (4000, 3000),
-    repeats: Annotated[int, typer.Option(min=1, help="Timed turns, after one that warms up.")] = 15,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 15,
     out: Annotated[Path, typer.Option(help="Folder for processor.json.")] = RESULTS,
 ) -> None:
     """Speed of the processors."""

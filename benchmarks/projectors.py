@@ -4,9 +4,10 @@
 
     python benchmarks/projectors.py
 
-Times are medians of forward, and of forward and backward, over a batch of images, the projectors taking turns in one
-process, as ratios to average pooling's. No compression makes 576 tokens, and what that costs is in the language model.
-Prints a table and ends with one line of JSON, which is also written to results/projectors.json.
+It times forward, and forward with backward, on a batch of images. The projectors are timed in rounds in one process;
+the table has the ratios of their median times to that of average pooling. The MLP does not compress: it makes 576
+tokens, whose cost is in the language model, which is not timed here. The results are written to
+results/projectors.json, and the last line of the output is the same JSON.
 """
 
 import json
@@ -20,7 +21,7 @@ from shapes import RESULTS
 
 from modeling_deco import DecoConfig
 from modeling_deco.modeling_deco import build_projector
-from modeling_deco.utils.measure import command, environment, take_turns, write_report
+from modeling_deco.utils.measure import command, environment, spread, time_interleaved, write_report
 
 PROJECTORS = ("mlp", "avg_pool", "qformer", "resampler", "c_abstractor", "d_abstractor")
 
@@ -37,7 +38,7 @@ def forward_and_backward(projector, patch_features):
 
 def main(
     num_images: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed passes; the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for projectors.json.")] = RESULTS,
 ) -> None:
     """Parameters and time of the projectors."""
@@ -52,7 +53,7 @@ def main(
     patch_features = torch.randn(num_images, 576, config.vision_config.hidden_size, device=device)
     for step in (forward, forward_and_backward):
         runs = {name: partial(step, projector, patch_features) for name, projector in projectors.items()}
-        times = take_turns(runs, repeats, device)
+        times = {name: spread(rounds) for name, rounds in time_interleaved(runs, repeats, device).items()}
         for name, row in measured.items():
             row[f"{step.__name__}_seconds"] = times[name]
             row[f"{step.__name__}_ratio"] = round(times[name]["median"] / times["avg_pool"]["median"], 2)

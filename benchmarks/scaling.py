@@ -1,15 +1,15 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How an answer's cost grows: with tokens per image, images per prompt, and prompts per batch.
+"""How the cost of an answer grows with tokens per image, images per prompt, and prompts per batch.
 
     python benchmarks/scaling.py
 
-The shape is CLIP ViT-L/14-336 before a 0.5B decoder, or a 7B one, with random weights, both cut to as many layers
-as `--layers` says: time per layer is what grows. Vision tower and language model are timed alone and in
-turn, medians count; beside each stands the work in floating-point operations, counted by PyTorch, so that the rate at
-which it is done can be compared along a curve. SCALING.md goes on from here.
+The model is CLIP ViT-L/14-336 with a 0.5B or 7B decoder and random weights. `--layers` sets the number of layers of
+both, because the time of a layer is what grows. Vision tower and language model are timed separately, in rounds; times
+are medians. PyTorch counts the floating-point operations of each, so operations per second can be compared along a
+curve. SCALING.md discusses the results.
 
-Writes results/scaling.json and .png, and ends with the JSON in one line.
+The results are written to results/scaling.json and .png, and the last line of the output is the same JSON.
 """
 
 import json
@@ -26,14 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_deco import DecoForConditionalGeneration, num_image_tokens
 from modeling_deco.inference.info import kv_cache_bytes
 from modeling_deco.modeling_deco import CACHE_NAME
-from modeling_deco.utils.measure import command, environment, take_turns, write_report
+from modeling_deco.utils.measure import command, environment, spread, time_interleaved, write_report
 
 GRIDS, NUMBERS = (1, 2, 4, 6, 8, 12, 16, 20, 24), (1, 2, 4, 8)
-GRID = 12  # where something else varies
+GRID = 12  # of the other two curves
 
 
 def decode(model, cache_length: int, batch_size: int):
-    """One step of decoding after `cache_length` tokens; the cache is put back as it was."""
+    """One step of decoding after `cache_length` tokens. It restores the cache."""
     hidden_size = model.config.text_config.hidden_size
     language_model = model.model.language_model
     prompt = torch.randn(batch_size, cache_length, hidden_size, dtype=model.dtype, device=model.device)
@@ -55,7 +55,7 @@ def count_flops(run) -> int:
 
 
 def measure(model, points: list[dict], repeats: int) -> list[dict]:
-    """Rows: a point with the seconds and the work of its parts."""
+    """Each point with the seconds and operations of its parts."""
     side, text_config = model.config.vision_config.image_size, model.config.text_config
     runs, flops = {}, {}
     for i, point in enumerate(points):
@@ -72,7 +72,7 @@ def measure(model, points: list[dict], repeats: int) -> list[dict]:
         runs |= {(i, name): run for name, run in parts.items()}
         flops[i] = {name: count_flops(parts[name]) for name in ("vision_tower", "language_model")}
         point["kv_cache_bytes"] = point["batch_size"] * kv_cache_bytes(text_config, length, model.dtype)
-    seconds = take_turns(runs, repeats, model.device)
+    seconds = {name: spread(rounds) for name, rounds in time_interleaved(runs, repeats, model.device).items()}
     rows = []
     for i, point in enumerate(points):
         timed = {name: times for (j, name), times in seconds.items() if i == j}
@@ -82,7 +82,7 @@ def measure(model, points: list[dict], repeats: int) -> list[dict]:
 
 
 def work_at_7b() -> dict[str, dict]:
-    """What one request with one image asks of a 7B model, counted without computing it: by tokens per image."""
+    """Operations of a 7B model for one request with one image, by tokens per image, counted without computing it."""
     model = DecoForConditionalGeneration(build_config("7b")).eval()
     config, rows = model.config, {}
     tower = count_flops(lambda: model.model.vision_tower(torch.empty(1, 3, 336, 336)))
@@ -105,7 +105,7 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
         values = [row[name] for row in rows]
         for part in ("vision_tower", "language_model", "decode"):
             times = [row["seconds"][part] for row in rows]
-            label = {"decode": "one token more"}.get(part, part.replace("_", " "))
+            label = {"decode": "one more token"}.get(part, part.replace("_", " "))
             (line,) = axes.plot(values, [time["median"] for time in times], "o-", markersize=4, label=label)
             lows, highs = ([time[end] for time in times] for end in ("low", "high"))
             axes.fill_between(values, lows, highs, color=line.get_color(), alpha=0.2)
@@ -117,9 +117,11 @@ def draw(curves: dict[str, list[dict]], path: Path) -> None:
 
 @torch.inference_mode()
 def main(
-    shape: Annotated[str, typer.Option(help=f"Of tiny, {', '.join(TEXT_CONFIGS)}.")] = "0.5b",
-    num_layers: Annotated[int, typer.Option("--layers", min=0, help="Of tower and decoder; 0: all.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds, after one to warm up.")] = 5,
+    shape: Annotated[str, typer.Option(help=f"One of tiny, {', '.join(TEXT_CONFIGS)}.")] = "0.5b",
+    num_layers: Annotated[
+        int, typer.Option("--layers", min=0, help="Number of layers of tower and decoder; 0: all.")
+    ] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the plot.")] = RESULTS,
 ) -> None:
     """Curves of seconds against tokens per image, images per prompt, and batch size."""

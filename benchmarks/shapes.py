@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Models of published shapes with random weights, and what several benchmarks count of them."""
+"""A library of the benchmarks: models of published shapes with random weights, and counters of time and memory."""
 
 import math
 import time
@@ -17,9 +17,9 @@ from modeling_deco import DecoConfig, DecoProcessor
 from modeling_deco.worlds.digits.tokenizer import build_tokenizer
 
 RESULTS = Path(__file__).with_name("results")
-NUM_TEXT_TOKENS = 40  # of a prompt, beside its image
+NUM_TEXT_TOKENS = 40  # tokens of a prompt without its image
 
-# Decoders' published configurations: Qwen2.5-0.5B's and 1.5B's, and Llama-7B's, which is the default.
+# published configurations of decoders: Qwen2.5-0.5B and 1.5B, and Llama-7B, the default
 _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
 TEXT_CONFIGS = {
     "0.5b": {
@@ -42,15 +42,15 @@ _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 
 
 def build_config(shape: str, num_layers: int | None = None, **kwargs) -> DecoConfig:
-    """CLIP ViT-L/14-336, the default tower, before a decoder.
+    """CLIP ViT-L/14-336, the default tower, with a decoder.
 
     Args:
-        shape: of `TEXT_CONFIGS`, or `"tiny"`, with a small tower of as many patches.
-        num_layers: that are used of tower and decoder; default: all.
-        kwargs: of `DecoConfig`; those in `text_config` add to the shape's.
+        shape: a key of `TEXT_CONFIGS`, or `"tiny"`, with a small tower that has as many patches.
+        num_layers: number of layers of tower and decoder. Default: all.
+        kwargs: fields of `DecoConfig`. `text_config` is added to the configuration of the shape.
     """
     text_config = {**_TINY, "vocab_size": 32064} if shape == "tiny" else dict(TEXT_CONFIGS[shape])
-    vision_config = DecoConfig().vision_config.to_dict()  # without the layer that is not read
+    vision_config = DecoConfig().vision_config.to_dict()  # without the layer that DeCo does not use
     if shape == "tiny":
         vision_config |= {**_TINY, "image_size": 96, "patch_size": 4}
     if num_layers is not None:
@@ -62,15 +62,15 @@ def build_config(shape: str, num_layers: int | None = None, **kwargs) -> DecoCon
 def save_random_checkpoint(
     folder: Path, shape: str, dtype: torch.dtype, num_layers: int | None = None, projector: str = "avg_pool-144"
 ) -> None:
-    """A checkpoint with the digits world's tokenizer.
+    """Save a checkpoint with the tokenizer of the digits world.
 
     Args:
-        projector: `projector_type` and tokens per image: `"avg_pool-64"`.
+        projector: `projector_type` and tokens per image, as in `"avg_pool-64"`.
     """
     projector_type, num_tokens = projector.split("-")
     tokenizer = build_tokenizer()
     text_config = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if shape == "tiny" or num_layers is not None:  # a whole vocabulary would outweigh so few layers
+    if shape == "tiny" or num_layers is not None:  # a full vocabulary would outweigh so few layers
         text_config["vocab_size"] = len(tokenizer)
     config = build_config(
         shape,
@@ -88,7 +88,7 @@ def save_random_checkpoint(
 
 
 class TokenTimes(BaseStreamer):
-    """When each token of an answer came. `generate` hands it over on the CPU, which waits for the device."""
+    """The time of each token of an answer. `generate` passes tokens on the CPU, so they include the device's time."""
 
     def __init__(self):
         self.began, self.times = time.perf_counter(), []
@@ -101,16 +101,16 @@ class TokenTimes(BaseStreamer):
 
     @property
     def first_token_seconds(self) -> float:
-        return self.times[1] - self.began  # before it comes the prompt
+        return self.times[1] - self.began  # the prompt is at index 0
 
     @property
     def seconds_per_token(self) -> float:
-        """Of those after the first."""
+        """Mean over the tokens after the first."""
         return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
 
 
 class TensorBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make, `held` now and at the `peak`."""
+    """Counts the bytes of the tensors that operators create: `held` now, and the `peak`."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class TensorBytes(TorchDispatchMode):
         self.known.update(leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf))
         result = function(*args, **(kwargs or {}))
         for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if torch.is_tensor(leaf)):
-            if storage not in self.known:  # those of weights and inputs are known before an operator views them
+            if storage not in self.known:  # storages of weights and inputs are known already
                 self.known.add(storage)
                 self.held += storage.nbytes()
                 self.peak = max(self.peak, self.held)

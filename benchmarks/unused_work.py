@@ -1,15 +1,15 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What DeCo leaves undone, each saving beside the version without it; and what is left around the model's parts.
+"""The work that DeCo saves, each saving compared with the version without it, and the work outside the model's parts.
 
     python benchmarks/unused_work.py
 
-The tower is CLIP ViT-L/14-336 and the projector leads to a 0.5B model's width, on random weights. The two versions of
-a saving take turns in one process; `ratio` is the time without the saving over that with it, round by round. Bytes are
-those of the tensors that PyTorch's operators made and that lived at once, counted in one more run: at the `peak`, and
-`kept` when the output is all that is left. Then a forward pass, its parts alone, and the operators that run outside of
-tower, projector, embeddings, language model and head. Results go to results/unused_work.json; the last line is the
-same JSON.
+The model has CLIP ViT-L/14-336, the width of a 0.5B language model, and random weights. The two versions of a saving
+are timed in rounds in one process; `ratio` is the median over rounds of the time without the saving divided by the
+time with it. One more run counts the bytes of the tensors that PyTorch's operators create: the `peak`, and the bytes
+that the output `keeps`. Then it times a forward pass and its parts, and counts the operators that run outside of
+tower, projector, embeddings, language model and head. The results are written to results/unused_work.json, and the
+last line of the output is the same JSON.
 """
 
 import json
@@ -25,13 +25,13 @@ from transformers import AutoModel, CLIPVisionConfig
 
 from modeling_deco import DecoForConditionalGeneration
 from modeling_deco.projectors import pool_patch_grid
-from modeling_deco.utils.measure import command, environment, spread, turns, write_report
+from modeling_deco.utils.measure import command, environment, spread, time_interleaved, write_report
 
 SIDE, PATCH_GRID, POOLED_GRID, OTHER_GRID = 336, (24, 24), (12, 12), (8, 8)
 
 
 class OperatorsOutside(TorchDispatchMode):
-    """Counts the operators that run while none of the model's `parts` does."""
+    """Counts the operators that run outside of the model's `parts`."""
 
     def __init__(self, parts: list[torch.nn.Module]):
         super().__init__()
@@ -50,8 +50,8 @@ class OperatorsOutside(TorchDispatchMode):
 
 
 def compare(runs: dict, repeats: int, device: str) -> dict[str, dict]:
-    """Time and bytes of `{"with": function, "without": function}`."""
-    times, report = turns(runs, repeats, device), {}
+    """Time and bytes of two functions, `{"with": function, "without": function}`."""
+    times, report = time_interleaved(runs, repeats, device), {}
     for name, run in runs.items():
         with TensorBytes() as tensors:
             output = run()
@@ -86,20 +86,20 @@ def rest_of_forward(model, pixel_values, repeats: int, device: str) -> dict:
         ),
     }
     return {
-        "seconds": {name: spread(values) for name, values in turns(runs, repeats, device).items()},
+        "seconds": {name: spread(values) for name, values in time_interleaved(runs, repeats, device).items()},
         "operators_outside": dict(outside.counts.most_common()),
     }
 
 
 @torch.inference_mode()
 def main(
-    vision_layers: Annotated[int, typer.Option(min=2, help="Of the tower, with the one that is not used.")] = 24,
-    text_layers: Annotated[int, typer.Option(min=1, help="Of the language model.")] = 2,
-    num_images: Annotated[int, typer.Option(min=2, help="Images of the batches that only the projector sees.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed turns, after one that warms up.")] = 3,
+    vision_layers: Annotated[int, typer.Option(min=2, help="Layers of the tower, with the unused one.")] = 24,
+    text_layers: Annotated[int, typer.Option(min=1, help="Layers of the language model.")] = 2,
+    num_images: Annotated[int, typer.Option(min=2, help="Images in the batches for the projector alone.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder for unused_work.json.")] = RESULTS,
 ) -> None:
-    """The savings, one by one."""
+    """Measure each saving."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     config = build_config("0.5b", vision_layers - 1, text_config={"num_hidden_layers": text_layers})

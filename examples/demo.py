@@ -1,7 +1,7 @@
-"""Ask the shipped checkpoint about handwriting that it has never seen.
+"""Ask the shipped checkpoint about handwriting that it has not seen in training.
 
-Draws one picture from held-out scans, asks five questions through `pipeline("image-text-to-text")` and asks them again
-at a smaller token budget. The picture is written to demo/digits.png.
+The demo renders a picture from test scans, writes it to demo/digits.png, and asks five questions about it through
+`pipeline("image-text-to-text")`, at two token budgets.
 """
 
 import shlex
@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.utils import logging
 
 from modeling_deco import SHIPPED_CHECKPOINT  # the import registers DeCo with the Auto classes
-from modeling_deco.worlds.digits.world import render
+from modeling_deco.worlds.digits.scenes import render
 
 PICTURE = Path(__file__).parents[1] / "demo" / "digits.png"
 SMALLER_GRID = 3
@@ -25,7 +25,7 @@ def main() -> None:
     scene = render("test", index=10, seed=2026, min_digits=4)
     PICTURE.parent.mkdir(exist_ok=True)
     scene.image.resize((384, 384), resample=0).save(PICTURE)
-    typer.echo(f"Drew held-out handwriting to {PICTURE}\n")
+    typer.echo(f"Handwriting that the model has not seen: {PICTURE}\n")
 
     processor = AutoProcessor.from_pretrained(SHIPPED_CHECKPOINT, trust_remote_code=False)
     model = AutoModelForImageTextToText.from_pretrained(SHIPPED_CHECKPOINT, trust_remote_code=False)
@@ -52,7 +52,7 @@ def main() -> None:
     truth = ", ".join(f"{digit.colour} {digit.value}" for digit in scene.digits)
     typer.echo(f"In the picture, from left to right: {truth}.")
     command = [str(Path(sys.executable).with_name("deco")), "ask", str(PICTURE), "Is there a 3?"]
-    typer.echo(f"Ask it more:  {shlex.join(command)}")
+    typer.echo(f"Ask a question of your own:  {shlex.join(command)}")
 
 
 if __name__ == "__main__":

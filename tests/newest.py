@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the tests marked `newest` on the newest releases that pip installs: `make test-newest`.
 
-The package is installed as users install it, without constraints, in an environment of its own. The tests touch every
-private API that is in use. If all packages have versions that the tests were seen to pass with (`constraints.txt` and
-`constraints-newest.txt` name them), a failure is ours and the exit code is 1. If a package is newer, a failure is one
-line of warning and the exit code is 0: another project's release does not block our changes.
+The package is installed as users install it, without constraints, in an environment of its own. The tests use every
+private API that the package uses. `constraints.txt` and `constraints-newest.txt` list the versions that passed before.
+If all packages have one of these versions, a failure is our fault and the exit code is 1. If a package is newer, a
+failure is a warning of one line and the exit code is 0, so a release of another project does not block our changes.
 """
 
 import json
@@ -34,12 +34,12 @@ PACKAGES = [
 def main() -> int:
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
-    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would add files of an earlier build
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would add the files of an earlier build
     pip = [PYTHON, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "--quiet", "--upgrade", "--upgrade-strategy", "eager", *PACKAGES], check=True)
     RESULTS.parent.mkdir(exist_ok=True)
     tests = [PYTHON, "-m", "pytest", "-m", "newest", "--numprocesses", "2", f"--junitxml={RESULTS}"]
-    # in this folder Python finds the package that is installed, and not the one beside it
+    # in this folder Python imports the installed package, not the source
     code = subprocess.run(tests, cwd=ROOT / "tests").returncode
     listed = subprocess.run([*pip, "list", "--format=json"], check=True, capture_output=True, text=True).stdout
     versions = {_normalize(package["name"]): package["version"] for package in json.loads(listed)}
@@ -49,26 +49,26 @@ def main() -> int:
 
 
 def summarize(code: int, failed: list[str], versions: dict, seen: dict) -> tuple[str, int]:
-    """The line that ends the run, and its exit code.
+    """The last line of the output, and the exit code.
 
     Args:
-        code: of pytest.
+        code: the exit code of pytest.
         failed: names of failed tests.
-        versions: installed version by package.
-        seen: by package, the versions that the tests were seen to pass with.
+        versions: the installed version by package.
+        seen: by package, the versions with which the tests passed before.
     """
     newer = {name: versions[name] for name in seen if name in versions and versions[name] not in seen[name]}
     releases = ", ".join(f"{name} {version} (seen: {' and '.join(seen[name])})" for name, version in newer.items())
     if code == 0:
-        return "The newest releases pass" + (f"; add to constraints-newest.txt: {releases}." if newer else "."), 0
+        return "The newest releases pass" + (f". Add to constraints-newest.txt: {releases}." if newer else "."), 0
     what = f"{len(failed)} tests fail: {', '.join(failed)}" if failed else f"pytest ended with exit code {code}"
     if newer:
-        return f"WARNING: on the newest releases {what}. Newer than what was seen to pass: {releases}.", 0
-    return f"On releases that were seen to pass, {what}.", 1
+        return f"WARNING: on the newest releases {what}. Newer than those that passed before: {releases}.", 0
+    return f"On releases that passed before, {what}.", 1
 
 
 def failed_tests(results: Path) -> list[str]:
-    """Names of the tests that failed or did not start."""
+    """Names of the tests that failed or could not start."""
     if not results.exists():
         return []
     cases = ElementTree.parse(results).iter("testcase")
@@ -76,7 +76,7 @@ def failed_tests(results: Path) -> list[str]:
 
 
 def seen_versions() -> dict[str, list[str]]:
-    """Versions by package, of `constraints.txt` and `constraints-newest.txt`."""
+    """Versions by package, from `constraints.txt` and `constraints-newest.txt`."""
     seen = {}
     for name in ("constraints.txt", "constraints-newest.txt"):
         for line in (ROOT / name).read_text().splitlines():

@@ -161,7 +161,7 @@ def test_python_in_documents_is_python():
 
 
 def test_the_first_example_answers(tmp_path, monkeypatch):
-    from modeling_deco.worlds.digits.world import render
+    from modeling_deco.worlds.digits.scenes import render
 
     scene = render("test", index=10, seed=2026, min_digits=4)
     (tmp_path / "demo").mkdir()

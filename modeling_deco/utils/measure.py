@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every measurement does: take turns, synchronize, say with what it was measured, write the result."""
+"""Timing of functions, the environment of a measurement, and its report."""
 
 import json
 import os
@@ -18,11 +18,11 @@ import torch
 
 
 def environment(device: str | torch.device, *libraries: str) -> dict[str, str | int]:
-    """What a result was measured with: the device's name, CPUs and threads, versions.
+    """The environment of a measurement: the name of the device, the numbers of CPUs and threads, and versions.
 
     Args:
-        device: that ran the model.
-        libraries: distributions beside torch and transformers whose versions matter.
+        device: the device that runs the model.
+        libraries: distributions to list with torch and transformers.
     """
     on_gpu = torch.device(device).type == "cuda"
     return {
@@ -35,42 +35,39 @@ def environment(device: str | torch.device, *libraries: str) -> dict[str, str | 
 
 
 def command() -> str:
-    """The script that runs, from the folder above its own, with its options."""
+    """The command that runs, with the script relative to the folder above its own."""
     script, *options = sys.argv
     return shlex.join(["python", "/".join(Path(script).parts[-2:]), *options])
 
 
 def cpu_name() -> str:
-    """Of the processor; the architecture where the system does not tell."""
+    """Name of the processor, or the architecture if the system does not give the name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
-def turns(runs: dict[str, Callable[[], object]], repeats: int, device="cpu") -> dict[str, list[float]]:
-    """Time functions side by side: one after the other, `repeats` times after a warm-up, each time in another order,
-    so that what the machine does meanwhile meets all of them alike.
+def time_interleaved(runs: dict[str, Callable[[], object]], repeats: int, device="cpu") -> dict[str, list[float]]:
+    """Time functions in rounds, so that other load on the machine affects all of them alike.
+
+    Each round calls every function once, and starts with another function than the round before. The first round is a
+    warm-up.
 
     Returns:
-        For each name its seconds, round by round.
+        For each name the seconds of `repeats` rounds.
     """
     names, times = list(runs), {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for round in range(repeats + 1):
+        for name in names[round % len(names) :] + names[: round % len(names)]:
             elapsed = seconds(runs[name], device)
-            if turn > 0:
+            if round > 0:
                 times[name].append(elapsed)
     return times
 
 
-def take_turns(runs: dict[str, Callable[[], object]], repeats: int, device="cpu") -> dict[str, dict[str, float]]:
-    """The `spread` of each function's `turns`."""
-    return {name: spread(times) for name, times in turns(runs, repeats, device).items()}
-
-
 def seconds(function: Callable[[], object], device="cpu") -> float:
-    """That a call takes, until the device is done."""
+    """Time of a call, until the device has finished."""
     synchronize(device)
     began = time.perf_counter()
     function()

@@ -1,3 +1,3 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets that are generated, with known answers."""
+"""Generated data sets with known answers."""

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from modeling_deco import SHIPPED_CHECKPOINT
-from modeling_deco.worlds.digits.world import render
+from modeling_deco.worlds.digits.scenes import render
 
 pytestmark = pytest.mark.browser
 expect = pytest.importorskip("playwright.sync_api", reason="make test-page installs Playwright").expect

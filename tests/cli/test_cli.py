@@ -24,7 +24,7 @@ from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.cli import app
 from modeling_deco.cli.common import write
 from modeling_deco.worlds.digits.evaluate import accuracy_by_kind
-from modeling_deco.worlds.digits.world import render
+from modeling_deco.worlds.digits.scenes import render
 
 ROOT = Path(__file__).parents[2]
 

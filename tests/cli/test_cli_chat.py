@@ -17,7 +17,7 @@ from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.cli import app
 from modeling_deco.cli import chat as chat_module
 from modeling_deco.inference.generation import load
-from modeling_deco.worlds.digits.world import render
+from modeling_deco.worlds.digits.scenes import render
 
 
 @pytest.fixture(scope="module")

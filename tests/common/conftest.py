@@ -5,11 +5,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-collect_ignore = ["transformers_tests"]  # stand-ins with the names of the suites' helpers, not tests
+collect_ignore = ["transformers_tests"]  # replacements of helper modules of the suites, not tests
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The suites take minutes and a download, so they run where they are asked for: `pytest tests/common`."""
+    """Run the suites only on request, by `pytest tests/common`: they need minutes and a download."""
     asked_for = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
     here = Path(__file__).parent
     return None if any(path == here or here in path.parents for path in asked_for) else True

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny DeCo models that the suites are applied to, in the form they ask for (transformers' test_modeling_llava.py)."""
+"""Tiny DeCo models for the suites, in the form that they expect (see transformers' test_modeling_llava.py)."""
 
 import torch
 from transformers_tests.test_modeling_common import floats_tensor, ids_tensor

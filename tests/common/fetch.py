@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetch the common test suites of the installed transformers: `python tests/common/fetch.py`.
 
-A wheel of transformers has no tests, its source distribution has the common ones. This downloads that of the installed
-version with pip (10 MB) and keeps its `tests` folder, where nothing else is done from the second call on.
+A wheel of transformers has no tests, but the source distribution has the common ones. This script downloads the source
+distribution of the installed version with pip (10 MB) and keeps its `tests` folder. If the folder exists, the script
+does nothing.
 """
 
 import subprocess
@@ -18,7 +19,7 @@ SUITES = Path(__file__).parents[2] / ".cache" / f"transformers-{TRANSFORMERS_VER
 
 
 def fetch_suites() -> None:
-    """Put the suites of the installed transformers at `SUITES`, whole or not at all.
+    """Write the suites of the installed transformers to `SUITES`, completely or not at all.
 
     Raises:
         SystemExit: pip cannot download the source distribution.
@@ -30,7 +31,9 @@ def fetch_suites() -> None:
         requirement = f"transformers=={TRANSFORMERS_VERSION}"
         download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=transformers", requirement]
         if subprocess.run([*download, "--quiet", "--dest", directory]).returncode != 0:
-            raise SystemExit(f"The source distribution of {requirement} cannot be had: see pip's message above.")
+            raise SystemExit(
+                f"The source distribution of {requirement} cannot be downloaded: see pip's message above."
+            )
         (archive,) = Path(directory).glob("*.tar.gz")
         unpacked = Path(directory, "tests")
         unpacked.mkdir()
@@ -39,7 +42,7 @@ def fetch_suites() -> None:
                 folder, name = PurePosixPath(member.name).parts[1:-1], PurePosixPath(member.name).name
                 if folder == ("tests",) and member.isfile():
                     unpacked.joinpath(name).write_bytes(source.extractfile(member).read())
-        # the suites load the folder as a module to find transformers, and the archive leaves this file out
+        # the suites import the folder as a package, but the archive does not have this file
         unpacked.joinpath("__init__.py").touch()
         unpacked.rename(SUITES)
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-in for the helper of transformers' CI that the processor suite takes its pictures from."""
+"""Replaces the helper of transformers' CI from which the processor suite gets its pictures."""
 
 import tempfile
 from pathlib import Path
@@ -11,7 +11,7 @@ _PICTURES = tempfile.TemporaryDirectory(prefix="pictures-")
 
 
 def url_to_local_path(url: str) -> str:
-    """A picture made here in the place of a picture's `url`; other files are not needed, and keep theirs."""
+    """Replace the `url` of a picture by the path of a generated picture. Other files are not needed."""
     if not url.endswith((".png", ".jpg")):
         return url
     path = Path(_PICTURES.name, url.rsplit("/", 1)[-1])

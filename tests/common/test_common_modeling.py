@@ -16,7 +16,7 @@ from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel
 
 @pytest.fixture(autouse=True, scope="module")
 def deco_in_the_name_tables():
-    """The suite reads from tables of names which classes take labels and which are base models."""
+    """Add DeCo to the tables in which the suite looks up models with labels and base models."""
     with pytest.MonkeyPatch.context() as patch:
         for table, name in (
             ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "DecoForConditionalGeneration"),
@@ -29,7 +29,7 @@ def deco_in_the_name_tables():
 class DecoModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     model_tester_class = DecoModelTester
     all_model_classes = (DecoModel, DecoForConditionalGeneration)
-    test_all_params_have_gradient = False  # the last norm of the vision tower is never read (nor is LLaVA's)
+    test_all_params_have_gradient = False  # the last norm of the vision tower is not used, as in LLaVA
     _is_composite = True
 
     def setUp(self):

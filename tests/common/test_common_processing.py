@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' common suite on DeCo's processor, with a tokenizer and an image processor made here."""
+"""transformers' common suite on DeCo's processor, with a tokenizer and an image processor built here."""
 
 import unittest
 

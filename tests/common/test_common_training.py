@@ -17,14 +17,14 @@ from transformers_tests.test_training_mixin import TrainingTesterMixin
 from modeling_deco import DecoForConditionalGeneration, DecoModel
 from modeling_deco.modeling_deco import CACHE_NAME
 
-pytestmark = pytest.mark.enable_socket  # processes meet at localhost
+pytestmark = pytest.mark.enable_socket  # processes communicate on localhost
 
 
 class DecoWithImagesForConditionalGeneration(DecoForConditionalGeneration):
-    """The suites feed text only. Here each text begins with an image, in training and in generation.
+    """Puts an image before each text, in training and in generation, because the suites use text alone.
 
-    The vision tower is frozen, as in LLaVA's training: its last norm is never read, and a checkpoint of an optimizer
-    must have a state of each parameter that is trained.
+    The vision tower is frozen, as in LLaVA's training: its last norm is not used, but the checkpoint of an optimizer
+    must have a state for each trained parameter.
     """
 
     def __init__(self, config):
@@ -74,7 +74,7 @@ class SetUp:
 
 
 class DecoOfAnyTokens(DecoForConditionalGeneration):
-    """The suite's text is of random tokens, the image token among them, which `generate` otherwise suppresses."""
+    """Can generate the image token, which is among the random tokens of the suite's text."""
 
     def _with_image_token(self, tokens):
         return tokens
@@ -82,12 +82,12 @@ class DecoOfAnyTokens(DecoForConditionalGeneration):
 
 class DecoTrainingTest(SetUp, TrainingTesterMixin, unittest.TestCase):
     def _get_trainable_model_class(self):
-        return DecoOfAnyTokens  # it generates what it has learned from one token, too few for an image
+        return DecoOfAnyTokens  # the suite generates from a prompt of one token, which is too short for an image
 
 
 @pytest.mark.usefixtures("every_model_type")
 class DecoTensorParallelTest(SetUp, TensorParallelTesterMixin, unittest.TestCase):
-    def _has_tp_plan(self):  # of the language model: 5.19 asks the whole config, which has none
+    def _has_tp_plan(self):  # transformers 5.19 looks for the plan in the whole config, which has none
         return self.model_tester.get_config().text_config.base_model_tp_plan is not None
 
 
@@ -95,27 +95,32 @@ class DecoTensorParallelTest(SetUp, TensorParallelTesterMixin, unittest.TestCase
 class DecoFSDPTest(SetUp, FSDPTesterMixin, unittest.TestCase):
     def _get_tiny_config(self):
         config = self.model_tester.get_config()
-        config.vocab_size = config.text_config.vocab_size = 100  # tied weights come apart where ranks' shares differ
+        config.vocab_size = config.text_config.vocab_size = (
+            100  # divisible by the number of ranks, or tied weights differ
+        )
         return type(config), config.to_diff_dict()
 
     def _skip_if_insufficient_devices(self, *args):
-        """Ranks on the CPU may share a core."""
+        """Ranks on the CPU can share a core."""
 
     def _run_fsdp2_distributed_test(self, test_name, test_impl, *args, **kwargs):
         super()._run_fsdp2_distributed_test(test_name, _run_on_deco, test_impl, *args, **kwargs)
 
 
 def _run_on_deco(rank, config_class, config_dict, test_impl, *args, **kwargs):
-    """A test of the suite in a rank's process, where DeCo takes the place of `AutoModelForCausalLM`."""
+    """Run a test of the suite in the process of a rank, with DeCo instead of `AutoModelForCausalLM`."""
     test_fsdp_mixin.AutoModelForCausalLM = DecoWithImagesForConditionalGeneration
     test_impl(rank, config_class, config_dict, *args, **kwargs)
 
 
 @pytest.fixture
 def every_model_type(monkeypatch):
-    """The suites run in processes for a choice of model types only; None takes every type."""
+    """Let the suites start processes for every model type, not only for their selection."""
     monkeypatch.setattr(test_tensor_parallel_mixin, "TP_DISTRIBUTED_TEST_MODEL_TYPES", None)
     monkeypatch.setattr(test_fsdp_mixin, "FSDP_DISTRIBUTED_TEST_MODEL_TYPES", None)
     monkeypatch.setattr(test_fsdp_mixin, "AutoModelForCausalLM", DecoWithImagesForConditionalGeneration)
-    for suite in (test_tensor_parallel_mixin, test_fsdp_mixin):  # those of 5.19 start the processes themselves
+    for suite in (
+        test_tensor_parallel_mixin,
+        test_fsdp_mixin,
+    ):  # the suites of transformers 5.19 start the processes themselves
         monkeypatch.setattr(suite, "mp", SimpleNamespace(spawn=_start_rank_processes), raising=False)

@@ -19,7 +19,7 @@ from modeling_deco.inference.generation import load, stream
 from modeling_deco.inference.quantization import Int8Linear, quantize_to_int8
 from modeling_deco.relevance.explain import explain
 from modeling_deco.worlds.digits.evaluate import accuracy_by_kind
-from modeling_deco.worlds.digits.world import render
+from modeling_deco.worlds.digits.scenes import render
 
 
 def linears(model) -> Counter:

@@ -32,7 +32,7 @@ from modeling_deco.cli import app
 from modeling_deco.inference import generation as inference
 from modeling_deco.modeling_deco import _with_modules_to_skip
 from modeling_deco.worlds.digits.evaluate import accuracy_by_kind
-from modeling_deco.worlds.digits.world import render
+from modeling_deco.worlds.digits.scenes import render
 
 pytest.importorskip("accelerate")
 bnb = pytest.importorskip("bitsandbytes")

@@ -26,7 +26,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.worlds.digits.evaluate import accuracy_by_kind, answer
-from modeling_deco.worlds.digits.world import KINDS, questions, render
+from modeling_deco.worlds.digits.questions import KINDS, questions
+from modeling_deco.worlds.digits.scenes import render
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = Path(__file__).with_name("requirements-lmms-eval.txt")
@@ -54,7 +55,7 @@ metric_list:
 """
 
 UTILS = """\
-from modeling_deco.worlds.digits.world import Question, score
+from modeling_deco.worlds.digits.questions import Question, score
 
 
 def doc_to_visual(doc):

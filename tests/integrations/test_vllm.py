@@ -29,7 +29,8 @@ from modeling_deco import SHIPPED_CHECKPOINT
 
 pytest.importorskip("sklearn")  # for its scans of digits
 
-from modeling_deco.worlds.digits.world import questions, render
+from modeling_deco.worlds.digits.questions import questions
+from modeling_deco.worlds.digits.scenes import render
 
 pytestmark = pytest.mark.slow
 

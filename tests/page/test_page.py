@@ -27,7 +27,7 @@ from transformers import CLIPImageProcessorPil, Siglip2ImageProcessorPil
 from modeling_deco import SHIPPED_CHECKPOINT, DecoProcessor, explain
 from modeling_deco.inference import costs
 from modeling_deco.inference.generation import load
-from modeling_deco.worlds.digits.world import render
+from modeling_deco.worlds.digits.scenes import render
 
 gr = gradio = pytest.importorskip("gradio")
 page_module = pytest.importorskip("modeling_deco.page.app")

@@ -39,7 +39,7 @@ from modeling_deco.inference import images
 from modeling_deco.inference.generation import encode, load, stream
 from modeling_deco.inference.images import ImageLimits
 from modeling_deco.serving.app import Server, ServerOptions, _Answer, build_app, serve
-from modeling_deco.worlds.digits.world import render
+from modeling_deco.worlds.digits.scenes import render
 
 NAME = "deco-digits"
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What measurements share: turns, medians, the environment."""
+"""Timing in rounds, medians, and the environment of a measurement."""
 
 import json
 import platform
@@ -9,20 +9,21 @@ import time
 import pytest
 import torch
 
-from modeling_deco.utils.measure import command, environment, spread, take_turns, write_report
+from modeling_deco.utils.measure import command, environment, spread, time_interleaved, write_report
 
 
-def test_functions_take_turns_and_another_one_goes_first_each_time():
+def test_functions_are_timed_in_rounds_and_another_one_is_first_each_time():
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
-    take_turns(runs, repeats=2)
+    time_interleaved(runs, repeats=2)
     assert "".join(order) == "abc" + "bca" + "cab"
 
 
 def test_the_warm_up_does_not_count():
     delays = iter([0.2, 0.01, 0.01, 0.01])
-    times = take_turns({"slow at first": lambda: time.sleep(next(delays))}, repeats=3)
-    assert times["slow at first"]["high"] < 0.1
+    times = time_interleaved({"slow at first": lambda: time.sleep(next(delays))}, repeats=3)
+    assert len(times["slow at first"]) == 3
+    assert max(times["slow at first"]) < 0.1
 
 
 def test_the_spread_is_median_and_quartiles():

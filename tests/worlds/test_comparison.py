@@ -3,6 +3,7 @@
 """The comparison of projectors: a small one from start to end, and what its table says."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,25 +16,25 @@ from tiny_training import CONFIGS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_deco import SHIPPED_CHECKPOINT
-from modeling_deco.worlds.digits import comparison as compare_projectors
-from modeling_deco.worlds.digits import comparison_report as compare_report
-from modeling_deco.worlds.digits import train
-from modeling_deco.worlds.digits.comparison import CompareArguments, Run, planned_runs
+from modeling_deco.training.trainer import DecoSFTTrainer
+from modeling_deco.worlds.digits import comparison_report, comparison_run
+from modeling_deco.worlds.digits.comparison import CompareArguments, Run, check, planned_runs
+from modeling_deco.worlds.digits.curve import forced_accuracy
+from modeling_deco.worlds.digits.deco_model import build_model
 from modeling_deco.worlds.digits.evaluate import answer
 from modeling_deco.worlds.digits.processor import build_processor
-from modeling_deco.worlds.digits.tower import build_tower
-from modeling_deco.worlds.digits.world import questions, render, score
+from modeling_deco.worlds.digits.questions import questions, score
+from modeling_deco.worlds.digits.scenes import render
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
-def backbones(tmp_path_factory):
+def backbones(tmp_path_factory, tower_dir):
     folder = tmp_path_factory.mktemp("backbones")
     torch.manual_seed(0)
-    build_tower().save_pretrained(folder / "tower")
     processor = build_processor(12)
-    train.build_model(folder / "tower", processor, "mlp").save_pretrained(folder)
+    build_model(tower_dir, processor, "mlp").save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -64,9 +65,26 @@ def arguments(folder, output_dir, **kwargs):
     return CompareArguments(**fields)
 
 
-def test_a_comparison_from_start_to_end(backbones, tmp_path, monkeypatch):
-    args = arguments(backbones, tmp_path)
-    results = [compare_projectors.train(args, run) for run in planned_runs(args)]
+def in_threads(monkeypatch):
+    """Train in threads of this process instead of new processes."""
+    monkeypatch.setattr(
+        comparison_run, "ProcessPoolExecutor", lambda number, mp_context: ThreadPoolExecutor(min(number, 1))
+    )
+
+
+def test_a_comparison_from_start_to_end(backbones, tmp_path, monkeypatch, recipe):
+    seen = []  # pictures of each step, run by run
+    prepare_inputs = DecoSFTTrainer._prepare_inputs
+
+    def record(trainer, inputs):
+        seen.append(inputs["pixel_values"].sum(dim=(1, 2, 3)))
+        return prepare_inputs(trainer, inputs)
+
+    monkeypatch.setattr(DecoSFTTrainer, "_prepare_inputs", record)
+    in_threads(monkeypatch)
+    args, script = arguments(backbones, tmp_path), recipe("compare_projectors")
+    script.main(args)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [(result["projector_type"], result["num_tokens"]) for result in results] == [
         ("mlp", 144),
         ("avg_pool", 4),
@@ -84,31 +102,36 @@ def test_a_comparison_from_start_to_end(backbones, tmp_path, monkeypatch):
                 assert torch.equal(value, backbone[name]), name
             elif name.endswith("q_proj.weight"):
                 assert not torch.equal(value, backbone[name]), name
-
-    # started again, nothing is missing; the report is written from what is there
-    monkeypatch.setattr(compare_projectors, "train", lambda *call: pytest.fail("trained again"))
-    found = compare_projectors.compare(args)
-    assert [
-        {**result, "folder": str(run.folder(args))} for result, run in zip(results, planned_runs(args), strict=True)
-    ] == found
-    compare_report.write_report(found, args)
     for name in ("curves.png", "tokens.png", "relevance.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(results) + 2
-    assert json.loads((tmp_path / "results.json").read_text())["results"] == found
 
-    other = arguments(backbones, tmp_path, num_eval_pictures=3)
-    with pytest.raises(ValueError, match=r"mlp-144-1/result\.json is of other settings; choose another output_dir"):
-        compare_projectors.compare(other)
+    # all projectors see the same pictures in the same order
+    steps = len(seen) // 3
+    for step in range(steps):
+        assert torch.equal(seen[step], seen[steps + step])
+        assert torch.equal(seen[step], seen[2 * steps + step])
+    assert not torch.equal(seen[0], seen[1])
+
+    # started again, no run is missing
+    monkeypatch.setattr(comparison_run, "train_run", lambda *call: pytest.fail("trained again"))
+    monkeypatch.setattr(script, "write_report", lambda found, args: reported.extend(found))
+    reported = []
+    script.main(args)
+    assert reported == results
+    with pytest.raises(
+        ValueError, match=r"mlp-144-1/result\.json was made with other settings\. Choose another output_dir"
+    ):
+        script.main(arguments(backbones, tmp_path, num_eval_pictures=3))
 
 
 def test_the_projector_is_trained_alone_at_first(backbones, tmp_path):
     args = arguments(backbones, tmp_path, alignment_steps=2, projectors={"avg_pool": {}})
     (run,) = planned_runs(args)
-    compare_projectors.train(args, run)
+    comparison_run.train_run(args, run)
     warm = AutoModelForImageTextToText.from_pretrained(backbones).state_dict()
     torch.manual_seed(run.seed)
-    begun = compare_projectors.build_model(args, run)[0].state_dict()
+    begun = comparison_run.build_model(args, run)[0].state_dict()
     for name, value in AutoModelForImageTextToText.from_pretrained(run.folder(args) / "model").state_dict().items():
         if "multi_modal_projector" in name:
             assert not torch.equal(value, begun[name]), name
@@ -119,9 +142,9 @@ def test_the_projector_is_trained_alone_at_first(backbones, tmp_path):
 def test_runs_start_from_the_backbones_and_a_projector_of_their_own(backbones):
     args, run = arguments(backbones, "runs"), Run("qformer", 2, seed=1)
     torch.manual_seed(5)
-    one, _ = compare_projectors.build_model(args, run)
+    one, _ = comparison_run.build_model(args, run)
     torch.manual_seed(6)
-    other, processor = compare_projectors.build_model(args, run)
+    other, processor = comparison_run.build_model(args, run)
     assert processor.pooled_grid_size == 2
     warm = AutoModelForImageTextToText.from_pretrained(backbones).state_dict()
     for name, value in one.state_dict().items():
@@ -146,50 +169,36 @@ def test_seeds_are_finished_one_after_the_other(backbones, tmp_path):
         ({"projectors": {"perceiver": {}}}, "projector_type must be one of .* got 'perceiver'"),
         ({"projectors": {"qformer": {"depth": 3}}}, "got 'depth'"),
         ({"pooled_grid_sizes": [13]}, "pooled_grid_size=13: 13 x 13 is larger than the"),
-        ({"training": {"max_steps": 2, "learning_rates": 1}}, "training has learning_rates, which is no field"),
-        ({"training": {"max_steps": 2, "seed": 1}}, "training has seed, which the comparison sets itself"),
+        (
+            {"training": {"max_steps": 2, "learning_rates": 1}},
+            "training has learning_rates, which DecoSFTConfig does",
+        ),
+        ({"training": {"max_steps": 2, "seed": 1}}, "training has seed. Remove it: the comparison sets it itself"),
         ({"training": {"bf16": False}}, "training needs max_steps of at least 1, got None"),
         ({"alignment_steps": 3}, "alignment_steps must be 0 to max_steps=2, got 3"),
         ({"num_pointing_pictures": 1}, "num_pointing_pictures must be at least 2, got 1"),
         ({"parallel_runs": 0}, "parallel_runs must be at least 1, got 0"),
-        ({"seeds": []}, r"seeds must be a list that is not empty, got \[\]"),
-        ({"projectors": ["mlp"]}, r"projectors must be a dict that is not empty, got \['mlp'\]"),
+        ({"seeds": []}, r"seeds must be a non-empty list, got \[\]"),
+        ({"projectors": ["mlp"]}, r"projectors must be a non-empty dict, got \['mlp'\]"),
         ({"min_digits": 5, "max_digits": 4}, "min_digits=5 and max_digits=4 must satisfy"),
-        ({"backbones": "nowhere"}, "backbones='nowhere' is no folder of a DeCo checkpoint"),
-        ({"backbones": str(SHIPPED_CHECKPOINT)}, "has projector_type='avg_pool', which would be favoured"),
+        ({"backbones": "nowhere"}, "backbones='nowhere' is not the folder of a DeCo checkpoint"),
+        ({"backbones": str(SHIPPED_CHECKPOINT)}, "has projector_type='avg_pool', so the comparison would favour this"),
     ],
     ids=str,
 )
-def test_what_cannot_be_compared_is_refused_before_anything_is_trained(changes, message, backbones, tmp_path):
+def test_invalid_arguments_are_named(changes, message, backbones):
     with pytest.raises(ValueError, match=message):
-        compare_projectors.compare(arguments(backbones, tmp_path / "runs", **changes))
-    assert not (tmp_path / "runs").exists()
+        check(arguments(backbones, "unused", **changes))
 
 
-def test_a_run_that_fails_ends_the_comparison(backbones, tmp_path):
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_that_fails_ends_the_comparison(processes, backbones, tmp_path, monkeypatch):
     args = arguments(backbones, tmp_path, seeds=[1, 2, 3], parallel_runs=1)
     (tmp_path / "runs").write_text("no folder can be made here")
+    if not processes:
+        in_threads(monkeypatch)
     with pytest.raises(RuntimeError, match="The run mlp-144-1 failed: "):
-        compare_projectors.compare(args)
-
-
-def test_all_projectors_see_the_same_pictures_in_the_same_order(backbones, tmp_path, monkeypatch):
-    seen = []
-    collate = compare_projectors.DecoSFTTrainer._prepare_inputs
-
-    def record(trainer, inputs):
-        seen.append(inputs["pixel_values"].sum(dim=(1, 2, 3)))
-        return collate(trainer, inputs)
-
-    monkeypatch.setattr(compare_projectors.DecoSFTTrainer, "_prepare_inputs", record)
-    args = arguments(backbones, tmp_path)
-    for run in planned_runs(args):
-        compare_projectors.train(args, run)
-    steps = len(seen) // 3
-    for step in range(steps):
-        assert torch.equal(seen[step], seen[steps + step])
-        assert torch.equal(seen[step], seen[2 * steps + step])
-    assert not torch.equal(seen[0], seen[1])
+        comparison_run.train_runs(args, planned_runs(args))
 
 
 def test_forced_accuracy_is_that_of_greedy_answers():
@@ -198,7 +207,7 @@ def test_forced_accuracy_is_that_of_greedy_answers():
     model.config.pooled_grid_size = processor.pooled_grid_size = 1  # a budget at which many answers are wrong
     scenes = [render("test", index, min_digits=2, max_digits=6) for index in range(12)]
     pictures = [(scene, questions(scene, np.random.default_rng(index))) for index, scene in enumerate(scenes)]
-    found = compare_projectors.forced_accuracy(model, processor, pictures)
+    found = forced_accuracy(model, processor, pictures)
     asked = [(scene.image, question) for scene, of_scene in pictures for question in of_scene]
     texts = answer(model, processor, [image for image, _ in asked], [question.text for _, question in asked], 1)
     hits = {}
@@ -213,7 +222,7 @@ def test_forced_accuracy_is_that_of_greedy_answers():
 def test_configs_are_read(device):
     fields = yaml.safe_load((CONFIGS / "compare_projectors" / f"{device}.yaml").read_text())
     args = CompareArguments(**fields)
-    assert set(args.projectors) == set(compare_report.NAMES)
+    assert set(args.projectors) == set(comparison_report.NAMES)
     assert len(args.seeds) >= 3
     assert len(args.pooled_grid_sizes) >= 2
 
@@ -238,15 +247,15 @@ def result(projector_type="avg_pool", num_tokens=4, seed=1, final=90.0, curve=(1
 
 def test_groups_count_equally_and_so_do_kinds_within_a_group():
     accuracy = {"existence": 30, "count": 60, "colour": 90, "relation": 100, "locate": 50, "read": 15}
-    groups = [compare_report.group_accuracy(accuracy, group) for group in compare_report.GROUPS]
+    groups = [comparison_report.group_accuracy(accuracy, group) for group in comparison_report.GROUPS]
     assert groups == [60, 75, 15]
-    assert compare_report.steps_to({"curve": [{"step": 7, "accuracy": accuracy}]}, 50) == 7
-    assert compare_report.steps_to({"curve": [{"step": 7, "accuracy": accuracy}]}, 50.1) is None
+    assert comparison_report.steps_to({"curve": [{"step": 7, "accuracy": accuracy}]}, 50) == 7
+    assert comparison_report.steps_to({"curve": [{"step": 7, "accuracy": accuracy}]}, 50.1) is None
 
 
 def test_the_table_has_mean_and_spread_over_seeds():
     results = [result(seed=1, final=80.0), result(seed=2, final=90.0), result("mlp", 144, final=99.0)]
-    header, _, pooled, mlp, _, notes = compare_report.table(results, threshold=60).splitlines()
+    header, _, pooled, mlp, _, notes = comparison_report.table(results, threshold=60).splitlines()
     assert "steps to 60 %" in header
     assert pooled.startswith(
         "| average pooling (DeCo) | 4 | 1,234 | 85.0 ± 7.1 | 85.0 ± 7.1 | 85.0 ± 7.1 | 70.0 ± 0.0 |"
@@ -258,7 +267,7 @@ def test_the_table_has_mean_and_spread_over_seeds():
 
 def test_the_table_says_where_a_threshold_was_not_reached():
     results = [result(seed=1), result(seed=2, curve=(10, 20, 30))]
-    assert "| 20, - |" in compare_report.table(results, threshold=60)
+    assert "| 20, - |" in comparison_report.table(results, threshold=60)
 
 
 def test_run_names_tell_runs_apart():

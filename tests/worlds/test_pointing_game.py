@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The pointing game: what counts as a hit, and that the shipped checkpoint's relevance hits the digit asked for."""
+"""The pointing game: what counts as a hit, and how often the shipped checkpoint hits."""
 
 import json
 
@@ -10,31 +10,23 @@ pytest.importorskip("sklearn")
 
 import torch
 import typer
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration
 from modeling_deco.worlds.digits import pointing_game as game
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return AutoModelForImageTextToText.from_pretrained(SHIPPED_CHECKPOINT), AutoProcessor.from_pretrained(
-        SHIPPED_CHECKPOINT
-    )
-
-
 @pytest.mark.parametrize(
     ("box", "rows", "columns"),
     [
         ((8, 16, 32, 40), [2, 3, 4], [1, 2, 3]),
-        ((12, 16, 29, 29), [2, 3], [1, 2, 3]),  # its left edge on a centre, which is in; 28 < 29
-        ((13, 17, 28, 28), [2], [2]),  # its right and lower edges on centres, which are out
+        ((12, 16, 29, 29), [2, 3], [1, 2, 3]),  # its left edge on a center, which is in; 28 < 29
+        ((13, 17, 28, 28), [2], [2]),  # its right and lower edges on centers, which are out
         ((90, 0, 96, 4), [], [11]),
     ],
 )
-def test_the_patches_whose_centre_lies_in_a_box(box, rows, columns):
-    inside = game.centres_inside(box, (12, 12)).view(12, 12)
+def test_the_patches_whose_center_lies_in_a_box(box, rows, columns):
+    inside = game.centers_inside(box, (12, 12)).view(12, 12)
     expected = torch.zeros(12, 12, dtype=torch.bool)
     for row in rows:
         expected[row, columns] = True
@@ -50,12 +42,12 @@ def test_ties_count_by_their_share_and_nothing_is_no_hit():
 
 
 def test_relevance_points_at_the_digit_that_was_asked_for(shipped):
-    result = game.pointing_game(*shipped, num_pictures=40, pooled_grid_size=3)
+    result = game.pointing_game(*shipped, num_pictures=20, pooled_grid_size=3)
     rates = {name: row["hit_rate"] for name, row in result.items()}
     assert rates["gae"] >= 80
     assert 20 < rates["attention"] < 50
     assert 3 < rates["chance"] < 8
-    assert 0 < result["gae"]["standard_error"] < 12
+    assert 0 < result["gae"]["standard_error"] < 15
 
 
 def test_an_abstractor_has_no_baseline(shipped):

@@ -1,3 +1,3 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Handwritten digits on a background: pictures, questions and their answers."""
+"""Pictures of handwritten digits, questions with exact answers, and the models that are trained on them."""

@@ -1,4 +1,6 @@
-"""Table and pictures of a comparison, made of the results of its runs alone."""
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Table and figures of a comparison, from the results of its runs."""
 
 import json
 from collections import defaultdict
@@ -11,9 +13,9 @@ from matplotlib.patches import Rectangle
 
 from ... import explain
 from ...inference.generation import load
-from .world import IMAGE_SIZE, render
+from .scenes import IMAGE_SIZE, render
 
-# The three gains that the paper's abstract names, and the questions of the digits world that ask for the like.
+# the three abilities that the paper's abstract names, and the kinds of questions that test them here
 GROUPS = {
     "recognition": ("existence", "count", "colour"),
     "localization": ("relation", "locate"),
@@ -29,11 +31,11 @@ NAMES = {
 }
 COLOURS = {name: f"C{index}" for index, name in enumerate(("avg_pool", "qformer", "resampler", "c_abstractor"))}
 COLOURS |= {"d_abstractor": "C4", "mlp": "0.4"}
-NUM_SHOWN = 4  # pictures in the grid of relevance maps
+NUM_SHOWN = 4  # columns of the figure with relevance maps
 
 
 def by_projector_and_tokens(results: list[dict]) -> dict[tuple[str, int], list[dict]]:
-    """Results of all seeds, by `(projector_type, num_tokens)`, in the order of the projectors' names above."""
+    """Results of all seeds by `(projector_type, num_tokens)`, sorted by tokens and then in the order of `NAMES`."""
     found = defaultdict(list)
     for result in results:
         found[result["projector_type"], result["num_tokens"]].append(result)
@@ -60,7 +62,7 @@ def mean_and_spread(values: list[float], digits: int = 1) -> str:
 
 
 def table(results: list[dict], threshold: float) -> str:
-    """Markdown: one row per projector and token count, mean and standard deviation over seeds; steps seed by seed."""
+    """A Markdown table: one row per projector and token count, with mean and standard deviation over seeds."""
     lines = [
         f"| projector | tokens | parameters | {' | '.join(GROUPS)} | pointing game | steps to {threshold:g} % | s |",
         "|---" * (len(GROUPS) + 6) + "|",
@@ -79,18 +81,18 @@ def table(results: list[dict], threshold: float) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     chance = mean(result["pointing_game"]["chance"]["hit_rate"] for result in results)
     notes = (
-        f"Accuracy in percent on held-out scans, mean ± standard deviation over seeds. Pointing game: by GAE's rules, "
-        f"for the abstractors by gradient x input; chance is {chance:.1f}. Steps, seed by seed, until the mean of the "
-        f"three groups reaches {threshold:g} % on validation scans (-: not within the budget). Seconds of training."
+        "Accuracy on test scans in percent, mean ± standard deviation over seeds. Pointing game: hit rate of GAE, for "
+        f"the abstractors of gradient x input; chance is {chance:.1f}. Steps: for each seed, the step at which the "
+        f"mean of the three groups reaches {threshold:g} % on validation scans (-: never). s: seconds of training."
     )
     return "\n".join([*lines, "", notes]) + "\n"
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- figures ---------------------------------------------------------------------------------------------------------
 
 
 def plot_curves(results: list[dict]) -> Figure:
-    """Loss and accuracy against steps: a row per token count, thin lines for seeds, thick ones for their mean."""
+    """Loss and accuracy against steps. Each token count has a row; thin lines are seeds, thick lines their mean."""
     found = by_projector_and_tokens(results)
     uncompressed = {key: runs for key, runs in found.items() if key[0] == "mlp"}
     budgets = sorted({tokens for projector, tokens in found if projector != "mlp"}) or sorted({t for _, t in found})
@@ -134,7 +136,7 @@ def _curve(run: dict, column: str) -> tuple[list[int], list[float]]:
 
 
 def plot_tokens(results: list[dict]) -> Figure:
-    """Accuracy on held-out scans against tokens per image: mean and standard deviation over seeds."""
+    """Accuracy on test scans against tokens per image: mean and standard deviation over seeds."""
     found = by_projector_and_tokens(results)
     tokens = sorted({num_tokens for _, num_tokens in found})
     figure = Figure(figsize=(4 * len(GROUPS), 3.6), layout="constrained")
@@ -165,10 +167,10 @@ def plot_tokens(results: list[dict]) -> Figure:
 
 
 def plot_relevance_grid(folders: dict[str, Path], max_digits: int = 4) -> Figure:
-    """Where each projector's colour word comes from: a row per projector, Text-to-Patch over held-out pictures.
+    """Relevance of the patches for the colour word of an answer: a row per projector, on test pictures.
 
     Args:
-        folders: a name, and the folder of a trained model.
+        folders: the folder of each trained model, by the name to show.
     """
     scenes = [render("test", index, min_digits=2, max_digits=max_digits) for index in range(NUM_SHOWN)]
     figure = Figure(figsize=(2.2 * NUM_SHOWN + 0.6, 2.2 * (len(folders) + 1)), layout="constrained")
@@ -198,7 +200,7 @@ def _draw_map(axes, scene, digit, heat: np.ndarray) -> None:
 
 
 def write_report(results: list[dict], args) -> None:
-    """`results.json`, `table.md` and the pictures, in `args.output_dir`.
+    """Write `results.json`, `table.md` and the figures to `args.output_dir`.
 
     Args:
         args: the comparison's `CompareArguments`.

@@ -1,9 +1,11 @@
-"""Accuracy of a checkpoint on the digits world, by kind of question, from what the model itself writes.
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of a checkpoint on the digits world by kind of question, from the answers that the model generates.
 
     python -m modeling_deco.worlds.digits.evaluate --model DIR --pooled-grid-size 6 [--conversation] [--json]
 
-Pictures are made of held-out scans and hold at least two digits, so that no question can be answered without looking
-the digit up. The standard error is over pictures, since the questions of one are not independent.
+Pictures have at least two digits, so that no question can be answered without looking the digit up. The standard error
+is over pictures, because the questions about one picture are not independent.
 """
 
 import json
@@ -21,14 +23,15 @@ from ...configuration_deco import parse_grid
 from ...inference.generation import RefuseNaN, encode, load
 from ...utils.measure import environment
 from ...utils.script import run
-from .world import KINDS, SPLITS, questions, render, score
+from .questions import KINDS, questions, score
+from .scenes import SPLITS, render
 
 BATCH_SIZE = 256  # questions
 
 
 @torch.inference_mode()
 def answer(model, processor, images, texts, pooled_grid_size=None, earlier=None) -> list[str]:
-    """Greedy answers to one question per image, after `earlier` pairs of question and answer where there are some."""
+    """Greedy answers to one question per image, each after the `earlier` pairs of question and answer."""
     earlier = earlier or [[]] * len(images)
     messages = [_conversation(*asked) for asked in zip(images, earlier, texts, strict=True)]
     inputs = encode(processor, messages, pooled_grid_size).to(model.device)
@@ -47,8 +50,13 @@ def _conversation(image, earlier, text) -> list[dict]:
 
 
 def accuracy_by_turn(model, processor, split, num_pictures, pooled_grid_size=None, seed=0) -> dict[str, dict]:
-    """As `accuracy_by_kind`, for conversations: each picture's questions, one of every kind in random order, are asked
-    one after the other, and the model's own answers stand before the next. One row for each place in the order."""
+    """Accuracy in conversations: one question of every kind about each picture, in random order.
+
+    A question follows the earlier ones and the model's own answers to them.
+
+    Returns:
+        A row as in `accuracy_by_kind` for each position in the conversation.
+    """
     model.eval()
     scenes = [render(split, index, seed=seed, min_digits=2) for index in range(num_pictures)]
     images, asked = [scene.image for scene in scenes], []
@@ -70,12 +78,16 @@ def accuracy_by_turn(model, processor, split, num_pictures, pooled_grid_size=Non
 def accuracy_by_kind(
     model, processor, split, num_pictures, pooled_grid_size=None, kinds=KINDS, seed=0, min_digits=2, max_digits=4
 ) -> dict[str, dict[str, float]]:
-    """For each kind: `accuracy` and `standard_error` in percent, and the number of `questions`.
+    """Accuracy by kind of question.
 
     Args:
-        split: of the scans; pictures hold `min_digits` to `max_digits` digits.
-        kinds: kinds of questions asked about each picture, one for each entry.
-        pooled_grid_size: default: the processor's.
+        split: the scans to use.
+        pooled_grid_size: the token budget. Default: the processor's.
+        kinds: the kinds of questions about each picture, one question for each entry.
+        min_digits, max_digits: number of digits in a picture.
+
+    Returns:
+        For each kind `accuracy` and `standard_error` in percent, and the number of `questions`.
     """
     was_training = model.training
     model.eval()
@@ -95,7 +107,7 @@ def accuracy_by_kind(
 
 
 def _summary(hits_by_picture) -> dict[str, float]:
-    """Mean over questions, and its standard error with pictures as the independent units (ratio estimator)."""
+    """Mean over questions, and its standard error over pictures, the independent units (ratio estimator)."""
     right = np.array([sum(hits) for hits in hits_by_picture], dtype=float)
     total = np.array([len(hits) for hits in hits_by_picture], dtype=float)
     mean = right.sum() / total.sum()
@@ -111,17 +123,24 @@ def _summary(hits_by_picture) -> dict[str, float]:
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of the checkpoint.")],
     pooled_grid_size: Annotated[int | None, typer.Option(help="Token budget; default: the checkpoint's.")] = None,
-    split: Annotated[str, typer.Option(help=f"Scans to draw from: {', '.join(SPLITS)}.")] = "test",
-    num_pictures: Annotated[int, typer.Option(min=2, help="Pictures, each with one question of every kind.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Another seed gives other pictures.")] = 0,
-    in_4bit: Annotated[bool, typer.Option("--4bit", help="Language model in 4 bits (NF4, bitsandbytes).")] = False,
-    in_int8: Annotated[bool, typer.Option("--int8", help="Linear layers in int8.")] = False,
+    split: Annotated[str, typer.Option(help=f"Scans to use: {', '.join(SPLITS)}.")] = "test",
+    num_pictures: Annotated[
+        int, typer.Option(min=2, help="Number of pictures, each with one question of every kind.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 0,
+    in_4bit: Annotated[
+        bool, typer.Option("--4bit", help="Load the language model in 4 bits (NF4, bitsandbytes).")
+    ] = False,
+    in_int8: Annotated[bool, typer.Option("--int8", help="Use int8 for linear layers.")] = False,
     in_conversation: Annotated[
-        bool, typer.Option("--conversation", help="Ask a picture's questions one after the other; rows by place.")
+        bool,
+        typer.Option(
+            "--conversation", help="Ask the questions about a picture in one conversation; rows by position."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Print the accuracy of MODEL on held-out handwriting."""
+    """Print the accuracy of MODEL on handwriting that it has not seen."""
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
     loaded, processor = load(model, in_4bit=in_4bit, in_int8=in_int8)

@@ -1,12 +1,15 @@
-"""Muon for matrices and AdamW for the rest, as one optimizer that a Trainer can schedule, save and resume."""
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Muon for matrices and AdamW for the rest, as one optimizer that the Trainer can schedule, save and resume."""
 
 import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon), as `torch.optim.Muon` does it, with two differences: 1 x 1
-    convolutions count as the matrices that they are, and on CPUs the iteration is in float32, since bfloat16, which
-    torch's is always in, is slow on those without instructions for it.
+    """Muon (https://kellerjordan.github.io/posts/muon), with two differences from `torch.optim.Muon`.
+
+    It also takes 1 x 1 convolutions, which are matrices. On a CPU it iterates in float32: torch's version always uses
+    bfloat16, which is slow on CPUs without instructions for it.
 
     Args:
         params: matrices and 1 x 1 convolutions, or groups of them.
@@ -36,7 +39,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Bring the singular values near 1, by five steps of the Newton-Schulz iteration with Muon's coefficients."""
+    """Bring the singular values close to 1 by five Newton-Schulz steps with Muon's coefficients."""
     a, b, c = 3.4445, -4.775, 2.0315
     update = matrix if matrix.device.type == "cpu" else matrix.bfloat16()
     is_tall = matrix.shape[0] > matrix.shape[1]
@@ -49,12 +52,12 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """`Muon` and `torch.optim.AdamW` side by side.
+    """`Muon` and `torch.optim.AdamW` as one optimizer.
 
     Args:
         muon_groups: parameter groups of matrices and 1 x 1 convolutions.
         adamw_groups: parameter groups of everything else.
-        weight_decay: decoupled, on the matrices only.
+        weight_decay: decoupled; only on the matrices.
     """
 
     def __init__(self, muon_groups: list[dict], adamw_groups: list[dict], weight_decay: float):
@@ -66,7 +69,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """A scheduler writes learning rates into `param_groups`: they must be the very groups of the two parts."""
+        """Use the two parts' own groups as `param_groups`: a scheduler writes learning rates into them."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()

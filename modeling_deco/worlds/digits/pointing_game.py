@@ -1,11 +1,13 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
 """The pointing game: does the most relevant patch for a colour word lie in the digit that was asked about?
 
     python -m modeling_deco.worlds.digits.pointing_game --model DIR --pooled-grid-size 6 [--json]
 
-One colour question about each picture of held-out scans, with at least two digits. What is explained is the colour
-word of the right answer, given to the model ("7 red."), by GAE and by raw attention. A hit is a most relevant patch
-whose centre lies in the digit's box; where several share the maximum, as raw attention's do within a pooled cell, it
-counts by their share in the box. Chance is the share of all patch centres that lie there.
+Each picture has at least two digits and one question about a colour. The model gets the right answer ("7 red."), and
+GAE and raw attention explain its colour word. A hit means that the center of the most relevant patch lies in the box
+of the digit. If several patches share the maximum, as with raw attention in a pooled cell, the hit counts as the share
+of them that lies in the box. Chance is the share of all patches whose center lies in the box.
 """
 
 import json
@@ -22,22 +24,25 @@ from ...inference.generation import load
 from ...relevance.explain import METHODS, explain
 from ...utils.measure import environment
 from ...utils.script import run
-from .world import IMAGE_SIZE, SPLITS, Box, questions, render
+from .questions import questions
+from .scenes import IMAGE_SIZE, SPLITS, Box, render
 
-ABSTRACTORS = ("c_abstractor", "d_abstractor")  # have no attention to patches
+ABSTRACTORS = ("c_abstractor", "d_abstractor")  # projectors without attention to patches
 
 
 def pointing_game(
     model, processor, num_pictures: int, pooled_grid_size=None, split="test", seed=0, min_digits=2, max_digits=4
 ) -> dict[str, dict[str, float] | None]:
-    """For `"gae"`, `"attention"` and `"chance"`: `hit_rate` and `standard_error` in percent.
-
-    `"attention"` is None for abstractors. The standard error is over pictures.
+    """Play the pointing game with one question about each picture.
 
     Args:
-        num_pictures: with one question each.
-        pooled_grid_size: default: the processor's.
-        split: of the scans; pictures hold `min_digits` to `max_digits` digits.
+        pooled_grid_size: the token budget. Default: the processor's.
+        split: the scans to use.
+        min_digits, max_digits: number of digits in a picture.
+
+    Returns:
+        `hit_rate` and `standard_error` (over pictures) in percent, for `"gae"`, `"attention"` and `"chance"`.
+        `"attention"` is None for abstractors.
     """
     methods = [method for method in METHODS if method == "gae" or model.config.projector_type not in ABSTRACTORS]
     rates = {name: [] for name in (*methods, "chance")}
@@ -49,21 +54,21 @@ def pointing_game(
             relevance = explain(
                 model, processor, scene.image, question.text, question.answer, pooled_grid_size, method
             ).average([digit.colour])
-            is_inside = centres_inside(digit.box, relevance.patch_grid)
+            is_inside = centers_inside(digit.box, relevance.patch_grid)
             rates[method].append(hit(relevance.text_to_patch[0], is_inside))
         rates["chance"].append(is_inside.float().mean().item())
     return {name: _summary(rates[name]) if name in rates else None for name in (*METHODS, "chance")}
 
 
-def centres_inside(box: Box, patch_grid: tuple[int, int]) -> torch.BoolTensor:
-    """`(patch_rows * patch_cols,)`, whether the centre of each patch lies in a box of pixels."""
+def centers_inside(box: Box, patch_grid: tuple[int, int]) -> torch.BoolTensor:
+    """Whether the center of each patch lies in a box of pixels: `(patch_rows * patch_cols,)`."""
     x0, y0, x1, y1 = box
     y, x = ((torch.arange(size) + 0.5) * IMAGE_SIZE / size for size in patch_grid)
     return ((y0 <= y) & (y < y1))[:, None].logical_and((x0 <= x) & (x < x1)).flatten()
 
 
 def hit(relevance: torch.Tensor, is_inside: torch.BoolTensor) -> float:
-    """1 where the most relevant patch is inside, 0 where not or where nothing is relevant; ties count by share."""
+    """Share of the most relevant patches that are inside; 0 if no patch is relevant."""
     if relevance.max() <= 0:
         return 0.0
     return is_inside[relevance == relevance.max()].float().mean().item()
@@ -80,12 +85,12 @@ def _summary(rates: list[float]) -> dict[str, float]:
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of the checkpoint.")],
     pooled_grid_size: Annotated[int | None, typer.Option(help="Token budget; default: the checkpoint's.")] = None,
-    split: Annotated[str, typer.Option(help=f"Scans to draw from: {', '.join(SPLITS)}.")] = "test",
-    num_pictures: Annotated[int, typer.Option(min=2, help="Pictures, each with one question.")] = 200,
-    seed: Annotated[int, typer.Option(help="Another seed gives other pictures.")] = 0,
+    split: Annotated[str, typer.Option(help=f"Scans to use: {', '.join(SPLITS)}.")] = "test",
+    num_pictures: Annotated[int, typer.Option(min=2, help="Number of pictures, each with one question.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Print how often MODEL's relevance points at the digit that was asked about."""
+    """Print how often the most relevant patch lies in the digit that the question is about."""
     if split not in SPLITS:
         raise typer.BadParameter(f"{split!r} is not one of {', '.join(SPLITS)}", param_hint="--split")
     loaded, processor = load(model)

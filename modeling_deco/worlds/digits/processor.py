@@ -1,11 +1,13 @@
-"""The processor of the digits world: its tokenizer beside CLIP's image processor at 96 x 96 pixels."""
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The processor of the digits world: its tokenizer and CLIP's image processor at 96 x 96 pixels."""
 
 from transformers import CLIPImageProcessor
 
 from ... import DecoProcessor
+from .scenes import IMAGE_SIZE
 from .tokenizer import build_tokenizer
-from .tower import IMAGE_MEAN, IMAGE_STD, PATCH_SIZE
-from .world import IMAGE_SIZE
+from .tower_model import IMAGE_MEAN, IMAGE_STD, PATCH_SIZE
 
 
 def build_processor(pooled_grid_size: int = 6) -> DecoProcessor:

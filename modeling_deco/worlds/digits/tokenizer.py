@@ -1,13 +1,16 @@
-"""The tokenizer of the digits world: one token per word, number or mark, and a chat template.
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer of the digits world: one token per word, number or punctuation mark, and a chat template.
 
 A conversation becomes `<bos><user><image>Is there a 7?<assistant>7 yes.<eos>`. The template marks the answer and its
-`<eos>` with `{% generation %}`, so that an assistant-only loss trains exactly what the model has to write.
+`<eos>` with `{% generation %}`, so an assistant-only loss trains exactly the tokens that the model generates.
 """
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .world import BOX_UNIT, COLOURS, IMAGE_SIZE
+from .questions import BOX_UNIT
+from .scenes import COLOURS, IMAGE_SIZE
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<user>", "<assistant>")
 WORDS = (
@@ -45,14 +48,14 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of 58 tokens that knows the words of the questions and answers, in lower case."""
+    """A word-level tokenizer of 58 tokens: the words of the questions and answers, in lower case."""
     vocabulary = {word: number for number, word in enumerate(SPECIAL_TOKENS + WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(behavior="isolated")]
     )
-    # Used for its spacing alone, which puts no space before a full stop or a question mark.
+    # used only because it puts no space before a full stop or a question mark
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

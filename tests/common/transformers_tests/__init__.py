@@ -1,7 +1,7 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The `tests` package of transformers: what its source distribution has of it, and here stand-ins for the helpers that
-the suites import and the distribution leaves out."""
+"""The `tests` package of transformers: the modules of its source distribution, and here replacements of the helper
+modules that the suites import but the distribution does not have."""
 
 from fetch import SUITES
 

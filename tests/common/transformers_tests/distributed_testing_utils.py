@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-in: the ranks of a distributed test as processes of this machine, on the CPU."""
+"""Replacement: runs the ranks of a distributed test as processes on the CPU."""
 
 import functools
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-in: the export suite is not in the source distribution."""
+"""Replacement: the source distribution does not have the export suite."""
 
 import torch
 

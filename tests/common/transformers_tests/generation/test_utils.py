@@ -1,7 +1,9 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-in: the generation suite is not in the source distribution. This one asks of each way to generate that its
-tokens are those that whole forward passes, without a cache, predict."""
+"""Replacement: the source distribution does not have the generation suite.
+
+Each way to generate must give the tokens that full forward passes without a cache predict.
+"""
 
 import torch
 from parameterized import parameterized
@@ -14,7 +16,7 @@ class GenerationTesterMixin:
     max_new_tokens = 5
 
     def _model_and_inputs(self):
-        """A model and a batch of two prompts, each with its image, that differ in length: the second is padded."""
+        """A model and two prompts of different length with an image each; the second is padded."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         config.text_config.eos_token_id = None  # no sequence ends early
         (model_class,) = self.all_generative_model_classes

@@ -1,5 +1,5 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-in. `ConfigTester` sets these fields on configs without sub-configs only: DeCo has some."""
+"""Replacement. `ConfigTester` sets these fields only on configs without sub-configs, and DeCo has sub-configs."""
 
 config_common_kwargs = {}
