@@ -1,12 +1,15 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The page as a Hub Space. Its variable MODEL_ID names the model; without it the shipped one answers. With the secret
-DECO_PASSWORD users must enter that."""
+"""The page as a Hub Space.
+
+The variable MODEL_ID names the model; the default is the shipped one. If the secret DECO_PASSWORD is set, users must
+enter it.
+"""
 
 import os
 
 from modeling_deco import SHIPPED_CHECKPOINT
-from modeling_deco.page.app import launch
+from modeling_deco.page import launch
 
 if __name__ == "__main__":
     password = os.environ.get("DECO_PASSWORD") or None

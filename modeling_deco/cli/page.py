@@ -43,7 +43,7 @@ def page(
     DECO_PASSWORD=secret deco page DIR_OR_HUB_ID --host 0.0.0.0
     """
     with one_line_errors("page"):
-        from ..page.app import launch
+        from ..page import launch
 
         quiet_transformers()
         with redirect_stdout(sys.stderr):  # where the page says its address

@@ -96,8 +96,8 @@ def serve(
     """
     with one_line_errors("serve"):
         from ..inference.images import ImageLimits
-        from ..serving.app import ServerOptions
-        from ..serving.app import serve as run
+        from ..serving import ServerOptions
+        from ..serving import serve as run
 
         quiet_transformers()
         options = ServerOptions(

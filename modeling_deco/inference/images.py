@@ -359,7 +359,7 @@ class _Stop:
 _DECODE = """
 import json, sys
 sys.path[:], *limits = json.loads(sys.argv[1])
-from ..utils.decoding import serve_pictures
+from modeling_deco.utils.decoding import serve_pictures
 serve_pictures(*limits)
 """
 

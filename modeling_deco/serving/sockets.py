@@ -1,18 +1,18 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where the server and the page listen, which is known before a model is loaded for nothing."""
+"""Sockets that are bound before a model is loaded, so that a wrong address fails early."""
 
 import socket
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A TCP socket of that address, which does not listen yet. Port 0 is a free one.
+    """A TCP socket that is bound to an address and does not listen yet. Port 0 selects a free port.
 
     Raises:
-        ValueError: the address is not this machine's, or the port is taken; one line that says so.
+        ValueError: the address does not belong to this machine, or the port is in use; one line.
     """
-    if not 0 <= port < 65536:  # of which the look-up would take the last 16 bits
-        raise ValueError(f"Cannot listen on {host} port {port}: there is no such port.")
+    if not 0 <= port < 65536:  # getaddrinfo would take the last 16 bits
+        raise ValueError(f"Cannot listen on {host} port {port}: a port is a number from 0 to 65535.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -26,10 +26,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def max_open_files() -> int:
-    """Files and sockets that this process may have open at once."""
+    """The number of files and sockets that this process may have open at once."""
     try:
         import resource
-    except ImportError:  # Windows, whose sockets are not counted among its files
+    except ImportError:  # Windows does not count sockets as files
         return 2048
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**20 if soft == resource.RLIM_INFINITY else soft

@@ -1,11 +1,11 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Serve the page for the tests: slowly enough that users meet, and with a word on each address that is not local."""
+"""Serve the page for the tests: slowly, so that users wait for each other, and report each foreign address."""
 
 import sys
 import time
 
-from modeling_deco.page import app as page
+from modeling_deco.page import events, launch
 
 LOCAL = ("127.0.0.1", "::1", "localhost", "0.0.0.0", None)
 
@@ -31,5 +31,5 @@ def slowly(stream):
 
 
 sys.addaudithook(report)
-page.stream = slowly(page.stream)
-page.launch(*sys.argv[1:])
+events.stream = slowly(events.stream)
+launch(*sys.argv[1:])

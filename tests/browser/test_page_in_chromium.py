@@ -140,7 +140,7 @@ def test_a_clicked_word_shows_its_own_map(open_page):
     maps = []
     for digit, word in zip(scene.digits, words(page).all(), strict=True):
         word.click()
-        expect(page.locator("#caption")).to_contain_text(f"“{digit.value}” rests on")
+        expect(page.locator("#caption")).to_contain_text(f"“{digit.value}” is based on")
         expect(word).to_have_attribute("aria-pressed", "true")
         maps.append(map_pixels(page))
     assert page.locator("#answer [aria-pressed=true]").count() == 1
@@ -155,7 +155,7 @@ def test_the_peak_lies_on_the_digit_that_was_asked_for(open_page, value):
     upload(page, file)
     ask(page, f"What colour is the {value}?")
     words(page).nth(1).click()
-    expect(page.locator("#caption")).to_contain_text(f"“{digit.colour}” rests on")
+    expect(page.locator("#caption")).to_contain_text(f"“{digit.colour}” is based on")
     assert is_in(peak(page), digit.box)
     assert "peak: 100% of the highest" in page.locator("#map img").get_attribute("alt")
 
@@ -168,7 +168,7 @@ def test_words_are_reached_by_keyboard_and_keep_the_focus(open_page):
     words(page).first.focus()
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    expect(page.locator("#caption")).to_contain_text("“purple” rests on")
+    expect(page.locator("#caption")).to_contain_text("“purple” is based on")
     expect(words(page).nth(1)).to_be_focused()
 
 
@@ -233,7 +233,7 @@ def test_a_file_over_the_limit_is_refused(open_page, tmp_path):
 def test_a_missing_picture_or_question_is_told(open_page):
     page = open_page()
     ask(page, "Is there a 7?")
-    expect(page.get_by_text("Choose a picture first.")).to_be_visible()
+    expect(page.get_by_text("Choose an image first.")).to_be_visible()
     upload(page, draw(46)[1])
     ask(page, "  ")
     expect(page.get_by_text("Write a question first.")).to_be_visible()
@@ -260,7 +260,7 @@ def test_two_users_at_once_get_their_own_answers(open_page):
         words(page).nth(1).click()
     for page, its_scene in ((one, scene), (other, other_scene)):
         (digit,) = (digit for digit in its_scene.digits if digit.value == 2)
-        expect(page.locator("#caption")).to_contain_text("rests on")
+        expect(page.locator("#caption")).to_contain_text("is based on")
         assert is_in(peak(page), digit.box)
 
 
@@ -293,7 +293,7 @@ def test_a_request_cannot_name_a_file_of_the_server(open_page, server):
         assert page.request.post(f"{server.url}/gradio_api/queue/join", data=request).ok
         said = page.request.get(f"{server.url}/gradio_api/queue/data?session_hash=me").text()
         assert '"success":false' in said.replace(" ", "")
-        assert "tokens for the picture" not in said
+        assert "tokens for the image" not in said
 
 
 def event(page, name):
@@ -327,7 +327,7 @@ def tell_all(page):
     expect(page.get_by_label("Question")).to_have_value("What colour is the 2?")
     page.get_by_role("button", name="Ask", exact=True).click()
     words(page).nth(1).click()
-    expect(page.locator("#caption")).to_contain_text("“purple” rests on")
+    expect(page.locator("#caption")).to_contain_text("“purple” is based on")
     page.get_by_role("button", name="Compare budgets").click()
     expect(page.locator("#costs tr")).to_have_count(5)
     page.wait_for_function("[...document.images].every((image) => image.complete)")
@@ -338,5 +338,5 @@ def test_the_server_asks_no_other_host(open_page, server):
     upload(page, draw(46)[1])
     ask(page, "What colour is the 2?")
     words(page).first.click()
-    expect(page.locator("#caption")).to_contain_text("rests on")
+    expect(page.locator("#caption")).to_contain_text("is based on")
     assert "FOREIGN" not in server.log.read_text()

@@ -1,0 +1,157 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`POST /v1/chat/completions`: from a request's body to an answer."""
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
+
+from starlette.requests import Request
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+
+from ..inference.generation import encode, sampling
+from ..inference.images import ImageError, PictureReader
+from ..inference.prompt_cache import PromptCache
+from ..utils.errors import one_line
+from .answer import Answer
+from .errors import RequestError, wrong_model
+from .limits import Capacity
+from .options import ServerOptions
+from .responses import ResponseOptions, respond
+from .schema import ChatRequest, parse_request, wrong_value
+
+
+class ChatEndpoint:
+    """An ASGI application. When a request ends, for whatever reason, everything that it started is stopped."""
+
+    def __init__(
+        self, model: PreTrainedModel, processor: ProcessorMixin, name: str, options: ServerOptions, capacity: Capacity
+    ):
+        self.model = model
+        self.processor = processor
+        self.name = name
+        self.options = options
+        self.capacity = capacity
+        # some language models have no limit, but prompts need one
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 131_072
+        self.prompts = PromptCache(model, options.prompt_cache_bytes)
+        self.inference = ThreadPoolExecutor(1, "inference")  # torch.compile's CUDA graphs belong to one thread
+        self.texts = ThreadPoolExecutor(2, "texts")
+        self.images = ThreadPoolExecutor(2, "images")
+        self.reader = PictureReader(
+            options.image_limits,
+            allow_files=options.allow_files,
+            allow_private=options.allow_private,
+            max_downloads=options.max_queue + 1,
+        )
+
+    def close(self) -> None:
+        """Stop the threads, and the processes that decode images."""
+        self.reader.close()
+        for workers in (self.inference, self.texts, self.images):
+            workers.shutdown(wait=False, cancel_futures=True)
+
+    async def __call__(self, scope, receive, send):
+        request = Request(scope, receive)
+        # A browser sends JSON to another site only after a preflight request, which this server does not grant. So no
+        # web page can use a server on its reader's machine.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise RequestError(415, "The Content-Type header must be application/json.")
+        in_thread = asyncio.get_running_loop().run_in_executor
+        message = await receive()
+        with self.capacity.memory(len(message["body"])):
+            with self.capacity.place("answers"):
+                # nothing here keeps a reference to the body: a request that waits is a few tensors
+                chat = await in_thread(self.texts, self._check, message.pop("body"))
+            if chat.images:
+                with self.capacity.place("images"):
+                    inputs = await self._read_images(chat)
+        with self.capacity.place("answers"):
+            if not chat.images:
+                inputs = await in_thread(self.texts, self._encode, chat)
+            num_prompt_tokens = inputs["input_ids"].shape[-1]
+            config = self._generation_config(chat, num_prompt_tokens)
+            seed = self.options.seed if chat.seed is None else chat.seed
+            include_usage = chat.stream_options.get("include_usage", False)
+            response_options = ResponseOptions(self.name, num_prompt_tokens, chat.stream, include_usage)
+            answer = Answer(self.processor.tokenizer, chat.stop)
+            self.inference.submit(answer.generate, self.prompts, inputs, config, seed)
+            del chat, inputs
+            try:
+                response = await respond(answer, response_options)
+                await response(scope, receive, send)
+            finally:
+                answer.cancel()
+
+    def _check(self, body: bytes) -> ChatRequest:
+        """A request that the model can answer. Prompts and grids are checked before they are made into tokens."""
+        chat = parse_request(body)
+        if chat.model not in (None, self.name):
+            raise wrong_model(chat.model, self.name)
+        if chat.grid is None:
+            chat.pooled_grid_size = self.options.pooled_grid_size
+        num_images, limit = len(chat.images), self.options.max_images
+        if num_images > limit:
+            raise RequestError(400, f"{num_images} images are more than the {limit} allowed in a request.", "messages")
+        kwargs = {} if chat.grid is None else {"pooled_grid_size": chat.grid}
+        with _as_request_errors():
+            budget = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)] * num_images, **kwargs)
+        num_tokens, num_characters = sum(budget["num_image_tokens"] or ()), sum(map(len, chat.texts))
+        if num_tokens > self.context or num_characters > 64 * self.context:
+            raise self._too_long(f"{num_tokens} tokens of images and {num_characters} characters of text")
+        return chat
+
+    def _too_long(self, what: str) -> RequestError:
+        message = f"{what} do not fit the model's context of {self.context} tokens."
+        return RequestError(400, message, "messages", "context_length_exceeded")
+
+    async def _read_images(self, chat: ChatRequest) -> dict:
+        """The model's inputs of a request with images, which are downloaded and decoded here."""
+        parts = chat.images
+        try:
+            async with self.reader.read_all([part["image"] for part in parts]) as images:
+                for part, image in zip(parts, images, strict=True):
+                    part["image"] = image
+                return await asyncio.get_running_loop().run_in_executor(self.images, self._encode, chat)
+        except ImageError as error:
+            raise RequestError(400, one_line(error), "messages", "invalid_image") from error
+
+    def _encode(self, chat: ChatRequest) -> dict:
+        system = self.options.system
+        if system is not None and all(message["role"] != "system" for message in chat.messages):
+            content = [{"type": "text", "text": system}]
+            chat.messages.insert(0, {"role": "system", "content": content})
+        with _as_request_errors():
+            return encode(self.processor, chat.messages, chat.grid).to(self.model.device)
+
+    def _generation_config(self, chat: ChatRequest, num_prompt_tokens: int) -> GenerationConfig:
+        name = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
+        asked, room = getattr(chat, name), self.context - num_prompt_tokens
+        if asked is not None and asked > self.options.max_new_tokens:
+            raise wrong_value(
+                name, asked, f"an integer from 1 to {self.options.max_new_tokens}, this server's maximum"
+            )
+        if room < (asked or 1):
+            raise self._too_long(f"{num_prompt_tokens} tokens of the prompt and {asked or 1} of the answer")
+        config = deepcopy(self.model.generation_config)
+        config.update(num_beams=1, num_return_sequences=1, return_dict_in_generate=False)  # one answer, streamed
+        config.max_new_tokens = asked or min(room, self.options.max_new_tokens)
+        temperature = self.options.temperature if chat.temperature is None else chat.temperature
+        config.update(**sampling(temperature))
+        if chat.top_p is not None and temperature is None:
+            config.do_sample = config.do_sample or chat.top_p < 1  # greedy decoding would ignore it
+        if chat.top_p is not None and config.do_sample:
+            config.top_p = chat.top_p
+        return config
+
+
+@contextmanager
+def _as_request_errors() -> Iterator[None]:
+    """Turn the processor's errors about a grid or messages into `RequestError`s."""
+    try:
+        yield
+    except ValueError as error:
+        grid = "pooled_grid_size" if "grid" in str(error) else None
+        raise RequestError(400, one_line(error), grid, "invalid_value") from error
