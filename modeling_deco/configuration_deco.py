@@ -132,8 +132,6 @@ class DecoConfig(PreTrainedConfig):
             given are the field's standard; see `projector_sizes`.
         vision_feature_layer: index into the tower's hidden states, of which there are `num_hidden_layers + 1`.
             Default: -2, or the last of a tower that was cut for a `DecoConfig`.
-        vision_feature_select_strategy: `"default"` drops prefix tokens (CLS, registers); `"full"` is the same for the
-            towers that have none, and refused for the others, whose CLS token has no place in the grid.
         tie_word_embeddings: whether `lm_head` is the embedding matrix; taken from `text_config` where that says so.
         lm_head_bias: whether `lm_head` has a bias, as that of Phi, GPT-J and CodeGen.
 
@@ -156,7 +154,6 @@ class DecoConfig(PreTrainedConfig):
     multimodal_projector_bias: bool = True
     projector_config: dict | None = None
     vision_feature_layer: int | None = None
-    vision_feature_select_strategy: str = "default"
     tie_word_embeddings: bool = False
     lm_head_bias: bool = False
 
@@ -169,6 +166,7 @@ class DecoConfig(PreTrainedConfig):
         if isinstance(self.pooled_grid_size, tuple):  # JSON knows lists only
             self.pooled_grid_size = list(self.pooled_grid_size)
         self._validate_choices()
+        self._check_select_strategy(kwargs.pop("vision_feature_select_strategy", "default"))
         self._cut_unused_vision_layers()
         super().__post_init__(**kwargs)
 
@@ -188,16 +186,6 @@ class DecoConfig(PreTrainedConfig):
                 f"vision_config.model_type must be one of {sorted(_NUM_CLS_TOKENS)}, "
                 f"got {self.vision_config.model_type!r}."
             )
-        if self.vision_feature_select_strategy not in ("default", "full"):
-            raise ValueError(
-                f"vision_feature_select_strategy must be 'default' or 'full', "
-                f"got {self.vision_feature_select_strategy!r}."
-            )
-        if self.vision_feature_select_strategy == "full" and self.num_prefix_tokens > 0:
-            raise ValueError(
-                f"vision_feature_select_strategy='full' keeps the {self.num_prefix_tokens} prefix tokens of "
-                f"{self.vision_config.model_type}, which have no place in the patch grid; use 'default'."
-            )
         vocab_size = self.text_config.vocab_size
         if not 0 <= self.image_token_id < vocab_size:
             raise ValueError(
@@ -209,6 +197,20 @@ class DecoConfig(PreTrainedConfig):
             raise ValueError(
                 f"projector_type='mlp' does not compress: pooled_grid_size must be the patch grid "
                 f"[{patch_rows}, {patch_cols}], got {self.pooled_grid_size}."
+            )
+
+    def _check_select_strategy(self, strategy):
+        """Refuse LLaVA's `vision_feature_select_strategy` where it keeps prefix tokens.
+
+        DeCo always drops them, which is `"default"`, the value in DeCo configs of before. `"full"` is the same for a
+        vision tower that has no prefix tokens.
+        """
+        if strategy not in ("default", "full"):
+            raise ValueError(f"vision_feature_select_strategy must be 'default' or 'full', got {strategy!r}.")
+        if strategy == "full" and self.num_prefix_tokens > 0:
+            raise ValueError(
+                f"vision_feature_select_strategy='full' keeps prefix tokens of {self.vision_config.model_type} "
+                f"({self.num_prefix_tokens}), which have no place in the patch grid; use 'default'."
             )
 
     def _validate_projector(self):

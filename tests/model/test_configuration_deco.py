@@ -73,13 +73,17 @@ def test_an_image_token_outside_the_vocabulary_is_refused(token):
 
 @pytest.mark.parametrize(("vision", "num_tokens"), [("clip", 1), ("dinov2", 1), ("dinov2_with_registers", 5)])
 def test_prefix_tokens_in_the_grid_are_refused(vision, num_tokens):
-    with pytest.raises(ValueError, match=f"'full' keeps the {num_tokens} prefix tokens of .* use 'default'"):
+    with pytest.raises(
+        ValueError, match=rf"'full' keeps prefix tokens of {vision}.* \({num_tokens}\), .* use 'default'"
+    ):
         tiny.build_config(vision, vision_feature_select_strategy="full")
 
 
 @pytest.mark.parametrize("vision", ["siglip", "siglip2"])
 def test_full_features_are_taken_from_towers_without_prefix_tokens(vision):
-    assert tiny.build_config(vision, vision_feature_select_strategy="full").num_prefix_tokens == 0
+    config = tiny.build_config(vision, vision_feature_select_strategy="full")
+    assert config.num_prefix_tokens == 0
+    assert "vision_feature_select_strategy" not in config.to_dict()
 
 
 @pytest.mark.parametrize(
