@@ -56,7 +56,7 @@ def room_of(module: str) -> str:
 
 def test_the_top_level_of_the_package_is_the_model_alone():
     files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
-    assert files == {*_REMOTE_CODE_FILES, "__init__.py", "_registration.py", "py.typed"}
+    assert files == {*_REMOTE_CODE_FILES, "__init__.py", "__init__.pyi", "_registration.py", "py.typed"}
     rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert rooms == {*LEVEL_OF, "checkpoints"} - {"model"}
     assert not list((PACKAGE / "checkpoints").rglob("*.py"))

@@ -1,0 +1,25 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+# The public names of modeling_deco. `__init__.py` reads this file and imports a module when one of its names is used.
+
+from pathlib import Path
+
+from .configuration_deco import DecoConfig as DecoConfig
+from .configuration_deco import num_image_tokens as num_image_tokens
+from .modeling_deco import DecoForConditionalGeneration as DecoForConditionalGeneration
+from .modeling_deco import DecoModel as DecoModel
+from .modeling_deco import DecoPreTrainedModel as DecoPreTrainedModel
+from .processing_deco import DecoProcessor as DecoProcessor
+from .projectors import AvgPoolProjector as AvgPoolProjector
+from .projectors import CAbstractorProjector as CAbstractorProjector
+from .projectors import DAbstractorProjector as DAbstractorProjector
+from .projectors import MlpProjector as MlpProjector
+from .projectors import QFormerProjector as QFormerProjector
+from .projectors import ResamplerProjector as ResamplerProjector
+from .projectors import pool_patch_grid as pool_patch_grid
+from .relevance.explain import Relevance as Relevance
+from .relevance.explain import explain as explain
+from .relevance.explain import plot_relevance as plot_relevance
+
+__version__: str
+SHIPPED_CHECKPOINT: Path
