@@ -1,14 +1,14 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 with and without cached features: seconds per step, what making the cache takes, and its size.
+"""Stage 1 with and without cached features: seconds per step, the time to write the cache, and its size.
 
     python benchmarks/feature_cache.py                  # CLIP ViT-L/14-336 before a 0.5B decoder
     python benchmarks/feature_cache.py --shape 7b       # with CUDA
 
 Random weights of published shapes, JPEGs of 640 x 480, `recipes/configs/stage1.yaml`: in float32 on a CPU, in bfloat16
-on CUDA. The two trainers take turns in one process; a step is the batch's making, forward, backward and the
-optimizer's step, without workers, so that decoding and preprocessing count. The cache has three grids, of one pass of
-the tower. Ends with one line of JSON, which is also written to results/feature_cache.json.
+on CUDA. The steps of the two trainers are interleaved in one process. A step makes the batch and runs forward,
+backward and the optimizer, without workers, so that decoding and preprocessing count. The cache has three grids, from
+one pass of the tower. The last line is the result as JSON, which is also written to results/feature_cache.json.
 """
 
 import json
@@ -25,18 +25,25 @@ from PIL import Image
 from shapes import RESULTS, TEXT_CONFIGS, save_random_checkpoint
 from trl import ModelConfig, TrlParser
 
-from modeling_deco.training import cache_features, sft
-from modeling_deco.training.data import build_data
-from modeling_deco.training.feature_cache import feature_shape, grid_name
-from modeling_deco.training.trainer import DecoSFTConfig, DecoSFTTrainer
+from modeling_deco.training import (
+    CacheArguments,
+    DecoArguments,
+    DecoSFTConfig,
+    DecoSFTTrainer,
+    build_data,
+    load_data,
+)
+from modeling_deco.training.feature_cache import feature_shape, grid_name, grids_of_run
+from modeling_deco.training.feature_cache_writer import UniqueImages, prepare_cache, write_shards
+from modeling_deco.training.models import load_model_and_processor
 from modeling_deco.utils.measure import command, environment, seconds, spread, time_interleaved, write_report
 
 ROOT = Path(__file__).parents[1]
-NUM_IMAGES, LLAVA_IMAGES = 8, 558_128  # the second: of LLaVA-1.5's stage 1
+NUM_IMAGES, LLAVA_IMAGES = 8, 558_128  # the second is LLaVA-1.5's stage 1
 
 
 def save_data(folder: Path) -> Path:
-    """LLaVA's captions of about their length, and photographs as far as a JPEG decoder can tell."""
+    """Write captions about as long as LLaVA's, and noise that takes a JPEG decoder as long as photographs."""
     (folder / "images").mkdir(parents=True)
     rng, records = np.random.default_rng(0), []
     for index in range(NUM_IMAGES):
@@ -70,15 +77,15 @@ def parse(model: Path, data: Path, batch_size: int, **kwargs):
     words = []
     for name, value in settings.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    parser = TrlParser((sft.DecoArguments, DecoSFTConfig, ModelConfig, cache_features.CacheArguments))
+    parser = TrlParser((DecoArguments, DecoSFTConfig, ModelConfig, CacheArguments))
     return parser.parse_args_and_config(words)
 
 
 def steps(trainer: DecoSFTTrainer) -> Iterator[None]:
-    """A step of training at each `next`."""
+    """Take a training step at each `next`."""
     optimizer = trainer.create_optimizer()
     trainer.model.train()
-    # as Trainer's own loop sets it
+    # Trainer's own loop sets it
     trainer.current_gradient_accumulation_steps = 1  # private, seen in transformers 5.19 to 5.24
     while True:
         for batch in trainer.get_train_dataloader():
@@ -92,28 +99,31 @@ def main(
     shape: Annotated[str, typer.Option(help=f"Of tiny, {', '.join(TEXT_CONFIGS)}.")] = "0.5b",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 2 on a CPU, 8 on CUDA.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each, after one that warms up.")] = 5,
-    grids: Annotated[list[int], typer.Option("--grid", help="Cached; the run is at 12.")] = [6, 12, 24],  # noqa: B006
+    grids: Annotated[list[int], typer.Option("--grid", help="Grids that are cached; the run uses 12.")] = [6, 12, 24],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Folder for feature_cache.json.")] = RESULTS,
 ) -> None:
     """Stage 1 with and without cached features."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch_size = batch_size or (8 if device == "cuda" else 2)
-    build_seconds, write_shards = [], cache_features._write_shards  # timed without the loading of the model
-    cache_features._write_shards = lambda *args: build_seconds.append(seconds(lambda: write_shards(*args), device))
     with tempfile.TemporaryDirectory() as work:
         model, data, folder = Path(work, "model"), save_data(Path(work)), Path(work, "features")
         save_random_checkpoint(model, shape, torch.bfloat16)
-        cache = cache_features.cache_features(
-            *parse(model, data, batch_size, feature_cache=folder, pooled_grid_sizes=grids)
+        args, training_args, model_args, cache_args = parse(
+            model, data, batch_size, feature_cache=folder, pooled_grid_sizes=grids
         )
+        deco, processor = load_model_and_processor(args, model_args)
+        images = UniqueImages(load_data(args.data_path))
+        names = grids_of_run(deco, processor, training_args, evaluates=False)
+        cache, missing = prepare_cache(deco, processor, images, training_args, names, cache_args)
+        write_seconds = seconds(lambda: write_shards(cache, missing, deco, processor, images, training_args), device)
         trainers = {}
         for name, settings in (("images", {}), ("features", {"feature_cache": folder})):
             args, training_args, model_args, _ = parse(model, data, batch_size, **settings)
-            deco, processor = sft.load(args, model_args)
+            deco, processor = load_model_and_processor(args, model_args)
             trainers[name] = DecoSFTTrainer(
                 model=deco,
                 args=training_args,
-                train_dataset=sft.load_data(args.data_path),
+                train_dataset=load_data(args.data_path),
                 processing_class=processor,
             )
         iterators = {name: steps(trainer) for name, trainer in trainers.items()}
@@ -129,7 +139,7 @@ def main(
         )
         cached_bytes = sum(path.stat().st_size for path in folder.iterdir())
     per_step = {name: spread(values) for name, values in times.items()}
-    build_per_image = build_seconds[0] / NUM_IMAGES
+    write_per_image = write_seconds / NUM_IMAGES
     saved_per_image = (per_step["images"]["median"] - per_step["features"]["median"]) / batch_size
     bytes_per_image = {grid_name(grid): 2 * math.prod(feature_shape(cache.config, grid_name(grid))) for grid in grids}
     report = {
@@ -143,8 +153,8 @@ def main(
         "seconds_per_batch_made": {name: spread(values) for name, values in collate.items()},
         "making_the_cache": {
             "grids": list(bytes_per_image),
-            "seconds_per_image": float(f"{build_per_image:.4g}"),
-            "passes_over_the_data_that_pay_for_it": round(build_per_image / saved_per_image, 2),
+            "seconds_per_image": float(f"{write_per_image:.4g}"),
+            "passes_over_the_data_that_pay_for_it": round(write_per_image / saved_per_image, 2),
         },
         "bytes_per_image_in_16_bit": bytes_per_image,
         "gigabytes_of_llavas_558128_images": {
@@ -157,7 +167,7 @@ def main(
     typer.echo(
         f"{shape}, batch {batch_size}: {per_step['images']['median']:.3g} s per step on images, "
         f"{per_step['features']['median']:.3g} s on features: {report['speed_up']['median']:.2f} times as fast\n"
-        f"making the cache: {build_per_image:.3g} s per image, for grids {', '.join(bytes_per_image)}"
+        f"writing the cache: {write_per_image:.3g} s per image, for grids {', '.join(bytes_per_image)}"
     )
     write_report(report, out / "feature_cache.json")
     typer.echo(json.dumps(report))

@@ -5,16 +5,17 @@
     python benchmarks/training.py        # the shape for CPUs; with CUDA 0.5b, 1.5b and 7b
     python benchmarks/training.py --shape 1.5b --projector avg_pool-144 --projector mlp-576
 
-Every run is `recipes/sft.py` with the stage's YAML (batch size and number of steps aside) on random weights of real
-widths; pictures and questions are the digits world's, resized to the tower's 336 pixels. Stage 1 is measured with each
-projector, the others with average pooling and with no compression, which is LLaVA ("mlp-576"). Each run is a process
-of its own, they take turns, and one that fails or takes too long is reported while the others go on.
+Every run does what `recipes/sft.py` does with the stage's YAML, except for the batch size, the number of steps and the
+saving, on random weights of real widths. Pictures and questions are the digits world's, resized to the tower's 336
+pixels. Stage 1 is measured with each projector, the other stages with average pooling and with no compression, which
+is LLaVA ("mlp-576"). Each run has its own process, and runs are interleaved. A run that fails or takes too long is
+reported, and the next one begins.
 
-Time is from step to step, data included, without the first two; saving is left out. With CUDA, memory is PyTorch's
-`max_memory_allocated`; on CPUs it is the process's peak resident set less what the imports took, and counts the pages
-of the checkpoint that was read. The shape "cpu" has the widths of CLIP ViT-L/14-336 and of Qwen2.5-0.5B in 2 layers
-each and the digits world's vocabulary, in float32; 0.5b to 7b are whole, in bfloat16. Results are written after each
-run, with a plot at the end; the last line is the same JSON.
+The time of a step includes its data; the first two steps are left out. With CUDA, memory is PyTorch's
+`max_memory_allocated`. On CPUs it is the peak resident set of the process less what the imports took; it includes the
+pages of the checkpoint that was read. The shape "cpu" has the widths of CLIP ViT-L/14-336 and of Qwen2.5-0.5B in 2
+layers each and the digits world's vocabulary, in float32; 0.5b to 7b have all layers, in bfloat16. Results are written
+after each run, and a plot at the end; the last line is the same JSON.
 """
 
 import json
@@ -41,7 +42,7 @@ NUM_PICTURES, SECONDS_PER_RUN, WARM_UP_STEPS = 64, 180, 2
 SHAPES = ("tiny", "cpu", *TEXT_CONFIGS)
 ON_CPU = ("tiny", "cpu")
 BATCH_SIZES = {"tiny": 2, "cpu": 2, "0.5b": 8, "1.5b": 8, "7b": 8}
-# Full training of 7B keeps 16 bytes per parameter: it needs shards (accelerate_configs/fsdp2.yaml), not one GPU.
+# Full training of 7B needs 16 bytes per parameter, so several GPUs (accelerate_configs/fsdp2.yaml).
 STAGES = {name: ["stage1", "stage2_full", "stage2_lora", "stage2_qlora"] for name in SHAPES}
 STAGES["7b"].remove("stage2_full")
 STAGES["cpu"].remove("stage2_qlora")
@@ -52,9 +53,11 @@ PROJECTORS = (*POOLING, "qformer-144", "resampler-144", "c_abstractor-144", "d_a
 
 
 def train(stage: str, model: Path, data: Path, output_dir: str, batch_size: int, num_steps: int) -> dict:
-    """A few steps of the recipe."""
-    from modeling_deco.training import sft
-    from modeling_deco.training.trainer import DecoSFTConfig
+    """Train a few steps, as `recipes/sft.py` does."""
+    from trl import ModelConfig, TrlParser
+
+    from modeling_deco.training import DecoArguments, DecoSFTConfig, DecoSFTTrainer, load_data
+    from modeling_deco.training.models import load_model_and_processor, peft_config_of
 
     on_gpu = torch.cuda.is_available()
     settings = {
@@ -75,22 +78,27 @@ def train(stage: str, model: Path, data: Path, output_dir: str, batch_size: int,
     if not on_gpu:
         settings |= {"use_cpu": True, "bf16": False, "dtype": "float32"}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    args = sft.TrlParser((sft.DecoArguments, DecoSFTConfig, sft.ModelConfig)).parse_args_and_config(words)
+    parser = TrlParser((DecoArguments, DecoSFTConfig, ModelConfig))
+    args, training_args, model_args = parser.parse_args_and_config(words)
     before = 0 if on_gpu else peak_resident_bytes()
     ends, peaks = [], []
 
-    class MeasuredTrainer(sft.DecoSFTTrainer):
+    class MeasuredTrainer(DecoSFTTrainer):
         def training_step(self, *step_args, **kwargs):
-            loss = super().training_step(*step_args, **kwargs)  # which reads the loss, and so waits for the device
+            loss = super().training_step(*step_args, **kwargs)  # reads the loss, so it waits for the device
             ends.append(time.perf_counter())
             peaks.append(torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes() - before)
             return loss
 
-        def save_model(self, *save_args, **kwargs):
-            pass  # it takes longer than the steps
-
-    sft.DecoSFTTrainer = MeasuredTrainer
-    trainer = sft.main(*args)
+    loaded, processor = load_model_and_processor(args, model_args)
+    trainer = MeasuredTrainer(
+        model=loaded,
+        args=training_args,
+        train_dataset=load_data(args.data_path, decode=False),
+        processing_class=processor,
+        peft_config=peft_config_of(model_args),
+    )
+    trainer.train()
     return {
         "step_seconds": [after - before for before, after in zip(ends[WARM_UP_STEPS - 1 :], ends[WARM_UP_STEPS:])],  # noqa: B905
         "peak_memory_gib": round(peaks[-1] / 2**30, 3),
@@ -100,25 +108,25 @@ def train(stage: str, model: Path, data: Path, output_dir: str, batch_size: int,
 
 
 def answer(sender, function) -> None:
-    os.dup2(2, 1)  # stdout is the report's
+    os.dup2(2, 1)  # stdout is for the report
     try:
         sender.send(function())
-    except Exception as error:  # of many kinds: this run is reported, and the next one begins
+    except Exception as error:  # any error is reported, and the next run begins
         sender.send({"failed": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:300]})
 
 
 def in_a_process(function) -> dict:
-    """What the function returns, or `failed` with the reason."""
-    # CUDA does not survive a fork; without it, what is imported once serves all runs
+    """Call a function in a new process: its result, or `failed` with the reason."""
+    # CUDA does not survive a fork; without CUDA, all runs can share one import
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(["modeling_deco.training.sft"])
+    context.set_forkserver_preload(["modeling_deco.training.trainer", "modeling_deco.training.models"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(sender, function))
     process.start()
     sender.close()
     if not receiver.poll(SECONDS_PER_RUN):
         process.kill()
-        process.join()  # or the next run meets it on the GPU
+        process.join()  # so that the GPU is free for the next run
         return {"failed": f"took more than {SECONDS_PER_RUN} s"}
     try:
         result = receiver.recv()
@@ -129,7 +137,7 @@ def in_a_process(function) -> dict:
 
 
 def add_ratios(rows: dict[str, dict]) -> None:
-    """`over_llava` of each row whose shape and stage LLaVA has run too."""
+    """Add `over_llava` to each row, if LLaVA was measured in the same shape and stage."""
     for row in rows.values():
         llava = rows.get(f"{row['shape']} {row['stage']} {LLAVA}", {"failed": True})
         if "failed" not in row and "failed" not in llava:
@@ -140,7 +148,7 @@ def add_ratios(rows: dict[str, dict]) -> None:
 
 
 def draw(rows: dict[str, dict], path: Path) -> None:
-    """A line of panels for each shape: speed and memory of each stage, a bar per projector."""
+    """Draw two rows of panels for each shape, speed and memory: a panel per stage, a bar per projector."""
     from matplotlib.figure import Figure
 
     done = [row for row in rows.values() if "failed" not in row]
@@ -171,9 +179,9 @@ def main(
     projectors: Annotated[list[str], typer.Option("--projector", help=f"Of {', '.join(PROJECTORS)}.")] = list(  # noqa: B006
         PROJECTORS
     ),
-    num_steps: Annotated[int, typer.Option(min=4, help="Steps of each run; two of them warm up.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 2,
-    out: Annotated[Path, typer.Option(help="The JSON; the plot goes beside it.")] = RESULTS / "training.json",
+    num_steps: Annotated[int, typer.Option(min=4, help="Steps of each run; the first two are not timed.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each projector in each stage.")] = 2,
+    out: Annotated[Path, typer.Option(help="The JSON file; the plot lies beside it.")] = RESULTS / "training.json",
 ) -> None:
     """Speed and memory of training."""
     on_gpu = torch.cuda.is_available()

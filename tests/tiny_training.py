@@ -2,22 +2,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny DeCo checkpoint, a data set of conversations, and runs of `recipes/sft.py` on them."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import tiny
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset
 from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 from trl import ModelConfig, TrlParser
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration
-from modeling_deco.training import sft
-from modeling_deco.training.trainer import DecoSFTConfig
+from modeling_deco.training import DecoArguments, DecoSFTConfig
+from modeling_deco.training.data.columns import FEATURES
 
-CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
-ACCELERATE_CONFIGS = CONFIGS.with_name("accelerate_configs")
+RECIPES = Path(__file__).parents[1] / "recipes"
+CONFIGS = RECIPES / "configs"
+ACCELERATE_CONFIGS = RECIPES / "accelerate_configs"
+
+
+def load_script(name: str) -> ModuleType:
+    """A recipe as a module, whose `main` can be called."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{Path(name).stem}", RECIPES / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sft = load_script("sft.py")
 
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -35,15 +49,6 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'assistant : ' -}}{%- endif -%}
 """
-FEATURES = Features(
-    {
-        "id": Value("string"),
-        "images": List(Image()),
-        "messages": List(
-            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
-        ),
-    }
-)
 ANSWERS = ("a red cat .", "the blue dog .", "two .", "the cat is blue .")
 
 
@@ -136,7 +141,7 @@ def arguments(model: Path, data: Path, output_dir: Path, config: str | None = No
 
 
 def parse(words: list[str]):
-    return TrlParser((sft.DecoArguments, DecoSFTConfig, ModelConfig)).parse_args_and_config(words)
+    return TrlParser((DecoArguments, DecoSFTConfig, ModelConfig)).parse_args_and_config(words)
 
 
 def run(model: Path, data: Path, output_dir: Path, config: str | None = None, **kwargs):
@@ -149,7 +154,7 @@ def launch(
 ) -> subprocess.CompletedProcess:
     """Run a recipe's script in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "1"} | (extra_environment or {})
-    script = Path(__file__).parents[1] / "recipes" / script
+    script = RECIPES / script
     return subprocess.run(
         [*launcher, str(script), *words], env=environment, capture_output=True, text=True, timeout=timeout
     )

@@ -1,8 +1,10 @@
-"""From conversations to batches: what is learned is labelled here, and images take their tokens here.
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From conversations to batches: labels for what is learned, and placeholders for images.
 
-A batch comes in two steps. `DecoCollator` tokenizes in the workers of the data loader, with one placeholder per image.
-`expand_images` gives each image the tokens of a grid, which the trainer draws for the step: so all ranks draw the
-same, and a resumed run draws what the first would have drawn.
+A batch is made in two steps. `DecoCollator` tokenizes in the workers of the data loader, with one placeholder per
+image. `expand_images` then gives each image as many placeholders as the grid of the step has tokens. The trainer
+samples that grid, so all ranks have the same one, and so does a resumed run.
 """
 
 from collections.abc import Iterator
@@ -21,33 +23,36 @@ from .. import DecoProcessor, num_image_tokens
 from ..chat_templates import CHAT_TEMPLATES
 from ..configuration_deco import check_grid, parse_grid
 from ..processing_deco import read_images
+from .data.columns import COLUMNS
+from .data.dataset import report_faults, undecoded
+from .data.images import image_size, open_image
+from .data.rows import read_row
 from .feature_cache import PATCHES, FeatureCache, grid_name
-from .records import COLUMNS, image_size, open_image, read_row, report_faults, undecoded
 
 IGNORE_INDEX = -100
-PADDING, SHARED = -1, 0  # owners of tokens; the turns of a conversation are 1, 2, ...
+PADDING, SHARED = -1, 0  # owners of tokens; turns of a conversation are 1, 2, ...
 
 
 @dataclass
 class DecoCollator:
-    """Collates conversations, `{"messages": [...], "images": [...]}` and, if they have one, an `"id"`, in all the
-    layouts of `modeling_deco.training.records`.
+    """Collates conversations, `{"messages": [...], "images": [...]}` and optionally an `"id"`, in all the layouts of
+    `modeling_deco.training.data.rows`.
 
-    Labels are the tokens that the chat template puts between `{% generation %}` and `{% endgeneration %}`, the answers
-    and their end of turn; images, prompts and padding are -100. Beginnings of sequence are set as the processor sets
-    them at inference, which TRL's own collator does not for templates without one.
+    The labels are the tokens that the chat template puts between `{% generation %}` and `{% endgeneration %}`: the
+    answers and their end of turn. Images, prompts and padding are -100. A sequence begins as the processor begins
+    it at inference; TRL's own collator does not do so for templates without a beginning-of-sequence token.
 
-    A batch of text alone gets one blank image in its padding, where no token sees it: every rank then runs the vision
-    tower in every step, which FSDP and ZeRO-3 wait for, and the projector's gradient is zero.
+    A batch of text alone gets one blank image, in its padding, where no token attends to it. So every rank runs the
+    vision tower in every step, as FSDP and ZeRO-3 need, and the gradient of the projector is zero.
 
     Args:
         processor: of the model that is trained.
-        independent_turns: each question and its answer see the images and themselves, not the turns before. For
-            conversations that are a list of questions about one image, whose earlier answers give later ones away.
-        max_length: most tokens of a sample, its images at their largest.
-        largest_grid: the largest grid that an image may take. Default: the processor's.
-        feature_cache: where the features of images are read; examples have their numbers in it in place of images.
-        grids: that are asked for explicitly, of which none may be larger than the patches of an image.
+        independent_turns: each question and its answer attend to the images and to themselves, not to earlier turns.
+            For conversations that are lists of questions about one image, in which an answer may give away another.
+        max_length: the most tokens that a sample may have, with its images at the largest grid.
+        largest_grid: the largest grid that an image may have. Default: the processor's.
+        feature_cache: has the features of the images. Examples then have numbers of cached images in place of images.
+        grids: the grids that steps may use; none may be larger than the patch grid of an image.
     """
 
     processor: DecoProcessor
@@ -63,18 +68,17 @@ class DecoCollator:
             tokenizer.pad_token = tokenizer.eos_token
         if not has_generation_markers(self.processor.chat_template or ""):
             raise ValueError(
-                "The chat template has no {% generation %} marks around the assistant's answers, so it does not say "
-                f"what is to be learned. Choose one that has: --chat_template {', '.join(CHAT_TEMPLATES)}, or a "
-                "Jinja file."
+                "The chat template has no {% generation %} marks around the assistant's answers, so nothing says "
+                f"what is learned. Choose one that has: --chat_template {', '.join(CHAT_TEMPLATES)}, or a Jinja file."
             )
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A compact batch: each image is one placeholder.
+        """Make a compact batch, in which each image is one placeholder.
 
         Returns:
-            `input_ids`, `labels` and `owners` `(batch, sequence)`, padded on the right; what the image processor gives
-            for all images, `pixel_values` `(num_images, 3, height, width)` and more for some, or in its place
-            `patch_features`, the cached ones by grid; `sample_ids`, a list.
+            `input_ids`, `labels` and `owners` `(batch, sequence)`, padded on the right; the outputs of the image
+            processor, such as `pixel_values` `(num_images, 3, height, width)`, or with a cache `patch_features`, a
+            dict of features by grid; and `sample_ids`, a list.
 
         Raises:
             ValueError: a sample cannot be read, or is longer than `max_length`.
@@ -86,11 +90,11 @@ class DecoCollator:
             length = self.count_tokens(row)
             if self.max_length is not None and length > self.max_length:
                 raise ValueError(
-                    f"Sample {example.get('id')!r} has {length} tokens, {len(example['images'])} image(s) among them, "
-                    f"but max_length={self.max_length}. Raise it, or let --overlong_samples drop such samples."
+                    f"Sample {example.get('id')!r} has {length} tokens, with {len(example['images'])} image(s), "
+                    f"but max_length={self.max_length}. Raise it, or set --overlong_samples drop."
                 )
         if not images:
-            shortest = min(rows, key=lambda row: len(row["input_ids"]))  # where its tokens lengthen the batch least
+            shortest = min(rows, key=lambda row: len(row["input_ids"]))  # lengthens the batch the least
             shortest["input_ids"] = shortest["input_ids"] + [self.processor.image_token_id]
             shortest["labels"] = shortest["labels"] + [IGNORE_INDEX]
             shortest["owners"] = shortest["owners"] + [PADDING]
@@ -112,11 +116,11 @@ class DecoCollator:
         return batch | inputs
 
     def check_grids(self, dataset: Dataset, grids: list) -> None:
-        """Refuse grids that are larger than the patches of an image, where an image processor leaves images their own
-        shapes (SigLIP 2, NaFlex).
+        """Check that no grid is larger than the patch grid of an image, if the image processor keeps the shapes of
+        images (SigLIP 2, NaFlex).
 
         Raises:
-            ValueError: with the number of such samples, and the first of them.
+            ValueError: a grid is larger; the message has the number of such samples, and the first of them.
         """
         if not hasattr(self.processor.image_processor, "max_num_patches"):
             return
@@ -135,8 +139,8 @@ class DecoCollator:
         report_faults(faults, len(dataset))
 
     def read(self, example: dict[str, Any]) -> dict[str, Any]:
-        """`example` as `read_row` has it. Raises a ValueError that names the sample."""
-        if self.feature_cache is not None:  # whose numbers are no images
+        """The example in the form of `read_row`. A ValueError names the sample."""
+        if self.feature_cache is not None:  # the images are numbers
             return {**read_row({**example, "images": [b""] * len(example["images"])}), "images": example["images"]}
         with _naming(example):
             return read_row(example)
@@ -148,7 +152,7 @@ class DecoCollator:
             return [open_image(image) for image in example["images"]]
 
     def tokenize(self, example: dict[str, Any]) -> dict[str, list[int]]:
-        """`input_ids`, `labels` and `owners` of one conversation as `read` has it, images as one placeholder each."""
+        """`input_ids`, `labels` and `owners` of a conversation from `read`, with one placeholder per image."""
         messages = example["messages"]
         with _naming(example):
             row = self._tokenize_turns(messages) if self.independent_turns else self._tokenize_whole(messages)
@@ -165,7 +169,7 @@ class DecoCollator:
         return {"input_ids": ids, "labels": labels, "owners": [SHARED] * len(ids)}
 
     def _tokenize_turns(self, messages: list[dict]) -> dict[str, list[int]]:
-        # Every question becomes a conversation of its own; what they have in common is kept once.
+        # Each question becomes a conversation of its own; their common prefix is kept once.
         system = messages[:1] if messages[0]["role"] == "system" else []
         questions, answers = messages[len(system) :: 2], messages[len(system) + 1 :: 2]
         shown, *later = [[part for part in question["content"] if part["type"] == "image"] for question in questions]
@@ -182,11 +186,9 @@ class DecoCollator:
         start = _end_of_images(turns[0][0], self.processor.image_token_id)
         prefix = turns[0][0][:start]
         if any(ids[:start] != prefix for ids, _ in turns):
-            raise ValueError("the chat template shows more of a question than its images before the last image.")
+            raise ValueError("the chat template puts more of a question than its images before the last image.")
         if any(labels[start] != IGNORE_INDEX for _, labels in turns[1:]):
-            raise ValueError(
-                "the chat template shows no question before an answer, so turns would follow one another."
-            )
+            raise ValueError("the chat template puts no question before an answer, so turns would follow one another.")
         row = {"input_ids": list(prefix), "labels": [IGNORE_INDEX] * start, "owners": [SHARED] * start}
         for owner, (ids, labels) in enumerate(turns, start=1):
             row["input_ids"] += ids[start:]
@@ -213,7 +215,7 @@ class DecoCollator:
         return encoded["input_ids"], labels
 
     def count_tokens(self, row: dict[str, list[int]]) -> int:
-        """Tokens of a tokenized conversation with its images at their largest."""
+        """The tokens of a tokenized conversation, with its images at the largest grid."""
         num_images = row["input_ids"].count(self.processor.image_token_id)
         tokens_per_image = num_image_tokens(self.largest_grid or self.processor.pooled_grid_size)
         return len(row["input_ids"]) + num_images * (tokens_per_image - 1)
@@ -225,7 +227,7 @@ def _columns_of_images(dataset: Dataset) -> list[str]:
 
 @contextmanager
 def _naming(example: dict[str, Any]) -> Iterator[None]:
-    """Errors begin with the sample's name."""
+    """Begin the message of a ValueError with the name of the sample."""
     try:
         yield
     except ValueError as error:
@@ -237,20 +239,20 @@ def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProces
 
     Args:
         batch: from `DecoCollator`, on any device.
-        pooled_grid_size: an int (square) or `[rows, cols]`; None stands for the processor's (of
-            SigLIP 2's pictures in their own shape: at most their own patches), and then the result has no
-            `pooled_grid_sizes` and its graph is static.
+        pooled_grid_size: an int (square) or `[rows, cols]`. None means the processor's grid; the result then has no
+            `pooled_grid_sizes`, so its graph is static. (SigLIP 2's images of any shape have at most as many tokens as
+            patches.)
 
     Returns:
         The model's inputs with `labels`; cached features are its `pixel_values`, for `features_as_pixels`.
-        `attention_mask` is `(batch, sequence)`; where turns are independent it is
-        `(batch, 1, sequence, sequence)`, true where a token may look, and `position_ids` of every turn go on from the
-        images, so that logits equal those of one sample per turn.
+        `attention_mask` is `(batch, sequence)`. For independent turns it is `(batch, 1, sequence, sequence)`, true
+        where a token may attend, and the `position_ids` of every turn continue those of the images, so that the logits
+        equal those of one sample per turn.
     """
     inputs = {name: value for name, value in batch.items() if name not in ("owners", "sample_ids")}
     owners = batch["owners"]
     is_image = batch["input_ids"] == processor.image_token_id
-    repeats = (owners != PADDING).long()  # rows are padded anew
+    repeats = (owners != PADDING).long()  # rows are padded again
     if "patch_features" in batch:
         grid = processor.pooled_grid_size if pooled_grid_size is None else pooled_grid_size
         by_grid = inputs.pop("patch_features")
@@ -273,18 +275,18 @@ def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProces
 
 
 def _independent(owners: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask `(batch, 1, sequence, sequence)` and positions `(batch, sequence)` of turns that see what is shared and
-    themselves alone."""
+    """The mask `(batch, 1, sequence, sequence)` and the positions `(batch, sequence)` of turns that attend to shared
+    tokens and to themselves alone."""
     length = owners.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=owners.device).tril()
     same_turn = owners[:, :, None] == owners[:, None, :]
     mask = (same_turn | (owners == SHARED)[:, None, :]) & causal
-    seen = (mask & (owners != PADDING)[:, None, :]).sum(-1)  # a token's position is how many it sees before itself
+    seen = (mask & (owners != PADDING)[:, None, :]).sum(-1)  # a position is the number of tokens that are seen before
     return mask[:, None], (seen - 1).clamp(min=0)
 
 
 def _end_of_images(ids: list[int], image_token_id: int) -> int:
-    """The position after the last image; 0 where there is none."""
+    """The position after the last image, or 0 if there is none."""
     return max((position for position, token in enumerate(ids) if token == image_token_id), default=-1) + 1
 
 

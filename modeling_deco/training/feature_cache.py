@@ -1,12 +1,13 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a frozen vision tower makes of images, kept on a disk: `cache_features` writes it, the trainer reads it.
+"""The features of a frozen vision tower, on a disk. `recipes/cache_features.py` writes them, the trainer reads them.
 
-A cache is a folder of safetensors and a `cache.json`, which says what the features depend on: the tower's weights and
-config, the image processor, the dtype. Each shard has the features of so many images, one tensor per grid, `"12x12"`:
-`(images, 144, vision_hidden_size)`, or `"patches"` for projectors that read patches; and the images' keys. A key is a
-digest of an image's bytes or, where the data have paths, of path and size: the data may have other texts, another
-order and fewer images than those that the cache was made of. A row is read where it lies in the file, by mmap.
+A cache is a folder of safetensors files and a `cache.json`, which has all that the features depend on: the weights and
+the config of the tower, the image processor, the dtype. A shard has the features of some images, one tensor per grid,
+such as `"12x12"`: `(images, 144, vision_hidden_size)`, or `"patches"` for projectors that read patches. It also has
+the keys of the images. A key is a digest of the bytes of an image or, if the data have paths, of its path and size. So
+the data may have other texts, another order and fewer images than the data for which the cache was written. Features
+are read from the file by mmap.
 """
 
 import json
@@ -32,22 +33,22 @@ from ..pixels import NORMALIZATION
 
 MANIFEST = "cache.json"
 COMMAND = "python recipes/cache_features.py"
-PATCHES = "patches"  # the name of the features of the patch grid, beside those of pooled grids
-_NO_MATTER = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # fields of a tower's config
+PATCHES = "patches"  # the name of features that are not pooled
+_IRRELEVANT = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # fields of a tower's config
 
 
 class CacheError(ValueError):
-    """Features cannot be cached, or these are not the run's. The message is one line that says what to do."""
+    """Features cannot be cached, or a cache does not fit the run. The message is one line that says what to do."""
 
 
 def grid_name(pooled_grid_size) -> str:
-    """The name that a grid's features have, `"12x12"`."""
+    """The name of a grid's features, such as `"12x12"`."""
     rows, cols = parse_grid(pooled_grid_size)
     return f"{rows}x{cols}"
 
 
 def grids_of_run(model, processor, args, evaluates: bool) -> list[str]:
-    """Names of the features that a run reads."""
+    """The names of the features that a run reads."""
     if model.config.projector_type != "avg_pool":
         return [PATCHES]
     grids = list(args.pooled_grid_sizes or [processor.pooled_grid_size])
@@ -57,16 +58,16 @@ def grids_of_run(model, processor, args, evaluates: bool) -> list[str]:
 
 
 def fingerprint(model, processor, args) -> dict[str, Any]:
-    """What features depend on beside the images, as JSON has it.
+    """All that features depend on except the images, as JSON values.
 
     Raises:
-        CacheError: they are not the same in each step.
+        CacheError: the tower has dropout, so features differ from step to step.
     """
     tower, config = model.base_model.vision_tower, model.config.vision_config.to_dict()
     for name, value in config.items():
         if "drop" in name and value:
             raise CacheError(
-                f"The vision tower draws what it drops ({name}={value}), and a cache has one draw: set it to 0, or "
+                f"The vision tower has dropout ({name}={value}), so its features cannot be cached. Set it to 0, or "
                 f"leave out --feature_cache."
             )
     config = model.config.vision_config.to_diff_dict()
@@ -74,9 +75,9 @@ def fingerprint(model, processor, args) -> dict[str, Any]:
     weights_dtype = next(tower.parameters()).dtype
     parts = {
         "dtype": {"of the tower": str(weights_dtype), "of the features": str(feature_dtype(model, args))},
-        "vision tower": {name: value for name, value in config.items() if name not in _NO_MATTER}
+        "vision tower": {name: value for name, value in config.items() if name not in _IRRELEVANT}
         | {"weights": _digest(tower)},
-        # PIL and torchvision do not resize alike, and to_dict() has one name for both
+        # PIL and torchvision resize differently, but to_dict() has the same name for both
         "image preprocessing": json.loads(image_processor.to_json_string())
         | {"type": type(image_processor).__name__, "normalization": NORMALIZATION},
     }
@@ -84,14 +85,14 @@ def fingerprint(model, processor, args) -> dict[str, Any]:
 
 
 def feature_dtype(model, args) -> torch.dtype:
-    """Autocast's, to which the first linear layer casts its input, or else the tower's."""
+    """The dtype of autocast, to which the first linear layer casts its input, or else the tower's."""
     if args.bf16 or args.fp16:
         return torch.bfloat16 if args.bf16 else torch.float16
     return next(model.base_model.vision_tower.parameters()).dtype
 
 
 def feature_shape(config, name: str) -> tuple[int, int]:
-    """`(tokens, vision_hidden_size)` of an image's features of that name."""
+    """`(tokens, vision_hidden_size)` of the features of one image."""
     grid = config.patch_grid if name == PATCHES else tuple(map(int, name.split("x")))
     return num_image_tokens(grid), config.vision_config.hidden_size
 
@@ -105,15 +106,15 @@ def _digest(module: torch.nn.Module) -> str:
 
 
 def image_keys(dataset: Dataset) -> list[list[bytes]]:
-    """16 bytes for each image of each row.
+    """The key, 16 bytes, of each image of each row.
 
     Raises:
-        CacheError: an image is no file, or the rows are not at hand as they are written.
+        CacheError: the file of an image cannot be read, or the data set is streamed or has a custom transform.
     """
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         raise CacheError(
-            "--feature_cache is for data on a disk, whose images stay what they are: not with --streaming, nor with a "
-            "transform of your own."
+            "--feature_cache needs data on a disk, with images that do not change. Leave out --streaming, or remove "
+            "the custom transform."
         )
     keys = []
     for table in dataset.select_columns("images").with_format("arrow").iter(1000):
@@ -127,20 +128,20 @@ def _key(image: dict[str, Any]) -> bytes:
     try:
         return xxhash.xxh3_128_digest(f"{Path(image['path']).stat().st_size} {image['path']}".encode())
     except OSError as error:
-        raise CacheError(f"{image['path']}, an image of the data, cannot be read: {error.strerror}.") from None
+        raise CacheError(f"The image {image['path']} of the data cannot be read: {error.strerror}.") from None
 
 
 @dataclass
 class FeatureCache:
-    """A cache as a run sees it, checked when it is opened.
+    """A cache that a run reads.
 
     Args:
         folder: of the cache.
         config: the model's.
-        names: of the grids that are read.
+        names: of the features that are read.
 
     Raises:
-        CacheError: there is none, or a shard is missing, broken or of another cache.
+        CacheError: the folder has no cache, or its cache has no features of these names.
     """
 
     folder: Path
@@ -154,17 +155,23 @@ class FeatureCache:
         lacking = [name for name in self.names if name not in self.manifest["grids"]]
         if lacking:
             raise CacheError(
-                f"--feature_cache {self.folder} has the grids {', '.join(self.manifest['grids'])}, and not "
-                f"{', '.join(lacking)}: make one in another folder, with all grids, by `{COMMAND}`."
+                f"--feature_cache {self.folder} has the grids {', '.join(self.manifest['grids'])}, but not "
+                f"{', '.join(lacking)}. Write one with all grids in another folder, with `{COMMAND}`."
             )
 
     @classmethod
     def of_run(cls, model, processor, args, evaluates: bool) -> "FeatureCache":
-        """The cache `args.feature_cache`, whose features are those that this run would compute."""
+        """Open the cache `args.feature_cache`, and check that it has the features that this run would compute.
+
+        Raises:
+            CacheError: its features are others, or a shard is missing, broken or of another cache.
+        """
         if is_deepspeed_zero3_enabled():
-            raise CacheError("--feature_cache compares the tower's weights, which ZeRO-3 has split: use DDP or FSDP2.")
+            raise CacheError(
+                "--feature_cache compares the weights of the tower, which ZeRO-3 splits. Use DDP or FSDP2."
+            )
         cache = cls(Path(args.feature_cache), model.config, grids_of_run(model, processor, args, evaluates))
-        # of the first process, since under FSDP the others may have no weights yet
+        # the first process computes it, because under FSDP the others may have no weights yet
         found = [fingerprint(model, processor, args) if args.process_index == 0 else None]
         cache.check(broadcast_object_list(found)[0])
         problems = {path.name: problem for path, problem in cache.problems().items() if problem}
@@ -172,20 +179,20 @@ class FeatureCache:
             name, problem = next(iter(problems.items()))
             raise CacheError(
                 f"--feature_cache {cache.folder} lacks {len(problems)} of {cache.num_shards} shards ({name}: "
-                f"{problem}). Run `{COMMAND}` with this run's arguments; it computes what is missing."
+                f"{problem}). Run `{COMMAND}` with the arguments of this run; it computes what is missing."
             )
         return cache
 
     def check(self, expected: dict[str, Any]) -> None:
-        """Refuse a cache of other features, and name the first difference."""
+        """Compare the fingerprint with the cache's. A CacheError names the first difference."""
         for part, fields in expected.items():
             cached = self.manifest["fingerprint"].get(part, {})
             for name in sorted(fields.keys() | cached.keys()):
                 if fields.get(name) != cached.get(name):
                     raise CacheError(
                         f"--feature_cache {self.folder} is stale: {part}, {name} is {cached.get(name)!r} there and "
-                        f"{fields.get(name)!r} in this run. Make one in another folder by `{COMMAND}` with this run's "
-                        f"arguments, or leave out --feature_cache."
+                        f"{fields.get(name)!r} in this run. Write one in another folder with `{COMMAND}` and the "
+                        f"arguments of this run, or leave out --feature_cache."
                     )
 
     # --- shards ------------------------------------------------------------------------------------------------------
@@ -202,26 +209,26 @@ class FeatureCache:
         ]
 
     def images_of(self, shard: int) -> range:
-        """Numbers of a shard's images."""
+        """The numbers of the images of a shard."""
         first = shard * self.manifest["images_per_shard"]
         return range(first, min(first + self.manifest["images_per_shard"], self.manifest["images"]["number"]))
 
     @property
     def mark(self) -> str:
-        """What all shards of a cache carry, and those of another do not."""
+        """A digest that all shards of this cache have in their metadata, and shards of another cache do not."""
         return xxhash.xxh3_128_hexdigest(json.dumps(self.manifest, sort_keys=True).encode())
 
     def problems(self) -> dict[Path, str]:
-        """What is wrong with each shard; an empty text where it is whole. The features' values are not read."""
+        """For each shard what is wrong with it, or an empty text. The values of features are not read."""
         return {path: self._problem(path, len(self.images_of(shard))) for shard, path in enumerate(self.shards)}
 
     def _problem(self, path: Path, num_images: int) -> str:
         try:
-            with safe_open(path, "pt") as file:  # which compares the header with the file's length
+            with safe_open(path, "pt") as file:  # compares the header with the length of the file
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
                 mark = (file.metadata() or {}).get("cache")
         except FileNotFoundError:
-            return "not there"
+            return "missing"
         except (OSError, SafetensorError) as error:
             return f"broken, {error}"
         expected = {name: (num_images, *feature_shape(self.config, name)) for name in self.manifest["grids"]}
@@ -234,15 +241,15 @@ class FeatureCache:
         return self._files[shard]
 
     def __getstate__(self):
-        return self.__dict__ | {"_files": {}}  # each process opens its own
+        return self.__dict__ | {"_files": {}}  # each process opens the files itself
 
     # --- what training reads -----------------------------------------------------------------------------------------
 
     def refer(self, dataset: Dataset) -> Dataset:
-        """The data set with numbers of cached images in the place of its images, which nobody decodes then.
+        """The data set with the numbers of cached images in place of its images, so that no image is decoded.
 
         Raises:
-            CacheError: images are not in the cache; the message has their number.
+            CacheError: images are not in the cache; the message has their number and the first sample with one.
         """
         numbers = {}
         for shard in range(self.num_shards):
@@ -254,14 +261,14 @@ class FeatureCache:
             row = min(lacking.values())
             name = dataset[row]["id"] if "id" in dataset.column_names else f"row {row}"
             raise CacheError(
-                f"--feature_cache {self.folder} lacks {len(lacking)} images of these data, as sample {name!r} has: "
-                f"make one of these data in another folder by `{COMMAND}`."
+                f"--feature_cache {self.folder} lacks {len(lacking)} images of these data; the first is in sample "
+                f"{name!r}. Write a cache of these data in another folder with `{COMMAND}`."
             )
         references = [[numbers[key] for key in keys_of_row] for keys_of_row in keys]
         return dataset.remove_columns("images").add_column("images", references, feature=List(Value("int64")))
 
     def read(self, images: list[int]) -> dict[str, torch.Tensor]:
-        """`(images, tokens, vision_hidden_size)` by grid; without images the patches of a blank one."""
+        """The features `(images, tokens, vision_hidden_size)` by grid. Without images, zeros for one blank image."""
         if not images:
             return {PATCHES: torch.zeros(1, *feature_shape(self.config, PATCHES))}
         places = [divmod(image, self.manifest["images_per_shard"]) for image in images]
@@ -274,9 +281,9 @@ class FeatureCache:
 def features_as_pixels(model) -> Iterator[None]:
     """Inside this context, a model takes cached features as its `pixel_values`.
 
-    They are `(images, tokens, vision_hidden_size)`: of the patch grid or, where the projector is `"avg_pool"`, pooled
-    to the grid of the call, the same for all images. The projector still runs within the model's `forward`, as DDP and
-    FSDP2 need it.
+    They are `(images, tokens, vision_hidden_size)`: of the patch grid or, if the projector is `"avg_pool"`, pooled to
+    the grid of the call, the same for all images. The projector still runs within the model's `forward`, as DDP and
+    FSDP2 need.
 
     Args:
         model: a `DecoModel`.
@@ -294,7 +301,7 @@ def features_as_pixels(model) -> Iterator[None]:
     try:
         yield
     finally:
-        del model.get_image_features  # of this instance; its class has its own
+        del model.get_image_features  # of this instance; the class keeps its own
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -302,8 +309,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise CacheError(
-            f"--feature_cache {folder} has no {MANIFEST} of cached features: make them by `{COMMAND}` with this run's "
-            f"arguments."
+            f"--feature_cache {folder} has no {MANIFEST} of cached features. Write them with `{COMMAND}` and the "
+            f"arguments of this run."
         ) from None
 
 
@@ -312,5 +319,5 @@ def key_digest(keys: list[bytes]) -> str:
 
 
 def key_tensor(keys: list[bytes]) -> torch.Tensor:
-    """`(images, 16)`, as a shard has it."""
+    """The keys as a tensor `(images, 16)`, as a shard has them."""
     return torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16).copy())

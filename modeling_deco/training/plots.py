@@ -1,10 +1,12 @@
-"""Pictures of a training run."""
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of a training run."""
 
 from pathlib import Path
 
 
 def plot_training(log_history: list[dict], path: Path) -> Path:
-    """Draw loss and token accuracy against steps, of training and, where there was one, of evaluation.
+    """Plot loss and token accuracy over steps, of training and, if there was any, of evaluation.
 
     Args:
         log_history: a trainer's `state.log_history`.

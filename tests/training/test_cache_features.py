@@ -25,10 +25,22 @@ from tiny_training import arguments, conversation, conversations, launch, launch
 from trl import ModelConfig, TrlParser
 
 from modeling_deco import DecoForConditionalGeneration, DecoProcessor
-from modeling_deco.training import cache_features, feature_cache, sft
-from modeling_deco.training.cache_features import CacheArguments
-from modeling_deco.training.feature_cache import CacheError, FeatureCache, features_as_pixels
-from modeling_deco.training.trainer import DecoSFTConfig, DecoSFTTrainer
+from modeling_deco.training import (
+    CacheArguments,
+    CacheError,
+    DecoArguments,
+    DecoSFTConfig,
+    DecoSFTTrainer,
+    FeatureCache,
+    feature_cache,
+    feature_cache_writer,
+    load_data,
+)
+from modeling_deco.training.feature_cache import features_as_pixels
+from modeling_deco.training.feature_cache_writer import MultiGridPool
+from modeling_deco.utils import script as command
+
+cache_features = tiny_training.load_script("cache_features.py")
 
 FROZEN = {"freeze": "vision_tower", "learning_rate": 1e-3, "train_sampling_strategy": "sequential"}
 SMALL_SHARDS = 5 * 14 * 32 * 4 / 1e9  # five images at 1 x 1, 2 x 2 and 3 x 3 in float32
@@ -53,10 +65,13 @@ def cached(checkpoint, data, tmp_path_factory):
     return folder
 
 
+def parse_cache(words):
+    return TrlParser((DecoArguments, DecoSFTConfig, ModelConfig, CacheArguments)).parse_args_and_config(words)
+
+
 def build(model, data, folder, config=None, **kwargs) -> FeatureCache:
     words = arguments(model, data, "unused", config, feature_cache=folder, **FROZEN | kwargs)
-    parser = TrlParser((sft.DecoArguments, DecoSFTConfig, ModelConfig, CacheArguments))
-    return cache_features.cache_features(*parser.parse_args_and_config(words))
+    return cache_features.main(*parse_cache(words))
 
 
 def history(trainer) -> torch.Tensor:
@@ -198,7 +213,7 @@ def test_evaluation_reads_the_cache_at_the_models_own_grid(checkpoint, data, tmp
         )
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    with pytest.raises(CacheError, match=r"lacks 4 images of these data, as sample 'sample-40' has"):
+    with pytest.raises(CacheError, match=r"lacks 4 images of these data; the first is in sample 'sample-40'"):
         run(checkpoint, data, tmp_path / "other", **settings, feature_cache=cached)
 
 
@@ -241,7 +256,7 @@ def test_features_are_computed_in_the_precision_of_training(checkpoint, data, tm
         DecoForConditionalGeneration.from_pretrained(checkpoint),
         DecoProcessor.from_pretrained(checkpoint),
     )
-    model.model.multi_modal_projector = cache_features.PoolToAll(["3x3"], (6, 6))
+    model.model.multi_modal_projector = MultiGridPool(["3x3"], (6, 6))
     images = conversations(2)[0]["images"] + conversations(2)[1]["images"][:1]
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     errors = []
@@ -258,7 +273,7 @@ def test_an_image_of_several_samples_is_computed_once(checkpoint, tmp_path, monk
     calls = count_calls(monkeypatch)
     cache = build(checkpoint, data, tmp_path / "features")
     assert sum(calls) == cache.manifest["images"]["number"] == 3
-    dataset = cache.refer(sft.load_data(str(data)))
+    dataset = cache.refer(load_data(str(data)))
     assert dataset["images"][:] == [[0, 1], [0], [2], [0]]
 
 
@@ -284,7 +299,7 @@ def data_with_paths(tmp_path):
 def test_other_texts_another_order_and_fewer_images_need_no_other_cache(checkpoint, data_with_paths, tmp_path):
     cache = build(checkpoint, data_with_paths("all", [conversation(index) for index in range(6)]), tmp_path / "cache")
     others = [conversation(index, num_turns=2) for index in (5, 1, 3)]
-    dataset = cache.refer(sft.load_data(str(data_with_paths("some", others))))
+    dataset = cache.refer(load_data(str(data_with_paths("some", others))))
     assert dataset["images"][:] == [[5], [1], [3]]
 
 
@@ -293,12 +308,12 @@ def test_an_image_that_has_changed_or_is_new_is_refused(checkpoint, data_with_pa
     data = data_with_paths("data", examples)
     build(checkpoint, data, tmp_path / "features")
     tiny.picture(99, 50, 50).save(tmp_path / "images" / "sample-4-0.png")
-    with pytest.raises(CacheError, match=r"lacks 1 images of these data, as sample 'sample-4' has: make one"):
+    with pytest.raises(CacheError, match=r"lacks 1 images of these data; the first is in sample 'sample-4'"):
         run(checkpoint, data, tmp_path / "out", **FROZEN, feature_cache=tmp_path / "features")
-    with pytest.raises(CacheError, match=r"is of other images, 6 of them; these data have 6\. Name another folder"):
+    with pytest.raises(CacheError, match=r"is of other images: it has 6, these data have 6\. Name another folder"):
         build(checkpoint, data, tmp_path / "features")
     (tmp_path / "images" / "sample-4-0.png").unlink()
-    with pytest.raises(CacheError, match=r"sample-4-0\.png, an image of the data, cannot be read: No such file"):
+    with pytest.raises(CacheError, match=r"The image .*sample-4-0\.png of the data cannot be read: No such file"):
         run(checkpoint, data, tmp_path / "out", **FROZEN, feature_cache=tmp_path / "features")
 
 
@@ -306,23 +321,23 @@ def test_an_image_that_has_changed_or_is_new_is_refused(checkpoint, data_with_pa
 
 
 def test_a_run_that_failed_goes_on_at_the_first_missing_shard(checkpoint, data, tmp_path, cached, monkeypatch):
-    folder, real = tmp_path / "features", cache_features.save_file
+    folder, real = tmp_path / "features", feature_cache_writer.save_file
 
     def failing(tensors, path, **kwargs):
         real(tensors, path, **kwargs)
         if "00002" in path.name:
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(cache_features, "save_file", failing)
+    monkeypatch.setattr(feature_cache_writer, "save_file", failing)
     with pytest.raises(OSError, match="No space left"):
         build(checkpoint, data, folder, **ELASTIC)
-    monkeypatch.setattr(cache_features, "save_file", real)
+    monkeypatch.setattr(feature_cache_writer, "save_file", real)
     finished = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert sorted(path.name for path in finished) == [
         "cache.json", "features-00000-of-00005.safetensors", "features-00001-of-00005.safetensors",
     ]  # fmt: skip
     with pytest.raises(
-        CacheError, match=r"lacks 3 of 5 shards \(features-00002-of-00005.safetensors: not there\)\. Run"
+        CacheError, match=r"lacks 3 of 5 shards \(features-00002-of-00005.safetensors: missing\)\. Run"
     ):
         run(checkpoint, data, tmp_path / "out", **FROZEN, feature_cache=folder)
     calls = count_calls(monkeypatch)
@@ -344,7 +359,7 @@ def test_a_run_killed_at_any_time_leaves_nothing_half_written(checkpoint, tmp_pa
     words = arguments(
         checkpoint, data, "unused", **FROZEN, feature_cache=tmp_path / "killed", shard_gigabytes=two_images
     )
-    command = [sys.executable, str(tiny_training.CONFIGS.parent / "cache_features.py"), *words]
+    command = [sys.executable, str(tiny_training.RECIPES / "cache_features.py"), *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def num_shards():
@@ -465,12 +480,15 @@ def test_a_fingerprint_has_what_makes_other_features(monkeypatch):
         ({"bf16": True}, r"stale: dtype, of the features is 'torch.float32' there and 'torch.bfloat16' in this run"),
         ({"bf16": True, "dtype": "bfloat16"}, "stale: dtype, of the features is 'torch.float32' there"),
         ({"pad_images": True}, "stale: image preprocessing, .* in this run"),
-        ({"pooled_grid_sizes": [3, 4]}, "has the grids 1x1, 2x2, 3x3, and not 4x4: make one in another folder"),
-        ({"streaming": True}, "not with --streaming"),
-        ({"freeze": "language_model"}, "this run trains it: name vision_tower in freeze"),
+        (
+            {"pooled_grid_sizes": [3, 4]},
+            "but not 4x4. Write one with all grids in another folder",
+        ),
+        ({"streaming": True}, "Leave out --streaming"),
+        ({"freeze": "language_model"}, "this run trains the tower. Add vision_tower to --freeze"),
         (
             {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]},
-            "this run trains it: name vision_tower in freeze, keep adapters off it",
+            "this run trains the tower. Add vision_tower to --freeze and keep adapters off it",
         ),
     ],
 )
@@ -483,7 +501,7 @@ def test_images_that_a_transform_changes_are_refused(cached, tmp_path):
     dataset = tiny_training.build_dataset()
     dataset.set_transform(lambda rows: rows)
     settings = {"use_cpu": True, "bf16": False, "report_to": "none", "freeze": ["vision_tower"]}
-    with pytest.raises(CacheError, match="nor with a transform of your own"):
+    with pytest.raises(CacheError, match="or remove the custom transform"):
         DecoSFTTrainer(
             model=tiny.build_model(),
             args=DecoSFTConfig(output_dir=str(tmp_path), feature_cache=str(cached), **settings),
@@ -495,8 +513,8 @@ def test_images_that_a_transform_changes_are_refused(cached, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"freeze": "language_model"}, "The run trains the vision tower, whose features change"),
-        ({"streaming": True}, "not with --streaming"),
+        ({"freeze": "language_model"}, "The run trains the vision tower, so its features change"),
+        ({"streaming": True}, "leave out --streaming"),
         ({"shard_gigabytes": 1e-9, "pooled_grid_sizes": [2, 7]}, "7 x 7 is larger than the 6 x 6 patches"),
     ],
 )
@@ -511,31 +529,34 @@ def test_a_tower_that_drops_at_random_is_refused(data, tmp_path):
     model.config.vision_config.attention_dropout = 0.1
     model.save_pretrained(tmp_path / "model")
     tiny_training.build_processor().save_pretrained(tmp_path / "model")
-    with pytest.raises(CacheError, match=r"draws what it drops \(attention_dropout=0\.1\)"):
+    with pytest.raises(CacheError, match=r"has dropout \(attention_dropout=0\.1\)"):
         build(tmp_path / "model", data, tmp_path / "features")
 
 
 def test_sharded_weights_are_refused(checkpoint, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_features, "is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr(feature_cache_writer, "is_fsdp_enabled", lambda: True)
     with pytest.raises(CacheError, match=r"launch with ddp\.yaml, not with FSDP"):
         build(checkpoint, data, tmp_path / "features")
 
 
 def test_a_folder_without_a_cache_is_refused(checkpoint, data, tmp_path):
-    with pytest.raises(CacheError, match=r"has no cache\.json of cached features: make them by `python recipes"):
+    with pytest.raises(
+        CacheError,
+        match=r"has no cache\.json of cached features\. Write them with `python recipes",
+    ):
         run(checkpoint, data, tmp_path / "out", **FROZEN, feature_cache=tmp_path)
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(CacheError, match="has other files in it: name an empty folder"):
+    with pytest.raises(CacheError, match="contains other files; name an empty folder"):
         build(checkpoint, data, tmp_path)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_tower_runs(checkpoint, data, tmp_path, monkeypatch):
     calls = count_calls(monkeypatch)
-    monkeypatch.setattr(cache_features.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 27_647}))
-    with pytest.raises(CacheError, match=r"needs 0\.0 GB more, and 0\.0 GB are free"):  # 24 x 9 x 32 x 4 bytes
+    monkeypatch.setattr(feature_cache_writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 27_647}))
+    with pytest.raises(CacheError, match=r"needs 0\.0 GB more, but only 0\.0 GB are free"):  # 24 x 9 x 32 x 4 bytes
         build(checkpoint, data, tmp_path / "features")
     assert calls == []
-    monkeypatch.setattr(cache_features.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 27_648}))
+    monkeypatch.setattr(feature_cache_writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 27_648}))
     build(checkpoint, data, tmp_path / "features")
     assert sum(calls) == 24
 
@@ -550,7 +571,7 @@ def test_the_command_says_in_one_line_which_image_is_broken(
         checkpoint, data, "unused", **FROZEN, feature_cache=tmp_path / "features", dataloader_num_workers=num_workers
     )
     with pytest.raises(SystemExit, match="2"):
-        cache_features.main(words)
+        command.run("cache_features", lambda: cache_features.main(*parse_cache(words)))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "sample-4-1.png" in line]
     assert line.startswith(
         f"cache_features: Row 4, {tmp_path / 'images' / 'sample-4-1.png'}: cannot identify image file"
@@ -619,7 +640,7 @@ def test_the_model_takes_pooled_features_for_pixels(vision, grid):
     with torch.no_grad():
         expected = model(**inputs, pixel_values=pixels).logits
         projector = model.model.multi_modal_projector
-        model.model.multi_modal_projector = cache_features.PoolToAll(["1x1", f"{grid[0]}x{grid[1]}"], (6, 6))
+        model.model.multi_modal_projector = MultiGridPool(["1x1", f"{grid[0]}x{grid[1]}"], (6, 6))
         features = torch.stack(model.get_image_features(pixels).pooler_output)[:, 1:]
         model.model.multi_modal_projector = projector
         with features_as_pixels(model.model):

@@ -212,13 +212,13 @@ def test_turns_whose_questions_are_not_shown_are_refused():
     )
     collator = DecoCollator(tiny.build_processor(chat_template=template), independent_turns=True)
     collator([conversation(0)])
-    with pytest.raises(ValueError, match="'sample-0': the chat template shows no question before an answer"):
+    with pytest.raises(ValueError, match="'sample-0': the chat template puts no question before an answer"):
         collator([conversation(0, num_turns=2)])
 
 
 def test_a_sample_that_is_too_long_is_never_cut(processor):
     collator = DecoCollator(processor, max_length=22)
-    with pytest.raises(ValueError, match=r"Sample 'sample-0' has 23 tokens, 1 image\(s\).*max_length=22"):
+    with pytest.raises(ValueError, match=r"Sample 'sample-0' has 23 tokens, with 1 image\(s\).*max_length=22"):
         collator([conversation(0)])
     assert collator([conversation(0, num_images=0)])["input_ids"].shape[1] <= 22
     DecoCollator(processor, max_length=23)([conversation(0)])

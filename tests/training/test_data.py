@@ -27,9 +27,12 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
 from modeling_deco import SHIPPED_CHECKPOINT
-from modeling_deco.training import data
-from modeling_deco.training.data import DataError, build_data, load_data, read_records, to_parts
-from modeling_deco.training.records import MESSAGES
+from modeling_deco.training.data import DataError, build, build_data, image_checks, llava, load_data
+from modeling_deco.training.data.__main__ import main
+from modeling_deco.training.data.columns import FEATURES, MESSAGES
+from modeling_deco.training.data.image_checks import check_image
+from modeling_deco.training.data.llava import read_records
+from modeling_deco.training.data.rows import to_parts
 
 IMAGE, TAG = {"type": "image", "text": None}, "<image>\n"
 
@@ -141,7 +144,7 @@ class InThisProcess:
 @pytest.fixture
 def make(tmp_path, photos, monkeypatch):
     """Makes data of records in this process, and returns its folder."""
-    monkeypatch.setattr(data, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(build, "ProcessPoolExecutor", InThisProcess)
 
     def make(records, name="out", **options):
         source = write(tmp_path / f"{name}.json", records)
@@ -158,7 +161,7 @@ def run_command(*arguments):
     import runpy
     import sys
 
-    sys.modules.pop("modeling_deco.training.data")
+    sys.modules.pop("modeling_deco.training.data.__main__", None)
     sys.argv[1:] = arguments
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
@@ -223,7 +226,7 @@ def test_rows_are_the_records_in_their_order(make, photos):
         {**record("one"), "image": None, "conversations": talk("Again", "Yes"), "model": "of no interest"},
     ]
     rows = load_dataset(str(make(records)), split="train")
-    assert rows.features == data.FEATURES
+    assert rows.features == FEATURES
     assert rows["id"] == ["one", "several", "text", "17", None, "no images", "one"]
     assert rows["messages"][1] == [
         {"role": "user", "content": [IMAGE, IMAGE, text("And "), IMAGE, text("?")]},
@@ -256,7 +259,7 @@ def test_report_and_card_count_what_is_there(make):
     assert "'out.json'" in card
     assert "3 rows, 1 of them of text only" in card
     info = datasets.load_dataset_builder(str(folder)).info
-    assert info.features == data.FEATURES
+    assert info.features == FEATURES
 
 
 def test_repeated_ids_are_a_note_and_no_fault(make, caplog):
@@ -286,8 +289,8 @@ def test_digits_become_data_that_a_processor_takes(fresh, tmp_path):
 
 
 def test_many_rows_are_spread_over_shards_in_order(make, monkeypatch):
-    monkeypatch.setattr(data, "_BATCH", 7)
-    monkeypatch.setattr(data, "_SHARD_ROWS", 20)
+    monkeypatch.setattr(build, "ROW_GROUP_ROWS", 7)
+    monkeypatch.setattr(build, "SHARD_ROWS", 20)
     folder = make([record(str(index), "ab"[index % 2] + (".jpg", ".png")[index % 2]) for index in range(100)])
     names = sorted(path.name for path in (folder / "data").iterdir())
     assert names == [f"train-0000{index}-of-00005.parquet" for index in range(5)]
@@ -298,8 +301,8 @@ def test_many_rows_are_spread_over_shards_in_order(make, monkeypatch):
 
 
 def test_embedded_images_bound_row_groups_and_shards(make, monkeypatch):
-    monkeypatch.setattr(data, "_ROW_GROUP_BYTES", 3000)
-    monkeypatch.setattr(data, "_SHARD_BYTES", 6000)
+    monkeypatch.setattr(build, "ROW_GROUP_BYTES", 3000)
+    monkeypatch.setattr(build, "SHARD_BYTES", 6000)
     folder = make([record(str(index)) for index in range(40)], embed_images=True)
     shards = sorted((folder / "data").iterdir())
     assert len(shards) > 2
@@ -408,9 +411,9 @@ FAULTS = {
     "back through a link": ("image outside DIR", record("sick", "way/images/../outside.jpg")),
     "link to no picture": ("unreadable image", record("sick", "passwd.jpg")),
     "link to nothing": ("image missing", record("sick", "gone.jpg")),
-    "folder": ("image is no file", record("sick", "folder.jpg")),
-    "FIFO": ("image is no file", record("sick", "fifo.jpg")),
-    "empty name": ("image is no file", record("sick", "")),
+    "folder": ("image is not a file", record("sick", "folder.jpg")),
+    "FIFO": ("image is not a file", record("sick", "fifo.jpg")),
+    "empty name": ("image is not a file", record("sick", "")),
     "zero bytes": ("image of zero bytes", record("sick", "nothing.jpg")),
     "zero pixels": ("unreadable image", record("sick", "empty.png")),
     "no picture": ("unreadable image", record("sick", "letter.jpg")),
@@ -431,25 +434,27 @@ def test_images_of_a_record_may_be_called_images(make):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_stops_the_run_and_is_named(fault, photos, monkeypatch, caplog, capsys, tmp_path):
     caplog.set_level("INFO")
-    monkeypatch.setattr(data, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(build, "ProcessPoolExecutor", InThisProcess)
     kind, sick = FAULTS[fault]
     has_name = isinstance(sick, dict) and isinstance(sick["id"], (str, int))
     name = str(sick["id"]) if has_name else "index 1"
     source, out = write(tmp_path / "source.json", [record(), sick, record("last", "b.png")]), tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["data", str(source), "--images", str(photos), "--out", str(out)])
     with pytest.raises(SystemExit) as stop:
-        data.main()
+        main()
     assert stop.value.code == 2
     assert caplog.messages[0] == "3 samples, 1 bad, 0 with the id of another"
     assert f"        1 {kind}: {name!r}" in "\n".join(caplog.messages)
     output, errors = capsys.readouterr()
     assert output == ""
-    assert re.fullmatch("data: 1 of 3 are bad, more than --max-bad 0; nothing is written.*\n", errors)
+    assert re.fullmatch(
+        "data: 1 of 3 samples are bad, more than --max-bad 0. Nothing is written. Fix them.*\n", errors
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["source.json"]
 
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--max-bad", "1"])
     with pytest.raises(SystemExit) as stop:
-        data.main()
+        main()
     assert stop.value.code == 0
     report = report_of(out)
     assert report["faults"][kind] == {"count": 1, "ids": [name]}
@@ -477,9 +482,9 @@ def test_a_sample_with_several_faults_is_counted_once_and_named_under_each(make)
 def test_an_image_of_many_samples_is_a_fault_of_each_and_decoded_once(make, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        data, "check_image", lambda folder, name: asked.append(name) or "truncated image" * (name == "b.png")
+        image_checks, "check_image", lambda folder, name: asked.append(name) or "truncated image" * (name == "b.png")
     )
-    monkeypatch.setattr(data, "_BATCH", 3)
+    monkeypatch.setattr(image_checks, "BATCH", 3)
     records = [record(str(index), "b.png" if index % 2 else "a.jpg") for index in range(40)]
     report = report_of(make(records, max_bad=20))
     assert report["faults"]["truncated image"]["ids"] == [str(index) for index in range(1, 40, 2)]
@@ -497,7 +502,7 @@ def test_so_many_may_be_bad_and_not_one_more(limit, num_bad, is_allowed, make):
         report = report_of(make(records, max_bad=limit))
         assert (report["rows"], report["bad_samples"], report["max_bad"]) == (40 - num_bad, num_bad, limit)
     else:
-        with pytest.raises(DataError, match=f"^{num_bad} of 40 are bad, more than --max-bad {limit}; nothing"):
+        with pytest.raises(DataError, match=f"^{num_bad} of 40 samples are bad, more than --max-bad {limit}. Nothing"):
             make(records, max_bad=limit)
 
 
@@ -563,9 +568,9 @@ def test_cheap_decoding_finds_every_cut_that_a_whole_one_finds(kind, tmp_path):
             is_whole = True
         except Exception:
             is_whole = False
-        fault = data.check_image(str(tmp_path), path.name)
+        fault = check_image(str(tmp_path), path.name)
         assert (fault == "") == is_whole, f"{fault!r} at {length} of {len(whole)} bytes"
-    assert data.check_image(str(tmp_path), path.name) in ("", "truncated image", "unreadable image")
+    assert check_image(str(tmp_path), path.name) in ("", "truncated image", "unreadable image")
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -593,7 +598,7 @@ def random_text(generator):
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 64, 1 << 20])
 @pytest.mark.parametrize("style", ["compact", "indented", "lines"])
 def test_any_json_is_read_as_by_json_itself(style, window, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "_WINDOW", window)
+    monkeypatch.setattr(llava, "_WINDOW", window)
     generator = random.Random(window)
     for ascii_only in (True, False):
         records = [random_value(generator) for _ in range(40)]
@@ -646,7 +651,7 @@ def test_a_byte_order_mark_is_no_record(tmp_path):
 )
 @pytest.mark.parametrize("window", [1, 1 << 20])
 def test_broken_json_is_one_line_that_says_where(content, where, window, photos, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "_WINDOW", window)
+    monkeypatch.setattr(llava, "_WINDOW", window)
     source = tmp_path / "source.json"
     source.write_text(content)
     with pytest.raises(
@@ -665,8 +670,8 @@ def test_broken_json_of_the_command_is_exit_code_2(fresh, photos, tmp_path):
 
 
 def test_a_record_without_end_does_not_fill_the_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "_MAX_RECORD", 1000)
-    monkeypatch.setattr(data, "_WINDOW", 100)
+    monkeypatch.setattr(llava, "_MAX_RECORD", 1000)
+    monkeypatch.setattr(llava, "_WINDOW", 100)
     (tmp_path / "source.json").write_text('[{"id": 1}, {"id": "' + "x" * 100_000 + '"}]')
     records = read_records(tmp_path / "source.json")
     assert next(records) == {"id": 1}
@@ -737,7 +742,7 @@ def test_overwrite_of_nothing_makes_the_folder(make, tmp_path):
 def test_a_failing_run_leaves_the_old_folder(spoil, make, monkeypatch, tmp_path):
     old = contents(make([record("old")]))
     if spoil == "card":
-        monkeypatch.setattr(data, "_write_card", lambda *_: os.stat("/absent"))
+        monkeypatch.setattr(build, "_write_card", lambda *_: os.stat("/absent"))
     if spoil == "broken JSON":
         (tmp_path / "bad.json").write_text('[{"id": 1}, ')
         with pytest.raises(DataError, match="bad JSON"):
@@ -752,7 +757,7 @@ def test_a_failing_run_leaves_the_old_folder(spoil, make, monkeypatch, tmp_path)
 def test_a_folder_of_other_things_is_not_overwritten(make, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("all of it")
-    with pytest.raises(DataError, match=r"has no report\.json of earlier data and is not overwritten"):
+    with pytest.raises(DataError, match=r"has no report\.json of earlier data, so it is not overwritten"):
         make([record()], overwrite=True)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "all of it"
 
@@ -763,7 +768,7 @@ def test_a_folder_that_holds_the_sources_is_not_overwritten(what, own_photos, tm
     source = write(tmp_path / "json" / "source.json", [record()])
     out = {"images": own_photos, "source": source.parent, "parent of both": tmp_path}[what]
     (out / "report.json").write_text("{}")
-    with pytest.raises(DataError, match="holds SRC or the images; choose another"):
+    with pytest.raises(DataError, match="contains SRC or the images; choose another"):
         build_data(source, own_photos, out, overwrite=True, num_proc=1)
     assert (own_photos / "a.jpg").exists()
 
@@ -775,13 +780,13 @@ def test_a_file_is_no_folder(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "images", "message"), [("none", ".", "SRC .*none is no file"), (".", ".", "is no file")]
+    ("source", "images", "message"), [("none", ".", "SRC .*none is not a file"), (".", ".", "is not a file")]
 )
 def test_sources_must_be_there(source, images, message, tmp_path):
     with pytest.raises(DataError, match=message):
         build_data(tmp_path / source, tmp_path / images, tmp_path / "out")
     write(tmp_path / "source.json", [record()])
-    with pytest.raises(DataError, match="--images .* is no folder"):
+    with pytest.raises(DataError, match="--images .* is not a folder"):
         build_data(tmp_path / "source.json", tmp_path / "source.json", tmp_path / "out")
 
 
@@ -854,21 +859,21 @@ def build_slowly(source, images, out, place):
     import time
     from pathlib import Path
 
-    from modeling_deco.training import data
+    from modeling_deco.training.data import build_data, image_checks
 
     def check_image(folder, name):
         Path(place).write_text(str(os.getpid()))
         time.sleep(3600)
 
-    check_image.__module__, check_image.__qualname__ = data.__name__, "check_image"
-    data.check_image = check_image
+    check_image.__module__, check_image.__qualname__ = image_checks.__name__, "check_image"
+    image_checks.check_image = check_image
     child = os.fork()
     if child == 0:
         import signal
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            data.build_data(source, images, out, num_proc=2)
+            build_data(source, images, out, num_proc=2)
         finally:
             os._exit(1)
     while not Path(place).exists() or not Path(place).read_text():
@@ -900,8 +905,8 @@ def test_a_killed_run_takes_its_processes_with_it_and_another_can_follow(fresh, 
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(fresh, photos, tmp_path, monkeypatch):
     source = write(tmp_path / "out.json", [record()])
-    monkeypatch.setattr(data, "check_image", _die)
-    with pytest.raises(DataError, match="was killed, maybe for its memory: lower --num-proc"):
+    monkeypatch.setattr(image_checks, "check_image", _die)
+    with pytest.raises(DataError, match="was killed, maybe for lack of memory; lower --num-proc"):
         build_data(source, photos, tmp_path / "out", num_proc=1)
     assert beside(tmp_path / "out") == []
 
@@ -914,7 +919,7 @@ def test_a_full_disk_is_one_line(make, monkeypatch, tmp_path):
     def write_table(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.pq.ParquetWriter, "write_table", write_table)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", write_table)
     with pytest.raises(DataError, match=r"out\.json to .*out: \[Errno 28\] No space left on device"):
         make([record()])
     assert beside(tmp_path / "out") == []
@@ -974,7 +979,7 @@ def test_pure_text_of_others_gets_a_column_of_no_images(make, streaming, tmp_pat
 def test_other_data_are_refused_with_what_to_do(streaming, tmp_path):
     (tmp_path / "raw").mkdir()
     write(tmp_path / "raw" / "train.json", [record()])
-    with pytest.raises(ValueError, match="raw has no column 'messages' but .*conversations") as error:
+    with pytest.raises(ValueError, match="raw has no column 'messages', but .*conversations") as error:
         load_data(str(tmp_path / "raw"), streaming=streaming)
     assert "python -m modeling_deco.training.data SRC.json --images DIR --out OUT" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
@@ -987,7 +992,9 @@ def test_what_is_no_folder_is_refused_and_not_taken_from_the_cache(path, make, m
     shutil.rmtree(tmp_path / "absent")
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "llava.json", [record()])
-    with pytest.raises(ValueError, match="is neither a folder of data nor a Hub id; make one by `python -m"):
+    with pytest.raises(
+        ValueError, match="is neither a folder of data nor a Hub id. Make such a folder with `python -m"
+    ):
         load_data(path)
 
 

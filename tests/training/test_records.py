@@ -20,10 +20,10 @@ from datasets import Dataset, List
 from PIL import ExifTags, Image
 from transformers import Siglip2ImageProcessorPil
 
-from modeling_deco.training.collator import DecoCollator
-from modeling_deco.training.data import load_data
-from modeling_deco.training.records import image_size, open_image, read_row, unread_media
-from modeling_deco.training.trainer import DecoSFTConfig, DecoSFTTrainer
+from modeling_deco.training import DecoCollator, DecoSFTConfig, DecoSFTTrainer, load_data
+from modeling_deco.training.data.images import image_size, open_image
+from modeling_deco.training.data.media import unread_media
+from modeling_deco.training.data.rows import read_row
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 ANSWER = {"role": "assistant", "content": "a red cat ."}
@@ -175,9 +175,12 @@ FAULTS = {
     "true": ({**ASKED, "image": True}, "an image is of type bool"),
     "a flat array": ({**ASKED, "images": [np.zeros(3)]}, "an array of 1 dimensions"),
     "a missing file": ({**ASKED, "images": ["absent/a.png"]}, "there is no image 'absent/a.png'"),
-    "a text file": ({**ASKED, "images": ["note.txt"]}, "'note.txt' is no image, but text/plain"),
-    "a video as an image": ({**ASKED, "images": ["a.mp4"]}, "'a.mp4' is no image, but video/mp4"),
-    "a broken data URL": ({**ASKED, "image": "data:image/png;base64,???"}, "a data URL, and not base64 of an image"),
+    "a text file": ({**ASKED, "images": ["note.txt"]}, "'note.txt' is not an image, but text/plain"),
+    "a video as an image": ({**ASKED, "images": ["a.mp4"]}, "'a.mp4' is not an image, but video/mp4"),
+    "a broken data URL": (
+        {**ASKED, "image": "data:image/png;base64,???"},
+        "a data URL that is not the base64",
+    ),
     "more places": ({"messages": [user("<image> <image>"), ANSWER], "images": ["red.png"]}, "1 images .* 2 places"),
     "more images": ({"messages": [user("<image> a"), ANSWER], "images": ["red.png"] * 2}, "2 images .* 1 places"),
     "a tag without an image": ({"messages": [user("<image> what ?"), ANSWER]}, "0 images .* 1 places"),

@@ -29,14 +29,16 @@ from datasets import IterableDataset
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
-from tiny_training import CONFIGS, arguments, build_dataset, conversation, conversations, launch, parse, run
+from tiny_training import CONFIGS, arguments, build_dataset, conversation, conversations, launch, parse, run, sft
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_deco import DecoForConditionalGeneration
 from modeling_deco.chat_templates import PLAIN_CHAT_TEMPLATE
-from modeling_deco.training import sft
-from modeling_deco.training.collator import expand_images
-from modeling_deco.training.trainer import INCOMPLETE, DecoSFTConfig, DecoSFTTrainer, ModalityLengthSampler, part_of
+from modeling_deco.training import DecoCollator, DecoSFTConfig, DecoSFTTrainer, expand_images
+from modeling_deco.training.checkpoints import INCOMPLETE
+from modeling_deco.training.models import read_sizes
+from modeling_deco.training.parts import part_of
+from modeling_deco.training.sampler import ModalityLengthSampler
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def test_stage_1_trains_every_projector_and_nothing_else(projector_type, backbon
 @pytest.mark.parametrize("value", ["{bad", "[1]", "3"])
 def test_sizes_that_are_no_json_object_are_refused(value):
     with pytest.raises(ValueError, match=r"--projector_config must be a JSON object, .*got '"):
-        sft.read_sizes(value)
+        read_sizes(value)
 
 
 def test_grids_are_not_drawn_for_learned_queries(tmp_path):
@@ -202,13 +204,11 @@ def test_grids_are_not_drawn_for_learned_queries(tmp_path):
 
 
 def test_a_projector_type_for_a_model_with_a_projector_is_refused(checkpoint, data, tmp_path):
-    with pytest.raises(ValueError, match="has a projector, and --projector_type is of a new one"):
+    with pytest.raises(ValueError, match="has a projector already. Leave out --projector_type"):
         run(checkpoint, data, tmp_path / "out", projector_type="qformer")
 
 
 def test_stage_1_learns_the_caption_and_its_line_break():
-    from modeling_deco.training.collator import DecoCollator
-
     processor = tiny.build_processor(chat_template=PLAIN_CHAT_TEMPLATE)
     row = DecoCollator(processor).tokenize(conversation(0))
     assert processor.decode(row["input_ids"]) == "<image> a red cat ."
@@ -317,7 +317,7 @@ def test_the_order_of_samples_is_the_data_seeds(checkpoint, data, tmp_path, monk
         orders[seed, data_seed] = [sample_id for batch in loader for sample_id in batch["sample_ids"]]
     assert orders[1, 5] == orders[2, 5] == orders[5, None] != orders[1, 6]
     assert orders[1, 0] == orders[0, None] != orders[1, 5]
-    monkeypatch.setattr(sft, "load", lambda *args: 1 / 0)
+    monkeypatch.setattr(sft, "load_model_and_processor", lambda *args: 1 / 0)
     shuffled = []
     real = IterableDataset.shuffle
 
@@ -548,7 +548,7 @@ def test_evaluation_goes_with_grouped_batches_and_drops_what_is_too_long(
 
 def test_a_new_projector_depends_on_the_seed_alone(data, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(sft, "load", lambda *args: drawn.append(torch.randn(1).item()) or 1 / 0)
+    monkeypatch.setattr(sft, "load_model_and_processor", lambda *args: drawn.append(torch.randn(1).item()) or 1 / 0)
     for seed in (1, 1, 2):
         torch.manual_seed(len(drawn))
         with pytest.raises(ZeroDivisionError):
@@ -742,7 +742,7 @@ def test_an_adapter_of_two_backbones_is_not_pushed(backbones, data, tmp_path):
     ["config.json", "adapter_config.json", "model-00001-of-00002.safetensors", "checkpoint-3/x", "merged/x", "base/x"],
 )
 def test_a_folder_with_a_model_is_not_written_into(name, checkpoint, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "load", lambda *args: 1 / 0)  # before the model is loaded
+    monkeypatch.setattr(sft, "load_model_and_processor", lambda *args: 1 / 0)  # before the model is loaded
     (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).touch()
     with pytest.raises(
@@ -781,7 +781,7 @@ def test_overwriting_leaves_nothing_of_the_earlier_run(checkpoint, data, templat
     assert not (out / "merged").exists()
     assert (out / "config.json").exists()
     assert (out / "notes.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="--overwrite_output_dir removes what --resume_from_checkpoint goes on from"):
+    with pytest.raises(ValueError, match="--overwrite_output_dir removes what --resume_from_checkpoint needs"):
         run(checkpoint, data, out, overwrite_output_dir=True, resume_from_checkpoint="latest")
 
 
@@ -793,7 +793,7 @@ def test_a_run_does_not_write_over_what_it_reads(overwrite, checkpoint, data, tm
         (checkpoint, data, "data_path"),
         (part, tmp_path / "out", "model_name_or_path"),
     ):
-        with pytest.raises(ValueError, match=rf"--output_dir .* has --{option} .* in it, which the run reads"):
+        with pytest.raises(ValueError, match=rf"--output_dir .* contains --{option} .*, which the run reads"):
             run(model, data, out, overwrite_output_dir=overwrite)
     assert (part / "model.safetensors").exists()
     assert (checkpoint / "model.safetensors").exists()
@@ -811,7 +811,7 @@ def test_model_and_data_have_no_default(data, capsys):
     assert "--data_path" in capsys.readouterr().err
     words = ["--config", str(CONFIGS / "stage1.yaml"), "--output_dir", "unused", "--data_path", str(data)]
     words += ["--bf16", "false"]
-    with pytest.raises(ValueError, match="Name the model that is trained: --model_name_or_path"):
+    with pytest.raises(ValueError, match="No model is named; set --model_name_or_path"):
         sft.main(*parse([*words, "--use_cpu", "true"]))
 
 
@@ -824,7 +824,7 @@ def test_model_and_data_have_no_default(data, capsys):
         ),
         ({"pooled_grid_sizes": [2, 7]}, "pooled_grid_sizes=7: 7 x 7 is larger than the 6 x 6 patches"),
         ({"pooled_grid_sizes": [0]}, "positive int"),
-        ({"packing": True}, "packing=True joins texts alone"),
+        ({"packing": True}, "packing=True works for texts alone"),
         ({"pooled_grid_sizes": [1, 2], "pooled_grid_weights": [1.0]}, "1 numbers for 2 pooled_grid_sizes"),
     ],
 )
@@ -842,7 +842,7 @@ def test_settings_of_trl_without_effect_are_refused(name, tmp_path):
 def test_independent_turns_need_the_attention_that_reads_their_mask(tmp_path):
     model = tiny.build_model()
     model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="sdpa attention alone"):
+    with pytest.raises(ValueError, match="only sdpa attention takes"):
         DecoSFTTrainer(
             model=model,
             args=DecoSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, independent_turns=True),
@@ -852,7 +852,7 @@ def test_independent_turns_need_the_attention_that_reads_their_mask(tmp_path):
 
 
 def test_a_part_both_frozen_and_trained_is_refused(checkpoint, data, template, tmp_path):
-    with pytest.raises(ValueError, match="multi_modal_projector is in freeze and, for PEFT, in modules_to_save"):
+    with pytest.raises(ValueError, match="multi_modal_projector is in freeze and in PEFT's modules_to_save"):
         run(
             checkpoint, data, tmp_path / "out", "stage2_lora.yaml", chat_template=template,
             freeze=["vision_tower", "multi_modal_projector"],

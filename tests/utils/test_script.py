@@ -11,8 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError
 
-from modeling_deco.training import sft
-from modeling_deco.training.records import check_reference
+from modeling_deco.training.data.images import check_reference
 from modeling_deco.utils import script as command
 
 
@@ -101,7 +100,7 @@ def data(tmp_path_factory):
 def test_sft_ends_bad_input_with_one_line(settings, line, checkpoint, data, tmp_path, capsys):
     words = tiny_training.arguments(**{"model": checkpoint, "data": data, "output_dir": tmp_path / "out"}, **settings)
     with pytest.raises(SystemExit) as stop:
-        command.run("sft", lambda: sft.main(*tiny_training.parse(words)))
+        command.run("sft", lambda: tiny_training.sft.main(*tiny_training.parse(words)))
     assert stop.value.code == 2
     found = [text for text in capsys.readouterr().err.splitlines() if text.startswith("sft: ")]
     assert len(found) == 1

@@ -1,0 +1,162 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Models to train: loaded, joined from two backbones, or merged with their adapter."""
+
+import json
+import shutil
+from copy import copy
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from .. import DecoForConditionalGeneration, DecoProcessor
+from ..chat_templates import read_chat_template
+from ..inference.loading import find_adapter, load_model
+from ..utils.image_processors import pad_to_square
+from .arguments import DecoArguments
+from .checkpoints import INCOMPLETE
+from .config import DecoSFTConfig
+from .distributed import on_first_process
+from .output_dir import BASE, clear_output_dir
+
+
+def load_model_and_processor(
+    args: DecoArguments, model_args: ModelConfig
+) -> tuple[DecoForConditionalGeneration, DecoProcessor]:
+    """Load a DeCo, or join two backbones by a new projector.
+
+    Raises:
+        ValueError: the arguments contradict each other or the model.
+    """
+    if model_args.model_name_or_path is None:
+        raise ValueError("No model is named; set --model_name_or_path.")
+    chat_template = None if args.chat_template is None else read_chat_template(args.chat_template)
+    if args.vision_model_name_or_path is not None:
+        model, processor = _join(args, model_args, chat_template)
+    else:
+        model, processor = _load(args, model_args)
+    if chat_template is not None:
+        processor.chat_template = chat_template
+    if args.pad_images:
+        processor.image_processor = pad_to_square(processor.image_processor)
+    return model, processor
+
+
+def _join(args: DecoArguments, model_args: ModelConfig, chat_template: str | None):
+    if get_quantization_config(model_args) is not None or model_args.model_revision != "main":
+        raise ValueError(
+            "Two backbones are joined without quantization and at their main revision. Train the projector first "
+            "(stage 1), then quantize the result; for another --model_revision, download it and name its folder."
+        )
+    backbones = (args.vision_model_name_or_path, model_args.model_name_or_path)
+    grid = _grid(args)
+    projector = {} if args.projector_type is None else {"projector_type": args.projector_type}
+    if args.projector_config is not None:
+        projector["projector_config"] = read_sizes(args.projector_config)
+    model = DecoForConditionalGeneration.from_vision_text_pretrained(
+        *backbones, dtype=model_args.dtype, **grid, **projector
+    )
+    if model_args.attn_implementation is not None:
+        model.set_attn_implementation(model_args.attn_implementation)
+    return model, DecoProcessor.from_vision_text_pretrained(*backbones, **grid, chat_template=chat_template)
+
+
+def _load(args: DecoArguments, model_args: ModelConfig):
+    name, revision, grid = model_args.model_name_or_path, model_args.model_revision, _grid(args)
+    if grid and model_args.use_peft and not args.merge_adapter:
+        raise ValueError("An adapter keeps its model's grid. With --pooled_grid_size, set --merge_adapter true too.")
+    if args.projector_type is not None or args.projector_config is not None:
+        raise ValueError(
+            f"{name} has a projector already. Leave out --projector_type and --projector_config, or join two "
+            f"backbones with --vision_model_name_or_path."
+        )
+    if find_adapter(name, revision) is not None:
+        raise ValueError(f"{name} is an adapter. Merge it first (--merge_adapter true), then train the result.")
+    model = load_model(
+        name,
+        revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),
+        **grid,
+    )
+    return model, DecoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False, **grid)
+
+
+def _grid(args: DecoArguments) -> dict[str, int]:
+    return {} if args.pooled_grid_size is None else {"pooled_grid_size": args.pooled_grid_size}
+
+
+def read_sizes(projector_config: str) -> dict[str, int]:
+    """The JSON object of `--projector_config`."""
+    try:
+        sizes = json.loads(projector_config)
+    except json.JSONDecodeError:
+        sizes = None
+    if not isinstance(sizes, dict):
+        raise ValueError(
+            f'--projector_config must be a JSON object, such as {{"num_hidden_layers": 2}}, got {projector_config!r}.'
+        )
+    return sizes
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def peft_config_of(model_args: ModelConfig) -> PeftConfig | None:
+    """TRL's PEFT config, with the revision of the model, which is saved with the adapter."""
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
+        peft_config.revision = model_args.model_revision
+    return peft_config
+
+
+def save_joined_backbones(
+    args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelConfig
+) -> tuple[DecoArguments, ModelConfig]:
+    """Join two backbones and write the result to `output_dir/base`: an adapter needs its base model on the disk.
+
+    Every process of a launch must call it; the first one writes. A resumed run keeps the base of the first run.
+
+    Returns:
+        Arguments that name the written model in place of the backbones.
+
+    Raises:
+        ValueError: the adapter would be pushed without its base, or the weights are split over processes.
+    """
+    if training_args.push_to_hub or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "LoRA on two backbones needs a base model that is on this disk alone and is written by one process. Train "
+            "the projector first (stage 1), or leave out --push_to_hub and ZeRO-3."
+        )
+    clear_output_dir(args, training_args)
+    base = Path(training_args.output_dir, BASE).resolve()
+    on_first_process(training_args, _write_base, args, model_args, base)
+    args, model_args = copy(args), copy(model_args)
+    args.vision_model_name_or_path = args.projector_type = args.projector_config = args.pooled_grid_size = None
+    args.pad_images = args.overwrite_output_dir = False
+    model_args.model_name_or_path = str(base)
+    return args, model_args
+
+
+def _write_base(args: DecoArguments, model_args: ModelConfig, base: Path) -> None:
+    if base.is_dir():  # this run is resumed
+        return
+    staged = base.with_name(INCOMPLETE) / BASE
+    shutil.rmtree(staged, ignore_errors=True)
+    model, processor = load_model_and_processor(args, model_args)
+    model.save_pretrained(staged)
+    processor.save_pretrained(staged)
+    staged.rename(base)
+
+
+def merge_adapter(adapter_dir: str) -> None:
+    """Write `adapter_dir/merged`: the adapter's base model with the adapter merged into it."""
+    processor = DecoProcessor.from_pretrained(adapter_dir, trust_remote_code=False)
+    adapter = find_adapter(adapter_dir)
+    model = load_model(adapter.base, adapter.base_revision, dtype="auto", pooled_grid_size=processor.pooled_grid_size)
+    merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
+    merged.save_pretrained(Path(adapter_dir, "merged"))
+    processor.save_pretrained(Path(adapter_dir, "merged"))
