@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny DeCo checkpoint, a data set of conversations, and runs of `recipes/sft.py` on them."""
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -32,6 +33,8 @@ def load_script(name: str) -> ModuleType:
 
 
 sft = load_script("sft.py")
+sft.plot_training = lambda *args: None  # takes longer than a short run; a test of the plot sets it again
+gc.freeze()  # accelerate collects garbage after each run, which takes longer than the run if it looks at all imports
 
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -133,6 +136,7 @@ def arguments(model: Path, data: Path, output_dir: Path, config: str | None = No
         "dtype": "float32",
         "report_to": "none",
         "disable_tqdm": True,
+        "save_strategy": "steps" if "save_steps" in kwargs else "no",
     } | kwargs
     words = [] if config is None else ["--config", str(CONFIGS / config)]
     for name, value in settings.items():

@@ -535,7 +535,7 @@ def test_a_tower_that_drops_at_random_is_refused(data, tmp_path):
 
 def test_sharded_weights_are_refused(checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache_writer, "is_fsdp_enabled", lambda: True)
-    with pytest.raises(CacheError, match=r"launch with ddp\.yaml, not with FSDP"):
+    with pytest.raises(CacheError, match=r"Launch with ddp\.yaml, not with FSDP"):
         build(checkpoint, data, tmp_path / "features")
 
 

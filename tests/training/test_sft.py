@@ -38,6 +38,7 @@ from modeling_deco.training import DecoCollator, DecoSFTConfig, DecoSFTTrainer, 
 from modeling_deco.training.checkpoints import INCOMPLETE
 from modeling_deco.training.models import read_sizes
 from modeling_deco.training.parts import part_of
+from modeling_deco.training.plots import plot_training
 from modeling_deco.training.sampler import ModalityLengthSampler
 
 
@@ -478,7 +479,8 @@ def test_a_streamed_sample_that_is_too_long_is_refused_or_dropped(checkpoint, da
 # --- what a run writes -----------------------------------------------------------------------------------------------
 
 
-def test_the_result_loads_and_answers(checkpoint, data, tmp_path):
+def test_the_result_loads_and_answers(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "plot_training", plot_training)
     trainer = run(
         checkpoint, data, tmp_path / "out", eval_data_path=data, eval_strategy="steps", eval_steps=1, max_steps=2
     )
