@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # The tests are many small models: two single-threaded workers beat one with two threads.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow test-common test-newest test-page quality style build clean
+.PHONY: help demo test test-slow test-common test-newest test-page docs quality style build clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -46,11 +46,14 @@ test-page: $(VENV)/dev.stamp ## the page of `deco page` in Debian's Chromium, wh
 	@$(PIP) playwright
 	$(PYTEST) -m browser tests/browser
 
-quality: $(VENV)/dev.stamp ## lint and format, check only
+docs: $(VENV)/dev.stamp ## the documentation as a site, in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+quality: $(VENV)/dev.stamp docs ## lint, format and documentation, check only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-style: $(VENV)/dev.stamp ## lint and format, mending what can be mended
+style: $(VENV)/dev.stamp ## lint and format, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -58,4 +61,4 @@ build: $(VENV)/dev.stamp ## wheel and source distribution
 	$(BIN)/python -m build
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) .venv-newest build dist *.egg-info .cache demo
+	rm -rf $(VENV) .venv-newest build dist site *.egg-info .cache demo

@@ -1,8 +1,10 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a LLaVA checkpoint to a DeCo: `deco convert`, as a script.
+"""Convert a LLaVA checkpoint to a DeCo.
 
-python conversion/convert_llava_to_deco.py llava-hf/llava-1.5-7b-hf deco-7b
+    python conversion/convert_llava_to_deco.py llava-hf/llava-1.5-7b-hf deco-7b
+
+The arguments are those of `deco convert`; `--help` lists them.
 """
 
 import sys

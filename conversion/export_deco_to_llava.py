@@ -1,8 +1,10 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Write a DeCo checkpoint as a LLaVA in the format of transformers: `deco export`, as a script.
+"""Write a DeCo checkpoint as a LLaVA in the format of transformers.
 
-python conversion/export_deco_to_llava.py deco-7b llava-7b
+    python conversion/export_deco_to_llava.py deco-7b llava-7b
+
+The arguments are those of `deco export`; `--help` lists them.
 """
 
 import sys

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`deco convert` and `deco export`: their output, the commands that help and README show, logits and uploads."""
+"""`deco convert` and `deco export`: their output, the commands that help and documents show, logits and uploads."""
 
 import inspect
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import llava_sources
 import pytest
+from documents import commands
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import load_file, save_file
@@ -61,9 +62,9 @@ def test_export_takes_a_converted_checkpoint_back(source, tmp_path):
 
 def shown_commands() -> list[str]:
     help_texts = "\n".join(command.callback.__doc__ for command in app.registered_commands)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    commands = re.findall(r"^ *(deco (?:convert|export) .*)$", f"{help_texts}\n{readme}", re.MULTILINE)
-    return sorted({command.split("   #")[0].strip() for command in commands} | {commands[0]})
+    in_help = re.findall(r"^ *(deco (?:convert|export) .*)$", help_texts, re.MULTILINE)
+    in_documents = [line for line in commands() if line.startswith(("deco convert ", "deco export "))]
+    return sorted({*in_help, *in_documents})
 
 
 OPTIONS = {"--pooled-grid-size": "pooled_grid_size", "--vision-tower": "vision_tower", "--base-model": "base_model"}

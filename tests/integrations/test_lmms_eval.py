@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from documents import commands
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_deco import SHIPPED_CHECKPOINT
@@ -224,11 +225,9 @@ print(json.dumps(tasks))
 
 
 @pytest.mark.slow
-def test_lmms_eval_parses_the_commands_of_the_readme_and_knows_their_tasks(run):
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    commands = [line for line in lines if "-m lmms_eval " in line]
-    tasks = json.loads(run("-c", PARSE_COMMANDS, json.dumps(commands)).splitlines()[-1])
+def test_lmms_eval_parses_the_documented_commands_and_knows_their_tasks(run):
+    lines = [line for line in commands() if "-m lmms_eval " in line]
+    tasks = json.loads(run("-c", PARSE_COMMANDS, json.dumps(lines)).splitlines()[-1])
     named = {name for names in tasks for name in names}
     assert {"pope", "mme", "gqa", "textvqa_val", "refcoco_bbox_rec_val"} <= named
 
@@ -275,7 +274,7 @@ print("all")
 
 
 @pytest.mark.slow
-def test_the_tasks_have_the_traps_that_the_readme_names(run):
+def test_the_tasks_have_the_traps_that_the_guide_names(run):
     assert run("-c", TRAPS).splitlines()[-1] == "all"
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from documents import commands
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -337,11 +338,10 @@ def test_a_server_refuses_a_bad_grid_and_lives_on(name, server, batches):
     assert post(server, batches["questions"][0])[0] == 200
 
 
-def test_the_commands_of_the_readme_are_taken_by_the_parser_of_vllm(python, environment):
-    readme = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
-    commands = [shlex.split(line, comments=True)[2:] for line in readme.splitlines() if line.startswith("vllm serve ")]
-    assert commands
+def test_the_documented_commands_are_taken_by_the_parser_of_vllm(python, environment):
+    arguments = [shlex.split(line)[2:] for line in commands() if line.startswith("vllm serve ")]
+    assert arguments
     run = subprocess.run(
-        [python, "-c", PARSE, json.dumps(commands)], env=environment(None), capture_output=True, text=True
+        [python, "-c", PARSE, json.dumps(arguments)], env=environment(None), capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-2000:]

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -895,32 +894,6 @@ def test_a_llava_checkpoint_is_refused_with_what_to_do(data, tmp_path):
 def test_every_config_is_read_to_the_last_field(config):
     parse(["--config", str(CONFIGS / config), "--output_dir", "unused", "--data_path", "unused", "--bf16", "false"])
     assert "Source:" in (CONFIGS / config).read_text()
-
-
-def readme_commands() -> list[list[str]]:
-    """The arguments of every `recipes/sft.py` in the README and in the recipe's own docstring."""
-    found = []
-    for text in ((CONFIGS.parents[1] / "README.md").read_text(), sft.__doc__):
-        for command in re.findall(r"^ *accelerate launch .*$", text.replace("\\\n", ""), re.MULTILINE):
-            words = shlex.split(command)
-            if "recipes/sft.py" not in words:
-                continue
-            found.append([word for word in words[words.index("recipes/sft.py") + 1 :] if word != "..."])
-    return found
-
-
-@pytest.mark.parametrize("words", readme_commands())
-def test_documented_commands_are_understood(words, monkeypatch):
-    monkeypatch.chdir(CONFIGS.parents[1])
-    for name in ("--data_path", "--output_dir", "--model_name_or_path"):
-        words = words if name in words else [*words, name, "unused"]
-    args, training_args, model_args = parse([*words, "--bf16", "false"])
-    assert args.data_path
-    assert model_args.model_name_or_path
-
-
-def test_documented_commands_are_found():
-    assert len(readme_commands()) >= 7
 
 
 # --- the check on a GPU ----------------------------------------------------------------------------------------------
