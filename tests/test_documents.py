@@ -178,7 +178,7 @@ def test_python_in_documents_compiles_and_its_imports_exist():
 
 
 def test_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    from modeling_deco.worlds.digits.world import render
+    from modeling_deco.worlds.digits.scenes import render
 
     readme = text("README.md")
     assert 0 < readme.index("make demo") < readme.index("demo/digits.png")  # which draws it
