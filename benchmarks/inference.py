@@ -33,7 +33,7 @@ from torch import nn
 from transformers import AutoConfig, CompileConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from modeling_deco import SHIPPED_CHECKPOINT, DecoForConditionalGeneration, num_image_tokens
-from modeling_deco.inference.info import format_size
+from modeling_deco.inference.costs import format_size
 from modeling_deco.inference.quantization import Int8Linear, quantize_to_int8
 from modeling_deco.modeling_deco import CACHE_NAME
 from modeling_deco.utils.measure import command, environment, spread, synchronize, time_interleaved, write_report

@@ -24,7 +24,7 @@ from shapes import NUM_TEXT_TOKENS, RESULTS, TEXT_CONFIGS, build_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_deco import DecoForConditionalGeneration, num_image_tokens
-from modeling_deco.inference.info import kv_cache_bytes
+from modeling_deco.inference.costs import kv_cache_bytes
 from modeling_deco.modeling_deco import CACHE_NAME
 from modeling_deco.utils.measure import command, environment, spread, time_interleaved, write_report
 

@@ -17,9 +17,9 @@ from .projectors import MlpProjector as MlpProjector
 from .projectors import QFormerProjector as QFormerProjector
 from .projectors import ResamplerProjector as ResamplerProjector
 from .projectors import pool_patch_grid as pool_patch_grid
-from .relevance.explain import Relevance as Relevance
-from .relevance.explain import explain as explain
-from .relevance.explain import plot_relevance as plot_relevance
+from .relevance import Relevance as Relevance
+from .relevance import explain as explain
+from .relevance import plot_relevance as plot_relevance
 
 __version__: str
 SHIPPED_CHECKPOINT: Path

@@ -87,7 +87,8 @@ def ask(
         pictures = [read_image(sys.stdin.buffer if image == "-" else os.path.expanduser(image)) for image in images]
 
         from ..configuration_deco import parse_grid
-        from ..inference.generation import encode, load, sampling, stream, stream_call, with_system
+        from ..inference.generation import encode, sampling, stream, stream_call, with_system
+        from ..inference.loading import load
 
         quiet_transformers()
         loaded, processor = load(
@@ -101,7 +102,7 @@ def ask(
         if relevance is None:
             pieces = stream(loaded, processor, inputs, **budget, temperature=temperature, seed=seed)
         else:
-            from ..relevance.explain import explain, plot_relevance
+            from ..relevance import explain, plot_relevance
 
             arguments = {"pooled_grid_size": grid, **budget, **sampling(temperature)}
             call = partial(explain, loaded, processor, pictures[0], question, **arguments)

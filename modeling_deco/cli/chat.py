@@ -73,7 +73,7 @@ def chat(
 
         pictures = [read_image(os.path.expanduser(name)) for name in image or []]
 
-        from ..inference.generation import load
+        from ..inference.loading import load
 
         quiet_transformers()
         loaded = load(model, revision=revision, device=device, dtype=dtype, in_4bit=in_4bit, in_int8=in_int8)
@@ -94,7 +94,7 @@ def chat(
 
 def _take(conversation: "Conversation", line: str) -> bool:
     """On a terminal what goes wrong is said, and the conversation goes on."""
-    from ..inference.loading import is_out_of_memory
+    from ..inference.errors import is_out_of_memory
 
     try:
         return conversation.take(line)

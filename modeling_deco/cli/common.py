@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..utils.errors import one_line, tell
+from ..utils.errors import one_line
+from ..utils.program import print_error
 
 MODEL_HELP = "Folder or Hub id of a DeCo checkpoint; by default the shipped one, which knows digits"
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")]
@@ -60,7 +61,7 @@ def one_line_errors(command: str) -> Iterator[None]:
         report(command, error)
         raise typer.Exit(2) from None
     except (MemoryError, RuntimeError) as error:
-        from ..inference.loading import is_out_of_memory
+        from ..inference.errors import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
@@ -70,7 +71,7 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 def report(command: str, error: object) -> None:
     """One line on stderr. Some libraries' errors repeat megabytes of what they were given."""
-    tell(f"deco {command}: {one_line(error, 2000)}")
+    print_error(f"deco {command}: {one_line(error, 2000)}")
 
 
 def write(pieces: Generator[str, None, Any], *, quiet: bool = False, stoppable: bool = False) -> tuple[str, Any]:

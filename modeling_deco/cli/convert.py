@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 
-from ..utils.errors import tell
 from ..utils.options import parse_grid_option
+from ..utils.program import print_error
 from .common import Revision, quiet_transformers, report
 
 
 class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tell(self.format(record))
+        print_error(self.format(record))
 
 
 @contextmanager

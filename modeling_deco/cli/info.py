@@ -23,7 +23,7 @@ def info(
     deco info DIR_OR_HUB_ID --revision main --json
     """
     with one_line_errors("info"):
-        from ..inference.info import describe
+        from ..inference.costs import describe
 
         quiet_transformers()
         description = describe(model, revision)
@@ -31,7 +31,7 @@ def info(
 
 
 def _to_text(about: dict) -> str:
-    from ..inference.info import format_size
+    from ..inference.costs import format_size
 
     tower, text, parameters = about["vision_tower"], about["language_model"], about["parameters"]
     patches, pooled = ("{} x {}".format(*grid) for grid in (about["patch_grid"], about["pooled_grid_size"]))

@@ -95,7 +95,7 @@ def serve(
     Ctrl-C ends it.
     """
     with one_line_errors("serve"):
-        from ..inference.images import ImageLimits
+        from ..inference.limits import ImageLimits
         from ..serving import ServerOptions
         from ..serving import serve as run
 

@@ -7,8 +7,9 @@ import math
 from functools import partial
 from pathlib import Path
 
-from ..inference.folders import check_processor, run_within_limits
+from ..inference.folders import check_processor
 from ..processing_deco import DecoProcessor
+from ..utils.child_process import run_within_limits
 from ..utils.errors import ConversionError
 from ..utils.files import value_errors
 from .chat_template import choose_chat_template, load_chat_template, named_chat_template

@@ -9,7 +9,7 @@ from huggingface_hub import metadata_load, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..inference.folders import check_folder
-from ..inference.loading import checkpoint_name
+from ..inference.lookup import checkpoint_name
 from ..utils.errors import ConversionError, one_line
 from ..utils.files import read_json
 from .weights import StoredTensor, read_weight_map, read_weights, weight_entry

@@ -1,11 +1,169 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an answer costs, measured: time before its first word, and memory of GPUs."""
+"""What a model costs: memory by its config, and the time and memory of an answer as measured."""
 
 import time
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..configuration_deco import DecoConfig, num_image_tokens
+from ..utils.measure import synchronize
+from .adapters import find_adapter
+from .loading import check_checkpoint, load_config
+from .lookup import checkpoint_name
+from .weights import empty_model
+
+# NF4 as `deco ask --4bit` makes it: 4 bits, and a float32 scale for each block of 64 weights.
+_NF4_BYTES = 0.5 + 4 / 64
+# A card of a megabyte takes YAML's reader half a minute.
+_CARD_BYTES = 128 << 10
+_SIDES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+def kv_cache_bytes(text_config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the key-value cache for so many tokens, where every layer attends to all of them: keys and
+    values, `num_key_value_heads` of `head_dim`, in every layer."""
+    heads = text_config.num_attention_heads
+    num_key_value_heads = getattr(text_config, "num_key_value_heads", None) or heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    return 2 * text_config.num_hidden_layers * num_key_value_heads * head_dim * num_tokens * dtype.itemsize
+
+
+def format_size(num_bytes: float) -> str:
+    """In the largest unit of which there is one, to three digits: `"73.7 kB"`."""
+    units = ["bytes", "kB", "MB", "GB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes, units = num_bytes / 1000, units[1:]
+    return f"{num_bytes:.3g} {units[0]}" if num_bytes < 1000 else f"{num_bytes:.0f} {units[0]}"
+
+
+def describe(model: str, revision: str | None = None) -> dict:
+    """What `describe_config` says of a DeCo checkpoint, and its licence. Its weights are all there, by their names and
+    shapes; they are not read.
+
+    Args:
+        model: folder or Hub id. Of an adapter it is the base model that is described.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is not a DeCo, or its weights are not those of its config.
+    """
+    config, adapter = load_config(model, revision), find_adapter(model, revision)
+    check_checkpoint(model, revision, config)
+    card = _read_card(model, revision)
+    return {
+        "model": model,
+        "adapter_of": None if adapter is None else adapter.base,
+        "license": card.get("license"),
+        "base_model": card.get("base_model"),
+        **describe_config(config),
+    }
+
+
+def describe_config(config: DecoConfig) -> dict:
+    """Token flow, parameters by part, memory by grid and dtype.
+
+    Returns:
+        A dict for JSON. Grids are `[rows, cols]`. Memory is in bytes: `weights` by dtype, where `"4bit"` has the
+        language model's layers in NF4 and the rest in 16 bits, and per grid `kv_cache`, what one image adds to it.
+        Activations come on top of both.
+    """
+    empty = empty_model(config)
+    in_language_layers = {id(layer.weight) for layer in _linears(empty.model.language_model)}
+    num_quantized = sum(weight.numel() for weight in empty.parameters() if id(weight) in in_language_layers)
+    parameters = {
+        "vision_tower": _count(empty.model.vision_tower),
+        "projector": _count(empty.model.multi_modal_projector),
+        "language_model": _count(empty) - _count(empty.model.vision_tower, empty.model.multi_modal_projector),
+    }
+    total = sum(parameters.values())
+    tower, text = config.vision_config, config.text_config
+    rows, cols = config.patch_grid
+    return {
+        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
+        "quantization": (getattr(config, "quantization_config", None) or {}).get("quant_method"),
+        "vision_tower": {
+            "type": tower.model_type,
+            "layers": tower.num_hidden_layers,
+            "hidden_size": tower.hidden_size,
+        },
+        "patch_size": tower.patch_size,
+        "patch_grid": [rows, cols],
+        "projector_type": config.projector_type,
+        "pooled_grid_size": list(config.pooled_grid),
+        "num_image_tokens": config.num_image_tokens,
+        "takes_any_grid": config.takes_any_grid,
+        "language_model": {
+            "type": text.model_type,
+            "layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size,
+            "vocab_size": text.vocab_size,
+        },
+        "parameters": {**parameters, "total": total},
+        "weights": {
+            "float32": 4 * total,
+            "16bit": 2 * total,
+            "4bit": round(2 * (total - num_quantized) + _NF4_BYTES * num_quantized),
+        },
+        "grids": [
+            {
+                "pooled_grid_size": grid,
+                "num_image_tokens": num_image_tokens(grid),
+                "kv_cache": {
+                    "float32": kv_cache_bytes(text, num_image_tokens(grid), torch.float32),
+                    "16bit": kv_cache_bytes(text, num_image_tokens(grid), torch.float16),
+                },
+            }
+            for grid in _grids(config)
+        ],
+    }
+
+
+def _grids(config: DecoConfig) -> list[list[int]]:
+    """The config's grid, and where it is free, squares up to the patch grid and the patch grid itself."""
+    grids = {config.pooled_grid}
+    if config.takes_any_grid:
+        grids |= {(side, side) for side in _SIDES if side <= min(config.patch_grid)} | {config.patch_grid}
+    return [list(grid) for grid in sorted(grids, key=num_image_tokens)]
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
+def _count(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _read_card(model: str, revision: str | None) -> dict:
+    """What the model card says of licence and base models; nothing where there is none. Other types than text are left
+    out: YAML's references can stand for more than memory holds when they are written out."""
+    model = checkpoint_name(model)
+    path = Path(model, "README.md")
+    if not Path(model).is_dir():
+        try:
+            path = Path(hf_hub_download(model, "README.md", revision=revision))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return {}
+    if path.exists() and path.stat().st_size > _CARD_BYTES:
+        return {}
+    try:
+        card = metadata_load(path) or {}
+    except Exception:  # no card, or what YAML makes of a malformed one
+        return {}
+    return {name: value for name, value in card.items() if _is_text(value)} if isinstance(card, dict) else {}
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
 
 
 class PrefillClock:
@@ -40,8 +198,7 @@ class PrefillClock:
 
 def now(tensor: torch.Tensor) -> float:
     """`time.perf_counter`, after the device of a tensor has finished its work."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+    synchronize(tensor.device)
     return time.perf_counter()
 
 

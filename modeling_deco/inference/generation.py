@@ -2,11 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load a model for answering, and stream its answers: what the command line, the page and the server share."""
 
-import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 from transformers import (
-    AutoProcessor,
     BatchFeature,
     LogitsProcessor,
     LogitsProcessorList,
@@ -25,100 +22,10 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from ..modeling_deco import DecoForConditionalGeneration
 from ..utils.errors import one_line
-from .folders import check_processor
-from .loading import checkpoint_name, find_adapter, has_file, load_config, load_model, named_errors
-from .quantization import nf4_config, quantize_to_int8
 
 if TYPE_CHECKING:
     from .prompt_cache import PromptCache
-
-
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-
-
-def load(
-    model: str,
-    *,
-    revision: str | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    in_4bit: bool = False,
-    in_int8: bool = False,
-) -> tuple[DecoForConditionalGeneration, ProcessorMixin]:
-    """Load a checkpoint and its processor. An adapter is loaded onto its base model.
-
-    Args:
-        model: folder or Hub id.
-        revision: branch, tag or commit on the Hub.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`. Default: the GPUs, over all of which accelerate spreads the
-            model where it is installed, and else the CPU.
-        dtype: `"float32"`, `"float16"` or `"bfloat16"`; `"auto"` is the checkpoint's own.
-        in_4bit: quantize the language model's layers to NF4.
-        in_int8: compute in int8 what is not in 4 bits, as `quantize_to_int8` does.
-
-    Raises:
-        ValueError: there is no such checkpoint or device, it is not a DeCo, has no chat template, not all its weights,
-            or is broken; one line.
-        ImportError: it needs a library that is not installed.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"The dtype {dtype!r} is none of {', '.join(DTYPES)}.")
-    device, arguments = _device(device), {"dtype": dtype}
-    if in_4bit:
-        arguments["quantization_config"] = nf4_config()
-    config = load_config(model, revision)
-    adapter = find_adapter(model, revision)
-    is_quantized = in_4bit or getattr(config, "quantization_config", None) is not None
-    if adapter is not None and is_quantized and in_int8:
-        raise ValueError(f"{model} is an adapter, and stays one on a base model in 4 bits: merge it before --int8.")
-    has_accelerate = find_spec("accelerate") is not None
-    if has_accelerate and device is not None:
-        arguments["device_map"] = {"": device}  # without a copy in this machine's memory
-    elif has_accelerate and torch.cuda.is_available():
-        arguments["device_map"] = "auto" if torch.cuda.device_count() > 1 else {"": "cuda"}
-    processor = load_processor(model, revision)
-    if adapter is not None:
-        arguments["pooled_grid_size"] = processor.pooled_grid_size
-    loaded = load_model(model, revision, **arguments)
-    if not has_accelerate:
-        loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return quantize_to_int8(loaded) if in_int8 else loaded, processor
-
-
-def _device(name: str | None) -> str | None:
-    """A device's name, which is checked. Raises a ValueError where there is no such device."""
-    if name is None:
-        return None
-    kind, _, index = name.partition(":")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ValueError(f"The device {name!r} is none of cpu, cuda, cuda:N and mps.")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("The device 'mps' is not there: PyTorch finds no GPU of Apple's.")
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cuda" and int(index or 0) >= num_gpus:
-        raise ValueError(f"The device {name!r} is not there: PyTorch finds {num_gpus} CUDA GPUs.")
-    return name
-
-
-def load_processor(model: str, revision: str | None = None) -> ProcessorMixin:
-    """A checkpoint's processor; of an adapter that was saved without one, its base model's.
-
-    Raises:
-        ValueError: there is no such checkpoint, or its processor is broken or has no chat template.
-    """
-    adapter = find_adapter(model, revision)
-    if adapter is not None and not has_file(model, "processor_config.json", revision):
-        model, revision = adapter.base, adapter.base_revision
-    with named_errors(model):
-        processor = AutoProcessor.from_pretrained(
-            checkpoint_name(model), revision=revision or "main", trust_remote_code=False
-        )
-        if processor.chat_template is None:
-            raise ValueError("it has no chat template.")
-    check_processor(processor, model)
-    return processor
 
 
 def encode(processor: ProcessorMixin, messages: list, pooled_grid_size=None) -> BatchFeature:

@@ -15,7 +15,7 @@ from transformers.generation import GenerationMode
 
 from ..configuration_deco import num_image_tokens
 from ..modeling_deco import CACHE_NAME, IMAGE_INPUTS
-from .loading import is_out_of_memory
+from .errors import is_out_of_memory
 
 # arguments of `generate` that are not about what the model computes of a prompt
 _BESIDE_THE_PROMPT = {"generation_config", "logits_processor", "stopping_criteria", "streamer", "tokenizer"}

@@ -23,9 +23,8 @@ from transformers import LogitsProcessorList
 from transformers.utils import logging
 
 from ..configuration_deco import check_grid, parse_grid
-from ..inference.generation import RefuseNaN, encode, load_processor
-from ..inference.loading import load_config, load_model
-from ..inference.quantization import nf4_config
+from ..inference.generation import RefuseNaN, encode
+from ..inference.loading import load
 from ..utils.options import parse_grid_option
 
 logger = logging.get_logger(__name__)
@@ -91,15 +90,15 @@ class Deco(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.world_size > 1 and (device or device_map):
             raise ValueError(f"device and device_map are for one process; each of {self.world_size} has its own GPU.")
-        load_config(pretrained, revision)  # which says so where it is none
-        self.processor = load_processor(pretrained, revision)
-        self.model = load_model(
+        if device_map not in (None, "auto"):
+            raise ValueError(f"device_map must be auto, got {device_map!r}.")
+        self.model, self.processor = load(
             pretrained,
-            revision,
+            revision=revision,
+            device=None if device_map else device or str(self.accelerator.device),
             dtype=dtype,
-            device_map=device_map or {"": device or self.accelerator.device},
             attn_implementation=attn_implementation,
-            quantization_config=nf4_config() if load_in_4bit else None,
+            in_4bit=load_in_4bit,
         )
         self.device = self.model.device
         config = self.model.config

@@ -8,7 +8,7 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from ..inference.images import UNTRUSTED_LIMITS
+from ..inference.limits import UNTRUSTED_LIMITS
 from .gate import Gate
 from .layout import CSS
 from .uploads import upload_folder

@@ -13,13 +13,12 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..configuration_deco import num_image_tokens
-from ..inference.costs import PrefillClock, peak_gpu_memory, reset_peak_gpu_memory
+from ..inference.costs import PrefillClock, format_size, kv_cache_bytes, peak_gpu_memory, reset_peak_gpu_memory
+from ..inference.errors import is_out_of_memory
 from ..inference.generation import encode, stream
-from ..inference.images import ImageError
-from ..inference.info import format_size, kv_cache_bytes
-from ..inference.loading import is_out_of_memory
 from ..inference.prompt_cache import PromptCache
-from ..relevance.explain import Relevance, explain
+from ..relevance import Relevance, explain
+from ..utils.decoding import ImageError
 from ..utils.errors import one_line
 from .encoded_images import EncodedImages
 from .rendering import NO_MAP_YET, answer_html, budget_text, costs_html, draw_map, map_caption

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 
-from ..inference.images import UNTRUSTED_LIMITS
+from ..inference.limits import UNTRUSTED_LIMITS
 
 # The requests of the browser. gradio's server has many more, for other kinds of pages and for programs.
 _ROUTES = {

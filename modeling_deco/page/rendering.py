@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..configuration_deco import parse_grid
-from ..relevance.explain import Relevance, describe_peak, draw_heat_map
+from ..relevance import Relevance
+from ..relevance.figure import describe_peak, draw_heat_map
 
 NO_ANSWER_YET = "The answer appears here as it is generated."
 NO_MAP_YET = "Click a word of the answer to see which patches of the image it is based on."

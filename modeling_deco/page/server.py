@@ -16,7 +16,8 @@ from gradio.networking import setup_tunnel  # private, seen in gradio 6.31
 from PIL import Image
 
 from .. import SHIPPED_CHECKPOINT
-from ..inference.generation import load, stream
+from ..inference.generation import stream
+from ..inference.loading import load
 from ..serving import Server
 from ..serving.sockets import bind
 from .app import build_app

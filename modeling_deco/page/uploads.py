@@ -8,7 +8,8 @@ from pathlib import Path
 from gradio.utils import get_upload_folder  # private, seen in gradio 6.31
 from PIL import Image
 
-from ..inference.images import ImageError, PictureReader
+from ..inference.picture_reader import PictureReader
+from ..utils.decoding import ImageError
 
 
 def upload_folder() -> Path:

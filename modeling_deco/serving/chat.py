@@ -12,8 +12,9 @@ from starlette.requests import Request
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from ..inference.generation import encode, sampling
-from ..inference.images import ImageError, PictureReader
+from ..inference.picture_reader import PictureReader
 from ..inference.prompt_cache import PromptCache
+from ..utils.decoding import ImageError
 from ..utils.errors import one_line
 from .answer import Answer
 from .errors import RequestError, wrong_model

@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass
 
-from ..inference.images import UNTRUSTED_LIMITS, ImageLimits
+from ..inference.limits import UNTRUSTED_LIMITS, ImageLimits
 
 
 @dataclass(frozen=True)

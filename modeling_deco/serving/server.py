@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvicorn
 
-from ..inference.generation import load
+from ..inference.loading import load
 from .app import build_app
 from .connections import Connection, Connections
 from .options import ServerOptions

@@ -13,7 +13,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .. import DecoForConditionalGeneration, DecoProcessor
 from ..chat_templates import read_chat_template
-from ..inference.loading import find_adapter, load_model
+from ..inference.adapters import find_adapter
+from ..inference.loading import load_model
 from ..utils.image_processors import pad_to_square
 from .arguments import DecoArguments
 from .checkpoints import INCOMPLETE

@@ -1,16 +1,13 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Errors as users see them: one line on stderr, and an exit code."""
+"""Errors in the words that users see: one line each."""
 
-import os
-import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from typing import NoReturn
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
-class ConversionError(ValueError):
-    """A checkpoint cannot be converted. The message is one line that names the thing, its value and what to do."""
+class InputError(ValueError):
+    """What a user gave cannot be used. The message is one line: what is wrong, where, and what to do."""
 
 
 def one_line(error: object, max_length: int = 300) -> str:
@@ -25,66 +22,24 @@ def first_names(names: Iterable[str], number: int = 3) -> str:
     return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")
 
 
-def tell(line: str) -> None:
-    """Write a line to stderr. Where stderr cannot be written (a full disk, a closed pipe) the line is dropped, and the
-    program goes on to its exit code."""
-    # a closed file raises a ValueError; where stderr was closed before Python began, it is None
-    with suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
-
-
-def run(name: str, main: Callable[[], object], bad_input: tuple[type[Exception], ...] = ()) -> NoReturn:
-    """Run a program and end its process: with exit code 0, 1 for what failed on the way, or 2 for bad input.
-
-    `bad_input` and OSErrors become one line on stderr; other errors keep their traceback. An output that cannot be
-    written is an OSError too, though Python may notice it only after the program's last line.
-
-    Args:
-        name: how the line begins, as in `"deco"`.
-        main: the program. It may raise `SystemExit`, as typer does.
-        bad_input: the errors that mean bad input. Any other `OSError` is exit code 1.
-    """
-    _open_closed_streams()
-    code = 0
+@contextmanager
+def as_input_errors() -> Iterator[None]:
+    """A ValueError of another part of the package, whose message is one line, as a InputError."""
     try:
-        main()
-    except SystemExit as ended:
-        code = ended.code or 0
-        if not isinstance(code, int):
-            tell(str(code))
-            code = 1
-    except BrokenPipeError:  # the reader of the output has closed it
-        code = 1
-    except bad_input as error:
-        tell(f"{name}: {one_line(error)}")
-        code = 2
-    except OSError as error:
-        tell(f"{name}: {one_line(error) if error.filename else _unwritten(error)}")
-        code = 1
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError) as error:
-            if stream is sys.stdout and code == 0:
-                code = 1
-                if not isinstance(error, BrokenPipeError):
-                    tell(f"{name}: {_unwritten(error)}")
-            with suppress(OSError, ValueError):  # what is still in the buffer would fail again when Python exits
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(code)
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
-def _unwritten(error: Exception) -> str:
-    return f"the output cannot be written: {getattr(error, 'strerror', None) or one_line(error)}"
+@contextmanager
+def wrap_errors(what: str) -> Iterator[None]:
+    """Whatever a library makes of broken input becomes one line that names `what` was read."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} cannot be used: {type(error).__name__}: {one_line(error)}") from error
 
 
-def _open_closed_streams() -> None:
-    """Put the null device where stdin, stdout or stderr is closed (`>&-`): the next file that is opened would take the
-    number, and whatever a library prints would be written into it."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(number)
-    sys.stdin = sys.stdin or open(os.devnull)
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+ConversionError = InputError  # until conversion/ says InputError

@@ -1,29 +1,27 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""JSON files that are not trusted, and errors in one line."""
+"""JSON files that are not trusted."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ConversionError, one_line
+from .errors import InputError, as_input_errors, one_line, wrap_errors
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file.
 
     Raises:
-        ConversionError: the file is missing, is not JSON, is no object, or names something twice.
+        InputError: the file is missing, is not JSON, is no object, or names something twice.
     """
     try:
         value = json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)
     except FileNotFoundError:
-        raise ConversionError(f"{path.name} is missing in {path.parent}.") from None
+        raise InputError(f"{path.name} is missing in {path.parent}.") from None
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not valid JSON: {one_line(error)}") from None
+        raise InputError(f"{path} is not valid JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
-        raise ConversionError(f"{path} holds a JSON {type(value).__name__} where an object is expected.")
+        raise InputError(f"{path} holds a JSON {type(value).__name__} where an object is expected.")
     return value
 
 
@@ -42,21 +40,4 @@ def without_duplicates(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
-@contextmanager
-def value_errors() -> Iterator[None]:
-    """A ValueError of another part of the package, whose message is one line, as a ConversionError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Whatever a library makes of broken input becomes one line that names `what` was read."""
-    try:
-        yield
-    except ConversionError:
-        raise
-    except Exception as error:
-        raise ConversionError(f"{what} cannot be used: {type(error).__name__}: {one_line(error)}") from error
+refusing, value_errors = wrap_errors, as_input_errors  # until conversion/ says so

@@ -18,7 +18,8 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from yaml import YAMLError
 
-from . import errors
+from . import program
+from .errors import one_line
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _BAD_INPUT = (
@@ -27,12 +28,12 @@ _BAD_INPUT = (
 )
 
 
-class _InputError(Exception):
+class _BadInput(Exception):
     """Bad input; the message is the line that users see."""
 
 
 def run(name: str, main: Callable[[], object]) -> NoReturn:
-    """Run a recipe and end its process as `modeling_deco.utils.errors.run` does.
+    """Run a recipe and end its process as `modeling_deco.utils.program.run` does.
 
     Where several processes fail alike, one of them says so.
 
@@ -41,7 +42,7 @@ def run(name: str, main: Callable[[], object]) -> NoReturn:
         main: the recipe, its reading of arguments included.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
-    errors.run(name, lambda: _report_once(name, main), bad_input=(_InputError,))
+    program.run(name, lambda: _report_once(name, main), bad_input=(_BadInput,))
 
 
 def _report_once(name: str, main: Callable[[], object]) -> None:
@@ -55,8 +56,8 @@ def _report_once(name: str, main: Callable[[], object]) -> None:
         if not _is_first_to_report(line):
             raise SystemExit(code) from None
         if code == 2:
-            raise _InputError(line) from None
-        errors.tell(f"{name}: {line}")
+            raise _BadInput(line) from None
+        program.print_error(f"{name}: {line}")
         raise SystemExit(code) from None
 
 
@@ -67,7 +68,7 @@ def _exit_code(error: Exception) -> int | None:
     runs, and a bug from then on.
     """
     if isinstance(error, BrokenPipeError):
-        return None  # for `errors.run`
+        return None  # for `program.run`
     frames = traceback.extract_tb(error.__traceback__)
     is_ours = Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE)
     is_meant = type(error).__module__.startswith("modeling_deco.") or "\nValueError: Sample " in str(error)
@@ -93,7 +94,7 @@ def _line_of(error: Exception) -> str:
     text = str(error)
     if "in DataLoader worker process" in text:  # followed by the worker's traceback
         text = text.strip().splitlines()[-1].partition(": ")[2]
-    return errors.one_line(text or type(error).__name__)
+    return one_line(text or type(error).__name__)
 
 
 def _is_first_to_report(line: str) -> bool:

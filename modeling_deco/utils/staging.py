@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from .errors import ConversionError
+from .errors import InputError
 from .files import read_json
 
 
@@ -19,24 +19,22 @@ def check_destination(destination: Path, overwrite: bool, sources: list[Path]) -
     """Refuse a destination that holds something, or that the conversion reads from.
 
     Raises:
-        ConversionError: what is in the way, and what to do.
+        InputError: what is in the way, and what to do.
     """
     destination = destination.resolve()
     for source in sources:
         if _is_within(source.resolve(), destination) or _is_within(destination, source.resolve()):
-            raise ConversionError(f"DST {destination} and the source {source} are one inside the other; choose a DST.")
+            raise InputError(f"DST {destination} and the source {source} are one inside the other; choose a DST.")
     if destination.exists() and not destination.is_dir():
-        raise ConversionError(f"DST {destination} is a file; choose another name.")
+        raise InputError(f"DST {destination} is a file; choose another name.")
     if os.path.ismount(destination):
-        raise ConversionError(f"DST {destination} is a mount point; choose a folder inside it.")
+        raise InputError(f"DST {destination} is a mount point; choose a folder inside it.")
     if destination.exists() and any(destination.iterdir()):
         if not overwrite:
-            raise ConversionError(
-                f"DST {destination} is not empty; choose another, or pass --overwrite to replace it."
-            )
+            raise InputError(f"DST {destination} is not empty; choose another, or pass --overwrite to replace it.")
         config = destination / "config.json"
         if not config.is_file() or "model_type" not in read_json(config):
-            raise ConversionError(
+            raise InputError(
                 f"DST {destination} has no config.json of a model and is not overwritten; remove it yourself."
             )
 
@@ -53,7 +51,7 @@ def staged(destination: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]
     What a killed run left behind is removed first; a destination that it had moved aside is put back.
 
     Raises:
-        ConversionError: there is no room for `num_bytes`, the disk fills up meanwhile, another run writes the same
+        InputError: there is no room for `num_bytes`, the disk fills up meanwhile, another run writes the same
             destination, or something has come to be there that `check_destination` refuses.
     """
     destination = destination.resolve()
@@ -64,7 +62,7 @@ def staged(destination: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]
     with suppress(OSError):  # another run may be moving it
         free += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # what a killed run left
     if num_bytes > free:
-        raise ConversionError(
+        raise InputError(
             f"DST {destination} needs {num_bytes:,} bytes, and its disk has {free:,} free; make room there."
         )
     try:
@@ -86,11 +84,11 @@ def staged(destination: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]
                 with suppress(OSError):  # while it is held, so that no other run can have it
                     (room / "lock").unlink()
     except Timeout:
-        raise ConversionError(f"Another conversion is writing DST {destination}; wait for it.") from None
+        raise InputError(f"Another conversion is writing DST {destination}; wait for it.") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise ConversionError(
+        raise InputError(
             f"DST {destination} needs {num_bytes:,} bytes, and its disk became full; make room there."
         ) from None
     finally:

@@ -110,16 +110,16 @@ def test_what_stops_an_answer_ends_its_line(capsys):
 
 
 def test_a_picture_is_encoded_once_also_with_relevance(picture, tmp_path, monkeypatch):
-    import modeling_deco.inference.generation
+    import modeling_deco.inference.loading
 
-    looks, load = [], modeling_deco.inference.generation.load
+    looks, load = [], modeling_deco.inference.loading.load
 
     def counting_load(*args, **kwargs):
         model, processor = load(*args, **kwargs)
         model.model.vision_tower.register_forward_pre_hook(lambda module, args: looks.append(module))
         return model, processor
 
-    monkeypatch.setattr(modeling_deco.inference.generation, "load", counting_load)
+    monkeypatch.setattr(modeling_deco.inference.loading, "load", counting_load)
     for options in ([], ["--json"], ["--relevance", str(tmp_path / "map.png")]):
         looks.clear()
         assert ask(picture, "Read the digits.", *options).exit_code == 0
@@ -128,8 +128,9 @@ def test_a_picture_is_encoded_once_also_with_relevance(picture, tmp_path, monkey
 
 def test_options_reach_the_model(picture, monkeypatch):
     import modeling_deco.inference.generation
+    import modeling_deco.inference.loading
 
-    told, load, stream = {}, modeling_deco.inference.generation.load, modeling_deco.inference.generation.stream
+    told, load, stream = {}, modeling_deco.inference.loading.load, modeling_deco.inference.generation.stream
 
     def recording_load(model, **given):
         told.update(given)
@@ -139,7 +140,7 @@ def test_options_reach_the_model(picture, monkeypatch):
         told.update(given, prompt=inputs["input_ids"][0].tolist(), tokenizer=processor.tokenizer)
         return stream(model, processor, inputs, max_new_tokens=2)
 
-    monkeypatch.setattr(modeling_deco.inference.generation, "load", recording_load)
+    monkeypatch.setattr(modeling_deco.inference.loading, "load", recording_load)
     monkeypatch.setattr(modeling_deco.inference.generation, "stream", recording_stream)
     options = "--temperature 0.5 --seed 3 --device cpu --dtype bfloat16 --int8 --4bit --revision v1 --max-new-tokens 9"
     assert ask(picture, "Is there a 7?", *options.split(), "--system", "Read the digits.").exit_code == 0
@@ -444,7 +445,7 @@ def test_a_lack_of_memory_is_one_line_and_exit_code_1(error, picture, monkeypatc
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("modeling_deco.inference.generation.AutoProcessor.from_pretrained", fail)
+    monkeypatch.setattr("modeling_deco.inference.loading.AutoProcessor.from_pretrained", fail)
     result = ask(picture, "Is there a 7?")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "deco ask: out of memory; a smaller --pooled-grid-size or --4bit needs less.\n"

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.cli import app
 from modeling_deco.cli import chat as chat_module
-from modeling_deco.inference.generation import load
+from modeling_deco.inference.loading import load
 from modeling_deco.worlds.digits.scenes import render
 
 
@@ -117,6 +117,7 @@ def test_a_path_may_be_typed_as_in_a_shell(typed, scenes, tmp_path, monkeypatch)
 def test_options_reach_every_answer(scenes, monkeypatch):
     """The seed is of the conversation: what is drawn for a second answer goes on from the first."""
     import modeling_deco.inference.generation
+    import modeling_deco.inference.loading
 
     (_, path), _ = scenes
     told, stream, loaded = [], modeling_deco.inference.generation.stream, {}
@@ -130,7 +131,7 @@ def test_options_reach_every_answer(scenes, monkeypatch):
         told.append({"first": messages[0], "turns": len(messages), **given})
         return stream(model, processor, messages, max_new_tokens=8)
 
-    monkeypatch.setattr(modeling_deco.inference.generation, "load", recording_load)
+    monkeypatch.setattr(modeling_deco.inference.loading, "load", recording_load)
     monkeypatch.setattr(modeling_deco.inference.generation, "stream", recording_stream)
     options = "--temperature 0.5 --seed 3 --device cpu --dtype bfloat16 --int8 --4bit --revision v1 --max-new-tokens 9"
     say = "Is there a 7?\nRead the digits.\n/clear\nIs there a 7?\n"

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.cli import app
-from modeling_deco.inference import folders, info
-from modeling_deco.inference.folders import run_within_limits
+from modeling_deco.inference import costs, folders
+from modeling_deco.utils.child_process import run_within_limits
 
 
 def pipe_for(name):
@@ -241,5 +241,5 @@ def test_a_training_run_with_long_logs_is_no_attack(deco):
 def test_a_card_too_long_for_yaml_is_not_read(deco):
     (deco / "README.md").write_text("---\nlicense: mit\n" + "a: 1\n" * 700_000 + "---\n")
     start = time.monotonic()
-    assert info.describe(deco)["license"] is None
+    assert costs.describe(deco)["license"] is None
     assert time.monotonic() - start < 10

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, pipeline
 
-import modeling_deco.inference.generation
-from modeling_deco.inference.generation import check_length, encode, load, sampling, stream, stream_call, with_system
+from modeling_deco.inference import load, loading
+from modeling_deco.inference.generation import check_length, encode, sampling, stream, stream_call, with_system
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +115,9 @@ def machine(monkeypatch, checkpoint):
         monkeypatch.setattr("torch.cuda.is_available", lambda: num_gpus > 0)
         monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
         monkeypatch.setattr(
-            modeling_deco.inference.generation,
-            "find_spec",
-            lambda name: None if name == "accelerate" and not has_accelerate else 1,
+            loading, "find_spec", lambda name: None if name == "accelerate" and not has_accelerate else 1
         )
-        monkeypatch.setattr(
-            modeling_deco.inference, "load_model", lambda name, revision, **given: told.update(given) or model
-        )
+        monkeypatch.setattr(loading, "load_model", lambda name, revision, **given: told.update(given) or model)
         assert load(str(checkpoint), **arguments)[0] is model
         return told.get("device_map"), told.get("to")
 

@@ -20,8 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_deco.inference import images
-from modeling_deco.inference.images import ImageError, ImageLimits, PictureReader, read_image
+from modeling_deco.inference import ImageError, ImageLimits, PictureReader, downloads, read_image
 from modeling_deco.pixels import to_rgb
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -340,14 +339,14 @@ def test_a_download_over_tls_that_drips_ends_at_its_time_limit(tmp_path, monkeyp
 
 @pytest.mark.usefixtures("loopback")
 def test_a_connection_that_opens_after_the_time_limit_is_not_read(monkeypatch):
-    resolve, asked = images.socket.getaddrinfo, []
+    resolve, asked = downloads.socket.getaddrinfo, []
 
     def slowly(*arguments, **kwargs):
         time.sleep(0.3)
         return resolve(*arguments, **kwargs)
 
     with serving(lambda handler: asked.append(handler.path)) as address:
-        monkeypatch.setattr(images.socket, "getaddrinfo", slowly)
+        monkeypatch.setattr(downloads.socket, "getaddrinfo", slowly)
         with pytest.raises(ImageError, match=r"it took longer than 0\.2 seconds\.$"):
             read_image(address, limits=ImageLimits(timeout=0.2))
     assert asked == []
@@ -385,7 +384,7 @@ def test_a_private_address_is_refused_and_not_connected_to(red):
 @pytest.mark.usefixtures("loopback")
 def test_a_redirect_to_a_private_address_is_refused(red, monkeypatch):
     """The first server counts as public here, as one of a stranger would."""
-    monkeypatch.setattr(images, "_is_public", lambda ip: ip == "127.0.0.1" and not asked)
+    monkeypatch.setattr(downloads, "_is_public", lambda ip: ip == "127.0.0.1" and not asked)
     asked = []
 
     def respond(handler):
@@ -400,8 +399,8 @@ def test_a_redirect_to_a_private_address_is_refused(red, monkeypatch):
 @pytest.mark.usefixtures("loopback")
 def test_a_name_is_resolved_once_so_that_it_cannot_change_after_the_check(red, monkeypatch):
     answers = iter(["127.0.0.1"])
-    monkeypatch.setattr(images, "_is_public", lambda ip: ip == "127.0.0.1")
-    resolve = images.socket.getaddrinfo
+    monkeypatch.setattr(downloads, "_is_public", lambda ip: ip == "127.0.0.1")
+    resolve = downloads.socket.getaddrinfo
 
     def answer(host, port, *arguments, **kwargs):
         if host == "rebinding.example":
@@ -409,7 +408,7 @@ def test_a_name_is_resolved_once_so_that_it_cannot_change_after_the_check(red, m
         return resolve(host, port, *arguments, **kwargs)
 
     with serving(lambda handler: send(handler, red)) as address:
-        monkeypatch.setattr(images.socket, "getaddrinfo", answer)
+        monkeypatch.setattr(downloads.socket, "getaddrinfo", answer)
         url = address.replace("127.0.0.1", "rebinding.example")
         assert PictureReader().read_sync(url).size == (4, 3)
     with pytest.raises(StopIteration):
@@ -423,7 +422,7 @@ def test_a_proxy_of_the_environment_is_used_for_oneself_and_not_for_strangers(re
         monkeypatch.setenv("http_proxy", address)
         monkeypatch.delenv("no_proxy", raising=False)
         assert read_image("http://pictures.invalid/red.png").size == (4, 3)
-        monkeypatch.setattr(images, "_is_public", lambda ip: True)  # a proxy might be
+        monkeypatch.setattr(downloads, "_is_public", lambda ip: True)  # a proxy might be
         with pytest.raises(ImageError, match="cannot be read"):
             PictureReader().read_sync("http://pictures.invalid/red.png")
     assert asked == ["http://pictures.invalid/red.png"]
@@ -439,9 +438,9 @@ def test_a_proxy_of_the_environment_is_used_for_oneself_and_not_for_strangers(re
     ],
 )
 def test_an_address_that_is_not_public(ip):
-    assert not images._is_public(ip)
+    assert not downloads._is_public(ip)
 
 
 @pytest.mark.parametrize("ip", ["93.184.215.14", "8.8.8.8", "2606:4700::1111", "64:ff9b::808:808"])
 def test_an_address_that_is_public(ip):
-    assert images._is_public(ip)
+    assert downloads._is_public(ip)

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig
 from modeling_deco.cli import app
-from modeling_deco.inference.generation import nf4_config
-from modeling_deco.inference.info import describe, describe_config, kv_cache_bytes
-from modeling_deco.inference.loading import empty_model
+from modeling_deco.inference.costs import describe, describe_config, kv_cache_bytes
+from modeling_deco.inference.quantization import nf4_config
+from modeling_deco.inference.weights import empty_model
 from modeling_deco.modeling_deco import CACHE_NAME
 
 

@@ -14,10 +14,9 @@ from typer.testing import CliRunner
 
 from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.cli import app
-from modeling_deco.inference import quantization
-from modeling_deco.inference.generation import load, stream
+from modeling_deco.inference import load, quantization, stream
 from modeling_deco.inference.quantization import Int8Linear, quantize_to_int8
-from modeling_deco.relevance.explain import explain
+from modeling_deco.relevance import explain
 from modeling_deco.worlds.digits.evaluate import accuracy_by_kind
 from modeling_deco.worlds.digits.scenes import render
 

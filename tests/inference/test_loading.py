@@ -21,9 +21,8 @@ from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGene
 from modeling_deco.conversion import ConversionError
 from modeling_deco.conversion import convert as convert_checkpoint
 from modeling_deco.conversion import export as export_checkpoint
-from modeling_deco.inference.generation import load
-from modeling_deco.inference.info import describe
-from modeling_deco.inference.loading import checkpoint_name, load_config, load_model
+from modeling_deco.inference import describe, load, load_config, load_model
+from modeling_deco.inference.lookup import checkpoint_name
 from modeling_deco.inference.quantization import nf4_config
 
 
@@ -308,7 +307,7 @@ def test_what_the_hub_answers_is_one_line(error, message, monkeypatch):
         arguments = {"response": response} if issubclass(kind, huggingface_hub.errors.HfHubHTTPError) else {}
         raise kind("404 Client Error. Request ID: 1-2-3", **arguments)
 
-    monkeypatch.setattr("modeling_deco.inference.loading.hf_hub_download", fail)
+    monkeypatch.setattr("modeling_deco.inference.lookup.hf_hub_download", fail)
     with pytest.raises(ValueError, match=message):
         load_config("me/it", "v2")
 
@@ -322,7 +321,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
         asked.append(repo_id)
         raise RuntimeError("[Errno -2] Name or service not known")
 
-    monkeypatch.setattr("modeling_deco.inference.loading.is_offline_mode", lambda: False)
+    monkeypatch.setattr("modeling_deco.inference.lookup.is_offline_mode", lambda: False)
     monkeypatch.setattr(HfApi, "model_info", fail)
     with pytest.raises(
         ValueError, match=r"^There is no folder chekpoints/deco-7b, and asking the Hub for it failed: \["
@@ -339,9 +338,10 @@ def test_heads_of_files_on_the_hub_are_asked_for_where_they_are_not_cached(whole
     describe("me/it")  # offline: nothing is known of the weights
     heads = {key: SimpleNamespace(shape=list(shape)) for key, shape in shapes.items() if PROJECTOR not in key}
     metadata = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=heads)})
-    monkeypatch.setattr("modeling_deco.inference.loading.is_offline_mode", lambda: False)
-    monkeypatch.setattr("modeling_deco.inference.loading.get_safetensors_metadata", lambda *args, **kwargs: metadata)
-    monkeypatch.setattr("modeling_deco.inference.loading.hf_hub_download", fetched := _cached(hub, "me/it"))
+    for module in ("lookup", "weights"):
+        monkeypatch.setattr(f"modeling_deco.inference.{module}.is_offline_mode", lambda: False)
+    monkeypatch.setattr("modeling_deco.inference.weights.get_safetensors_metadata", lambda *args, **kwargs: metadata)
+    monkeypatch.setattr("modeling_deco.inference.lookup.hf_hub_download", fetched := _cached(hub, "me/it"))
     with pytest.raises(ValueError, match=r"^me/it has no weights for 4 of the model's 64 tensors"):
         describe("me/it")
     assert fetched
@@ -487,7 +487,7 @@ def test_an_adapter_that_is_not_whole_is_one_line(spoil, message, whole, tmp_pat
 
 def test_an_adapter_without_peft_says_what_to_install(whole, tmp_path, monkeypatch):
     save_adapter(whole, tmp_path / "adapter")
-    monkeypatch.setattr("modeling_deco.inference.loading.find_spec", lambda name: None if name == "peft" else True)
+    monkeypatch.setattr("modeling_deco.inference.adapters.find_spec", lambda name: None if name == "peft" else True)
     for door in (load, describe):
         with pytest.raises(
             ValueError, match=r"adapter is an adapter, which needs peft: pip install peft\. .*merge_ad"

@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 from test_images import RED, colours, encode, send, serving
 
-from modeling_deco.inference import images
-from modeling_deco.inference.images import ImageError, ImageLimits, PictureReader, read_image
+from modeling_deco.inference import ImageError, ImageLimits, PictureReader, decoders, downloads, limits, read_image
+from modeling_deco.inference.limits import UNTRUSTED_LIMITS
 from modeling_deco.utils.decoding import LENGTH, READY
 
 NINE = "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()
@@ -83,7 +83,7 @@ def timers(monkeypatch):
         at = None
 
     seconds = Seconds()
-    monkeypatch.setattr(images.threading, "Timer", Timer)
+    monkeypatch.setattr(limits.threading, "Timer", Timer)
     return seconds
 
 
@@ -160,7 +160,7 @@ def test_a_picture_that_takes_too_long_is_refused_and_the_next_one_is_read(make,
 
 def process(*limits) -> subprocess.Popen:
     arguments = json.dumps([sys.path, *limits])
-    command = [sys.executable, "-I", "-c", images._DECODE, arguments]
+    command = [sys.executable, "-I", "-c", decoders._DECODE, arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -187,7 +187,7 @@ def test_a_process_ends_with_its_parent_and_not_by_ctrl_c():
 
 def test_a_process_is_small():
     code = "import sys, modeling_deco.utils.decoding; print(*{'torch', 'transformers'} & sys.modules.keys())"
-    path = str(Path(images.__file__).parents[2])
+    path = str(Path(decoders.__file__).parents[2])
     run = [sys.executable, "-c", f"import sys; sys.path[:] = {[*sys.path, path]!r}; {code}"]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "\n"
 
@@ -220,7 +220,7 @@ def test_as_many_pixels_as_are_allowed_are_read(encoded, make):
 
 
 def test_the_defaults_are_those_of_the_documentation():
-    limits = images.UNTRUSTED_LIMITS
+    limits = UNTRUSTED_LIMITS
     assert (limits.max_pixels, limits.max_bytes) == (50_000_000, 33_554_432)
     assert (limits.timeout, limits.connect_timeout, limits.decode_timeout) == (15, 5, 10)
 
@@ -256,7 +256,7 @@ def test_a_process_that_crashes_or_lies_is_replaced(answer, make, red, monkeypat
     reader = make()
     with monkeypatch.context() as context:
         code = f"import os, sys; print('ready', flush=True); sys.stdin.buffer.read(8 + {len(red)}); {answer}"
-        context.setattr(images, "_DECODE", code)
+        context.setattr(decoders, "_DECODE", code)
         with pytest.raises(ImageError, match=r"^The image cannot be read: it is broken \(the decoder crashed\)\.$"):
             reader.read_sync(red)
     assert colours(reader.read_sync(red)) == {RED}
@@ -272,7 +272,7 @@ def test_a_process_that_was_killed_while_idle_is_replaced(make, red):
 
 
 def test_a_process_that_cannot_start_is_said(make, red, monkeypatch):
-    monkeypatch.setattr(images, "_DECODE", "raise SystemExit(1)")
+    monkeypatch.setattr(decoders, "_DECODE", "raise SystemExit(1)")
     with pytest.raises(RuntimeError, match=r"^Pictures cannot be decoded: '.*' could not start a process for it\.$"):
         make().read_sync(red)
 
@@ -283,11 +283,11 @@ STUCK = "import sys; print('ready', flush=True); sys.stdin.buffer.read()"
 
 def test_a_cancelled_task_kills_its_process(make, red, monkeypatch):
     asked = []
-    ask = images._Decoder._ask
+    ask = decoders.Decoder._ask
     monkeypatch.setattr(
-        images._Decoder, "_ask", lambda self, encoded: (asked.append(self.process), ask(self, encoded))
+        decoders.Decoder, "_ask", lambda self, encoded: (asked.append(self.process), ask(self, encoded))
     )
-    monkeypatch.setattr(images, "_DECODE", STUCK)
+    monkeypatch.setattr(decoders, "_DECODE", STUCK)
 
     async def cancel():
         await cancelled(make().read(red), lambda: asked)
@@ -307,11 +307,11 @@ async def cancelled(coroutine, is_under_way) -> None:
 
 def test_closing_ends_what_is_under_way(make, red, monkeypatch):
     asked = []
-    ask = images._Decoder._ask
+    ask = decoders.Decoder._ask
     monkeypatch.setattr(
-        images._Decoder, "_ask", lambda self, encoded: (asked.append(self.process), ask(self, encoded))
+        decoders.Decoder, "_ask", lambda self, encoded: (asked.append(self.process), ask(self, encoded))
     )
-    monkeypatch.setattr(images, "_DECODE", STUCK)
+    monkeypatch.setattr(decoders, "_DECODE", STUCK)
 
     async def close():
         reader = make()
@@ -423,7 +423,7 @@ def test_a_cancelled_download_closes_its_connection(make):
 
 def test_a_look_up_that_hangs_ends_at_the_time_limit(timers, monkeypatch):
     hanging = threading.Event()
-    monkeypatch.setattr(images.socket, "getaddrinfo", lambda *arguments, **kwargs: hanging.wait(20))
+    monkeypatch.setattr(downloads.socket, "getaddrinfo", lambda *arguments, **kwargs: hanging.wait(20))
     timers.at = 15.0
     with pytest.raises(ImageError, match=r"it took longer than 15 seconds\.$"):
         read_image("http://pictures.example/a.png")
@@ -435,7 +435,7 @@ def test_a_look_up_that_hangs_ends_at_the_time_limit(timers, monkeypatch):
 def test_an_address_that_does_not_accept_is_left_for_the_next_one(red, monkeypatch):
     """The first of the two does not answer; the time limit of that is not the one of the download."""
     tried, waits = [], []
-    connect, open_connection = socket.socket.connect, images._Connector.connect
+    connect, open_connection = socket.socket.connect, downloads._Connector.connect
 
     def connect_or_not(self, place):
         tried.append((place[0], self.gettimeout()))
@@ -451,9 +451,9 @@ def test_an_address_that_does_not_accept_is_left_for_the_next_one(red, monkeypat
     with serving(lambda handler: send(handler, red)) as address:
         port = int(address.rpartition(":")[2])
         answer = [(2, 1, 6, "", (ip, port)) for ip in ("127.0.0.1", "127.0.0.2")]
-        monkeypatch.setattr(images.socket, "getaddrinfo", lambda *arguments, **kwargs: answer)
-        monkeypatch.setattr(images.socket.socket, "connect", connect_or_not)
-        monkeypatch.setattr(images._Connector, "connect", open_and_note)
+        monkeypatch.setattr(downloads.socket, "getaddrinfo", lambda *arguments, **kwargs: answer)
+        monkeypatch.setattr(downloads.socket.socket, "connect", connect_or_not)
+        monkeypatch.setattr(downloads._Connector, "connect", open_and_note)
         assert colours(read_image(address, limits=ImageLimits(connect_timeout=3.0, timeout=9.0))) == {RED}
     assert tried == [("127.0.0.1", 3.0), ("127.0.0.2", 3.0)]
     assert waits == [9.0]  # for each packet, once connected

@@ -12,8 +12,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Si
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor
-from modeling_deco.inference.generation import encode, stream
-from modeling_deco.inference.prompt_cache import PromptCache
+from modeling_deco.inference import PromptCache, encode, stream
 from modeling_deco.modeling_deco import CACHE_NAME
 
 

@@ -492,28 +492,24 @@ def test_bad_arguments_are_refused_in_one_line(deco, checkpoint, arguments, mess
 @pytest.mark.parametrize(
     ("given", "used"),
     [
-        (
-            {},
-            {"device_map": {"": torch.device("cpu")}, "dtype": "auto", "revision": "main"},
-        ),
-        ({"device": "cuda:1"}, {"device_map": {"": "cuda:1"}}),
-        ({"device_map": "auto"}, {"device_map": "auto"}),
+        ({}, {"device": "cpu", "dtype": "auto", "revision": "main", "in_4bit": False}),
+        ({"device": "cuda:1"}, {"device": "cuda:1"}),
+        ({"device_map": "auto"}, {"device": None}),
         ({"dtype": "float16", "attn_implementation": "eager"}, {"dtype": "float16", "attn_implementation": "eager"}),
         ({"revision": "v1"}, {"revision": "v1"}),
     ],
 )
 def test_arguments_of_loading(deco, checkpoint, monkeypatch, given, used):
-    load, arguments = deco.load_model, {}
+    load, arguments = deco.load, {}
 
-    def recording_load(name, revision, **given):
-        arguments.update(given, revision=revision)
+    def recording_load(name, **given):
+        arguments.update(given)
         return load(name)
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(deco, "load_model", recording_load)
+    monkeypatch.setattr(deco, "load", recording_load)
     deco.Deco(str(checkpoint), **given)
     assert {name: arguments[name] for name in used} == used
-    assert arguments["quantization_config"] is None
 
 
 @pytest.mark.slow

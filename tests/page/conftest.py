@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from modeling_deco import SHIPPED_CHECKPOINT
-from modeling_deco.inference.generation import load
+from modeling_deco.inference.loading import load
 from modeling_deco.worlds.digits.scenes import render
 
 if find_spec("gradio") is None:

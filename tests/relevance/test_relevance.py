@@ -24,18 +24,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor
-from modeling_deco.relevance.explain import (
-    Relevance,
-    _check_layers,
-    _decode_one_by_one,
-    _divide_by_sum,
-    _find_word_ids,
-    _normalize_rows,
-    describe_peak,
-    draw_heat_map,
-    explain,
-    plot_relevance,
-)
+from modeling_deco.relevance import Relevance, explain, plot_relevance
+from modeling_deco.relevance.explain import _decode_one_by_one, _find_word_ids
+from modeling_deco.relevance.figure import describe_peak, draw_heat_map
+from modeling_deco.relevance.forward import _check_layers
+from modeling_deco.relevance.rules import _divide_by_sum, _normalize_rows
 
 QUESTION, ANSWER = "what is this ?", "a red cat ."
 SMALL = {"hidden_size": 16, "num_attention_heads": 2}

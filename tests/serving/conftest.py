@@ -13,7 +13,7 @@ import pytest_socket
 from asking import NAME, running
 
 from modeling_deco import SHIPPED_CHECKPOINT
-from modeling_deco.inference.generation import load
+from modeling_deco.inference.loading import load
 from modeling_deco.serving import ServerOptions, build_app
 
 

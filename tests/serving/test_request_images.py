@@ -14,8 +14,8 @@ import pytest
 from asking import COLOUR_ANSWER, COLOUR_QUESTION, PICTURE, SCENE, about, answer, ask, data_url, sent, wait_until
 from PIL import Image
 
-from modeling_deco.inference import images
-from modeling_deco.inference.images import ImageLimits
+from modeling_deco.inference import decoders, downloads
+from modeling_deco.inference.limits import ImageLimits
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_private_addresses_are_not_requested(start, port, pictures):
 
 
 def test_a_redirect_to_a_private_address_is_not_followed(port, pictures, monkeypatch):
-    monkeypatch.setattr(images, "_is_public", lambda ip: ip == "127.0.0.1")
+    monkeypatch.setattr(downloads, "_is_public", lambda ip: ip == "127.0.0.1")
     with pytest.raises(openai.BadRequestError, match=r"Image 1: .* '127\.0\.0\.2' is not a public address"):
         ask(port, about(pictures.url + "/elsewhere"))
     assert pictures.asked == ["/elsewhere"]
@@ -103,7 +103,7 @@ def test_slow_hosts_do_not_delay_others_and_are_disconnected_with_the_client(sta
 
 
 def test_slow_images_do_not_delay_others_and_are_abandoned_with_the_client(start, monkeypatch):
-    stopped, ask_decoder = [], images._Decoder._ask
+    stopped, ask_decoder = [], decoders.Decoder._ask
 
     def stop(decoder, encoded):
         if len(stopped) < 2:
@@ -111,7 +111,7 @@ def test_slow_images_do_not_delay_others_and_are_abandoned_with_the_client(start
             stopped.append(decoder)
         return ask_decoder(decoder, encoded)
 
-    monkeypatch.setattr(images._Decoder, "_ask", stop)
+    monkeypatch.setattr(decoders.Decoder, "_ask", stop)
     port = start(image_limits=ImageLimits(decode_timeout=300))
     with sent(port, about(PICTURE)), sent(port, about(PICTURE)):
         wait_until(lambda: len(stopped) == 2, 60)

@@ -11,7 +11,7 @@ import pytest
 needs_full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
 PROGRAM = """
 import sys
-from modeling_deco.utils.errors import run
+from modeling_deco.utils.program import run
 
 def main():
     {}

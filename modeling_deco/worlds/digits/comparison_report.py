@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ... import explain
-from ...inference.generation import load
-from .scenes import IMAGE_SIZE, render
+from ...inference import load
+from ...relevance.figure import draw_heat_map
+from .scenes import render
 
 # the three abilities that the paper's abstract names, and the kinds of questions that test them here
 GROUPS = {
@@ -184,19 +185,17 @@ def plot_relevance_grid(folders: dict[str, Path], max_digits: int = 4) -> Figure
         for axes, scene, digit in zip(row, scenes, asked, strict=True):
             question, answer = f"What colour is the {digit.value}?", f"{digit.value} {digit.colour}."
             relevance = explain(model, processor, scene.image, question, answer).average([digit.colour])
-            _draw_map(axes, scene, digit, relevance.text_to_patch[0].reshape(relevance.patch_grid).numpy())
+            draw_heat_map(axes, relevance, 0)
+            _draw_box(axes, digit.box)
         row[0].set_ylabel(name, fontsize=9)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
     return figure
 
 
-def _draw_map(axes, scene, digit, heat: np.ndarray) -> None:
-    picture = np.asarray(scene.image.convert("L").convert("RGB")) // 2
-    axes.imshow(picture, extent=(0, IMAGE_SIZE, IMAGE_SIZE, 0))
-    axes.imshow(heat, extent=(0, IMAGE_SIZE, IMAGE_SIZE, 0), cmap="inferno", alpha=0.75, interpolation="nearest")
-    x0, y0, x1, y1 = digit.box
-    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=1))
+def _draw_box(axes, box) -> None:
+    x0, y0, x1, y1 = box
+    axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=1))
 
 
 def write_report(results: list[dict], args) -> None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from ... import DecoForConditionalGeneration, DecoProcessor
-from ...inference.loading import load_model
+from ...inference import load
 from ...training.trainer import DecoSFTConfig, DecoSFTTrainer, part_of
 from ...utils.measure import environment
 from .comparison import CompareArguments, Run, config_of, settings_of
@@ -67,8 +67,7 @@ def training_args_of(args: CompareArguments, run: Run) -> DecoSFTConfig:
 
 def build_model(args: CompareArguments, run: Run) -> tuple[DecoForConditionalGeneration, DecoProcessor]:
     """Join the vision tower and language model of the backbones with a new projector. Returns also their processor."""
-    warm = load_model(args.backbones, dtype=torch.float32)
-    processor = DecoProcessor.from_pretrained(args.backbones, trust_remote_code=False)
+    warm, processor = load(args.backbones, device="cpu", dtype="float32")
     processor.pooled_grid_size = run.pooled_grid_size
     model = DecoForConditionalGeneration(config_of(args, run))
     model.model.vision_tower.load_state_dict(warm.model.vision_tower.state_dict())

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessorList
 
 from ...configuration_deco import parse_grid
-from ...inference.generation import RefuseNaN, encode, load
+from ...inference.generation import RefuseNaN, encode
+from ...inference.loading import load
 from ...utils.measure import environment
 from ...utils.script import run
 from .questions import KINDS, questions, score

@@ -20,8 +20,9 @@ import typer
 from tqdm.auto import tqdm
 
 from ...configuration_deco import parse_grid
-from ...inference.generation import load
-from ...relevance.explain import METHODS, explain
+from ...inference.loading import load
+from ...relevance import explain
+from ...relevance.explain import METHODS
 from ...utils.measure import environment
 from ...utils.script import run
 from .questions import questions

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ...utils.errors import run
+from ...utils.program import run
 from .questions import TRAINING_KINDS, Question, questions
 from .scenes import SPLITS, render
 

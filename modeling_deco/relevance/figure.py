@@ -1,0 +1,113 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Heat maps of relevance over the picture, drawn by matplotlib."""
+
+import math
+
+import torch
+
+from .explain import Relevance
+
+LEVELS = ("patch", "query", "both")
+_MAX_COLUMNS = 6
+_PANEL_WIDTH = 1.9  # inches
+_LONGEST_TITLE = 20  # characters, which is what fits above a panel
+
+
+def plot_relevance(relevance: Relevance, level: str = "patch"):
+    """Draw the picture and, for each word of the answer, its heat map over the greyed picture.
+
+    Each map has its own scale, from nothing to its peak, and says how high that is beside other words: one that
+    does not come from the picture has a low one.
+
+    Args:
+        relevance: of tokens or words; tokens are averaged by word.
+        level: `"patch"` for Text-to-Patch, `"query"` for Text-to-Query (on the pooled grid, without the picture where
+            queries have no place in it), `"both"` for one above the other.
+
+    Returns:
+        A matplotlib `Figure`: `figure.savefig(path)`, or the last expression of a notebook's cell after `%matplotlib
+        inline`.
+
+    Raises:
+        ValueError: an unknown level.
+        ImportError: matplotlib is missing.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("Drawing relevance needs matplotlib: pip install matplotlib") from None
+    words = relevance.by_word()
+    levels = ("patch", "query") if level == "both" else (level,)
+    num_panels = 1 + len(words.tokens)
+    num_columns = min(num_panels, _MAX_COLUMNS)
+    num_rows = math.ceil(num_panels / num_columns) * len(levels)
+    height, width = words.image.shape[:2]
+    size = (_PANEL_WIDTH * num_columns + 1, (_PANEL_WIDTH * height / width + 0.4) * num_rows)
+    figure = Figure(figsize=size, dpi=160, layout="constrained")
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for index, drawn_level in enumerate(levels):
+        panels = grid[index :: len(levels)].flatten()
+        _draw_picture(panels[0], words, drawn_level)
+        for word, axes in enumerate(panels[1:num_panels]):
+            heat_map = _draw_word(axes, words, word, drawn_level)
+    # as high as the first row of panels
+    bar = figure.colorbar(heat_map, ax=grid[:, -1], fraction=0.08, shrink=1 / num_rows, anchor=(0, 1), ticks=[0, 1])
+    bar.ax.set_yticklabels(["0", "max"], size="small")
+    bar.set_label("relevance", size="small", labelpad=-12)
+    return figure
+
+
+def _draw_picture(axes, words: Relevance, level: str) -> None:
+    (rows, cols), unit = (words.patch_grid, "patches") if level == "patch" else (words.pooled_grid, "tokens")
+    has_grid = level == "patch" or words.has_grid
+    axes.imshow(words.image)
+    axes.set_title(f"{rows} x {cols} {unit}" if has_grid else f"{rows * cols} {unit}, no grid", size="medium")
+
+
+def _draw_word(axes, words: Relevance, index: int, level: str):
+    """One word's heat map with its title and its peak; returns it for the colour bar."""
+    heat_map = draw_heat_map(axes, words, index, level)
+    word = words.tokens[index]
+    if len(word) > _LONGEST_TITLE:
+        word = word[: _LONGEST_TITLE - 3] + "..."
+    axes.set_title(word, parse_math=False, weight="bold", size="medium")
+    peak = describe_peak(words, index, level)
+    axes.text(0.5, -0.02, peak, transform=axes.transAxes, ha="center", va="top", size="x-small", color="0.4")
+    return heat_map
+
+
+def draw_heat_map(axes, relevance: Relevance, index: int, level: str = "patch"):
+    """Draw one entry's heat map on matplotlib's `axes`, over the greyed picture where the entry has a place there.
+
+    Returns:
+        matplotlib's image of the map, scaled to its own peak, for a colour bar.
+    """
+    maps, grid = _maps(relevance, level)
+    heat = maps[index].unflatten(0, grid).numpy()
+    heat = heat / (heat.max() or 1)
+    height, width = relevance.image.shape[:2]
+    opacity = 1
+    if level == "patch" or relevance.has_grid:
+        axes.imshow(relevance.image.mean(-1), cmap="gray", vmin=0, vmax=1.8 * 255)
+        opacity = 0.1 + 0.6 * heat  # the picture shows through
+    return axes.imshow(
+        heat, cmap="inferno", vmin=0, vmax=1, alpha=opacity, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+    )
+
+
+def describe_peak(relevance: Relevance, index: int, level: str = "patch") -> str:
+    """How high an entry's map is beside the others': one that does not come from the picture has a low peak."""
+    maps, _ = _maps(relevance, level)
+    highest = maps.max().item()
+    return f"peak: {maps[index].max().item() / highest:.0%} of the highest" if highest > 0 else "no relevance"
+
+
+def _maps(relevance: Relevance, level: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    if level == "patch":
+        return relevance.text_to_patch, relevance.patch_grid
+    return relevance.text_to_query, relevance.pooled_grid
