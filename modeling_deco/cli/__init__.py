@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `deco` command. Answers go to stdout, everything else to stderr.
 
-Exit codes: 0, 1 for what failed on the way, 2 for bad input, which is one line. A module of each command is imported
-with the command line; torch and transformers only where the command runs.
+Exit codes are 0, 1 for a failure, and 2 for bad input, which is reported in one line. The modules of all commands are
+imported with the command line, so they import torch and transformers only when the command runs.
 """
 
 from typing import Annotated

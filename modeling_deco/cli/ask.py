@@ -35,9 +35,9 @@ from .common import (
 
 def ask(
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="IMAGE", help="Paths or URLs of pictures; - reads one from stdin.")
+        list[str] | None, typer.Argument(metavar="IMAGE", help="Paths or URLs of images; - reads one from stdin.")
     ] = None,
-    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="What you want to know.")] = None,
+    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="Question about the images.")] = None,
     model: Annotated[str, typer.Option(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")] = str(
         SHIPPED_CHECKPOINT
     ),
@@ -52,17 +52,17 @@ def ask(
     in_4bit: In4Bit = False,
     in_int8: InInt8 = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object with the answer and its cost.")
+        bool, typer.Option("--json", help="Print one JSON object with the answer and what it cost.")
     ] = False,
     relevance: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw what each word of the answer rests on.")
+        Path | None, typer.Option(metavar="FILE.png", help="Draw which patches each word of the answer is based on.")
     ] = None,
     relevance_level: Annotated[
         str | None,
-        typer.Option(metavar="patch|query|both", help="Over the patches (default), the image tokens, or both."),
+        typer.Option(metavar="patch|query|both", help="Draw over the patches (default), the image tokens, or both."),
     ] = None,
 ):
-    """Answer QUESTION about one or several images; the answer is written as it comes.
+    """Answer a question about one or several images. The answer is written as it is generated.
 
     \b
     deco ask digits.png "What colour is the 7?"
@@ -73,21 +73,19 @@ def ask(
     """
     with one_line_errors("ask"):
         if not images or not question.strip():
-            raise ValueError('It takes an image and a question: deco ask digits.png "Read the digits."')
+            raise ValueError('It needs an image and a question: deco ask digits.png "Read the digits."')
+        if images.count("-") > 1:
+            raise ValueError("stdin (-) has one image, and - is given more than once.")
         if relevance is not None:
             relevance_level = _check_relevance(relevance, relevance_level, images, system)
         elif relevance_level is not None:
             raise ValueError("--relevance-level has no effect without --relevance.")
         grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
-        if images.count("-") > 1:
-            raise ValueError("stdin (-) holds one image, and - is given more than once.")
-
-        from ..inference.images import read_image
-
-        pictures = [read_image(sys.stdin.buffer if image == "-" else os.path.expanduser(image)) for image in images]
+        content = [{"type": "image", "image": image} for image in _read(images)]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
         from ..configuration_deco import parse_grid
-        from ..inference.generation import encode, sampling, stream, stream_call, with_system
+        from ..inference.generation import encode, with_system
         from ..inference.loading import load
 
         quiet_transformers()
@@ -95,23 +93,17 @@ def ask(
             model, revision=revision, device=device, dtype=dtype, in_4bit=in_4bit, in_int8=in_int8
         )
         start = time.perf_counter()
-        content = [{"type": "image", "image": picture} for picture in pictures]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         inputs = encode(processor, with_system(processor, messages, system), grid)
-        budget = {"max_new_tokens": max_new_tokens}
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         if relevance is None:
-            pieces = stream(loaded, processor, inputs, **budget, temperature=temperature, seed=seed)
+            pieces = _stream(loaded, processor, inputs, **options)
         else:
-            from ..relevance import explain, plot_relevance
-
-            arguments = {"pooled_grid_size": grid, **budget, **sampling(temperature)}
-            call = partial(explain, loaded, processor, pictures[0], question, **arguments)
-            pieces = stream_call(call, processor, seed=seed)
+            pieces = _stream_explained(loaded, processor, content[0]["image"], question, grid, **options)
         answer, explained = write(pieces, quiet=as_json)
         if not answer:
             typer.echo("(no answer)", err=True)
         if as_json:
-            result = {
+            report = {
                 "answer": answer,
                 "question": question,
                 "images": images,
@@ -121,20 +113,39 @@ def ask(
                 "num_prompt_tokens": inputs["input_ids"].shape[1],
                 "seconds": time.perf_counter() - start,
             }
-            if relevance is not None:
-                result["relevance"] = str(relevance)
-            typer.echo(json.dumps(result))
+            typer.echo(json.dumps(report if relevance is None else report | {"relevance": str(relevance)}))
         if relevance is not None:
-            _save_figure(plot_relevance(explained, relevance_level), relevance)
+            _save_relevance(explained, relevance_level, relevance)
+
+
+def _read(images: list[str]) -> list:
+    from ..inference.images import read_image
+
+    return [read_image(sys.stdin.buffer if image == "-" else os.path.expanduser(image)) for image in images]
+
+
+def _stream(model, processor, inputs, **options):
+    from ..inference.generation import stream
+
+    return stream(model, processor, inputs, **options)
+
+
+def _stream_explained(model, processor, image, question: str, grid, *, max_new_tokens, temperature, seed):
+    """Pieces of an answer. The generator returns its relevance."""
+    from ..inference.generation import sampling, stream_call
+    from ..relevance import explain
+
+    arguments = {"pooled_grid_size": grid, "max_new_tokens": max_new_tokens, **sampling(temperature)}
+    return stream_call(partial(explain, model, processor, image, question, **arguments), processor, seed=seed)
 
 
 def _check_relevance(path: Path, level: str | None, images: list[str], system: str | None) -> str:
-    """The level to draw. Raises a ValueError where the picture could not be drawn, or not be written."""
-    levels = ("patch", "query", "both")  # relevance.LEVELS, without torch
+    """The level to draw. Raises a ValueError if relevance cannot be drawn or written."""
+    levels = ("patch", "query", "both")  # relevance.LEVELS, whose import would import torch
     if len(images) > 1:
         raise ValueError(f"--relevance explains an answer about one image, got {len(images)}.")
     if system is not None:
-        raise ValueError("--relevance explains an answer to a question alone, without --system.")
+        raise ValueError("--relevance does not support --system; leave one of them out.")
     if level not in (None, *levels):
         raise ValueError(f"--relevance-level must be one of {', '.join(levels)}, got {level!r}.")
     if path.suffix.lower() != ".png":
@@ -148,13 +159,15 @@ def _check_relevance(path: Path, level: str | None, images: list[str], system: s
     return level or levels[0]
 
 
-def _save_figure(figure, path: Path) -> None:
-    """Write beside, then rename: a file under its name is whole."""
-    partial = path.with_name(f".{os.getpid()}.tmp")
+def _save_relevance(explained, level: str, path: Path) -> None:
+    """Write a temporary file and rename it, so that the file is never incomplete."""
+    from ..relevance import plot_relevance
+
+    partial_path = path.with_name(f".{os.getpid()}.tmp")
     try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
+        plot_relevance(explained, level).savefig(partial_path, format="png")
+        os.replace(partial_path, path)
     except OSError as error:
         raise OSError(f"--relevance {str(path)!r} cannot be written: {error.strerror}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        partial_path.unlink(missing_ok=True)

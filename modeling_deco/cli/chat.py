@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`deco chat`: a conversation about pictures in the terminal."""
+"""`deco chat`: a conversation about images in the terminal."""
 
 import math
 import os
@@ -33,17 +33,17 @@ from .common import (
 )
 
 COMMANDS = """\
-/image PATH_OR_URL               show another picture with the next question
-/pooled-grid-size N|ROWSxCOLS    token budget of the pictures, from the next question on
-/clear                           begin anew, without pictures
-/help                            this list
-/exit                            end (or Ctrl-D); Ctrl-C stops an answer"""
+/image PATH_OR_URL               add an image to the next question
+/pooled-grid-size N|ROWSxCOLS    set the token budget of images, from the next question on
+/clear                           start a new conversation, without images
+/help                            show this list
+/exit                            end the conversation (or Ctrl-D); Ctrl-C stops an answer"""
 
 
 def chat(
     model: Model = str(SHIPPED_CHECKPOINT),
     image: Annotated[
-        list[str] | None, typer.Option(metavar="IMAGE", help="Path or URL of a picture; may be given again.")
+        list[str] | None, typer.Option(metavar="IMAGE", help="Path or URL of an image; can be repeated.")
     ] = None,
     revision: Revision = None,
     pooled_grid_size: PooledGridSize = None,
@@ -56,44 +56,44 @@ def chat(
     in_4bit: In4Bit = False,
     in_int8: InInt8 = False,
 ):
-    """Talk about pictures; answers are written as they come.
+    """Talk about images. Answers are written as they are generated.
 
     \b
     deco chat --image digits.png
     deco chat DIR_OR_HUB_ID --pooled-grid-size 8 --4bit
     printf "/image digits.png\\nRead the digits.\\n" | deco chat
 
-    In the conversation, /image PATH shows a picture, /pooled-grid-size N changes the token budget, and /help lists
-    more.
+    In the conversation, /image PATH adds an image, /pooled-grid-size N sets the token budget, and /help lists all
+    commands.
     """
     with one_line_errors("chat"):
         grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
 
         from ..inference.images import read_image
 
-        pictures = [read_image(os.path.expanduser(name)) for name in image or []]
+        images = [read_image(os.path.expanduser(name)) for name in image or []]
 
         from ..inference.loading import load
 
         quiet_transformers()
         loaded = load(model, revision=revision, device=device, dtype=dtype, in_4bit=in_4bit, in_int8=in_int8)
         conversation = Conversation(*loaded, grid, max_new_tokens, temperature, seed, system)
-        conversation.pictures += pictures
+        conversation.images += images
     is_interactive = sys.stdin.isatty()
     if is_interactive:
-        typer.echo(f"{model}. Ask, or /help.", err=True)
+        typer.echo(f"{model} is loaded. Ask a question, or type /help.", err=True)
     while (line := _read_line(is_interactive)) is not None:
-        if not is_interactive:  # a script wants to know of a mistake, and ends there
+        if not is_interactive:  # a script ends at its first error
             with one_line_errors("chat"):
-                goes_on = conversation.take(line.strip())
+                continues = conversation.take(line.strip())
         else:
-            goes_on = _take(conversation, line.strip())
-        if not goes_on:
+            continues = _take(conversation, line.strip())
+        if not continues:
             break
 
 
 def _take(conversation: "Conversation", line: str) -> bool:
-    """On a terminal what goes wrong is said, and the conversation goes on."""
+    """`Conversation.take` on a terminal: an error is reported, and the conversation continues."""
     from ..inference.errors import is_out_of_memory
 
     try:
@@ -105,12 +105,13 @@ def _take(conversation: "Conversation", line: str) -> bool:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        report("chat", f"{OUT_OF_MEMORY} So does /clear.")
+        report("chat", f"{OUT_OF_MEMORY} /clear frees memory too.")
     return True
 
 
 def _read_line(is_interactive: bool) -> str | None:
-    """A line, or None at the end. The prompt is on stderr unless both ends are a terminal, where readline needs it."""
+    """The next line, or None at the end of the input. The prompt goes to stderr, unless stdin and stdout are both
+    terminals: then readline writes it."""
     on_terminal = is_interactive and sys.stdout.isatty()
     if on_terminal:
         with suppress(ImportError):
@@ -127,7 +128,7 @@ def _read_line(is_interactive: bool) -> str | None:
 
 
 class Conversation:
-    """Messages so far, pictures for the next question, and the token budget."""
+    """The messages so far, the images of the next question, and the options of answers."""
 
     def __init__(
         self,
@@ -143,49 +144,49 @@ class Conversation:
         from ..inference.prompt_cache import PromptCache
 
         self.model, self.processor = model, processor
-        self.prompt_cache = PromptCache(model, math.inf)  # of one conversation: `clear` when it ends
+        self.prompt_cache = PromptCache(model, math.inf)  # one conversation needs all of it
         self.pooled_grid_size = None if pooled_grid_size is None else self._check_grid(pooled_grid_size)
         self.max_new_tokens = max_new_tokens
         self.temperature, self.seed = temperature, seed
         question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
-        with_system(processor, [question], system)  # refused before the first question
-        self.system, self.messages, self.pictures = system, [], []
+        with_system(processor, [question], system)  # raises an error before the first question
+        self.system, self.messages, self.images = system, [], []
 
     def take(self, line: str) -> bool:
-        """Obey a command or answer a question; whether the conversation goes on."""
+        """Run a command or answer a question. Returns whether the conversation continues."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if command == "/image":
             from ..inference.images import read_image
 
             if not argument:
-                raise ValueError("/image needs a path or URL: /image digits.png")
-            picture = read_image(_path(argument))
-            self.pictures.append(picture)
-            typer.echo(f"{picture.width} x {picture.height} pixels; ask about it.", err=True)
+                raise ValueError("/image needs a path or URL, as in /image digits.png")
+            added = read_image(_path(argument))
+            self.images.append(added)
+            typer.echo(f"Image added: {added.width} x {added.height} pixels.", err=True)
         elif command == "/pooled-grid-size":
             self.pooled_grid_size = self._check_grid(parse_grid_option(argument))
-            self.prompt_cache.clear()  # its pictures have another grid
+            self.prompt_cache.clear()  # its images have another grid
             rows, cols = self.pooled_grid_size
-            typer.echo(f"{rows} x {cols} = {rows * cols} tokens per picture.", err=True)
+            typer.echo(f"{rows} x {cols} = {rows * cols} tokens per image.", err=True)
         elif command == "/clear":
-            self.messages, self.pictures = [], []
+            self.messages, self.images = [], []
             self.prompt_cache.clear()
         elif command == "/help":
             typer.echo(COMMANDS, err=True)
         elif command == "/exit":
             return False
         elif command.startswith("/"):
-            raise ValueError(f"{command!r} is not a command; /help lists them.")
+            raise ValueError(f"{command!r} is not a command; /help lists all commands.")
         elif line:
             self.answer(line)
         return True
 
     def answer(self, question: str) -> None:
-        """Write the answer as it comes. A question that fails or is stopped before its answer begins is forgotten."""
+        """Write the answer as it is generated. A question without an answer is not kept in the conversation."""
         from ..inference.generation import stream, with_system
 
-        content = [{"type": "image", "image": picture} for picture in self.pictures]
+        content = [{"type": "image", "image": image} for image in self.images]
         messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         pieces = stream(
             self.model,
@@ -198,12 +199,12 @@ class Conversation:
             prompt_cache=self.prompt_cache,
         )
         answer, _ = write(pieces, stoppable=sys.stdin.isatty())
-        self.seed = None  # later answers draw on from that seed
+        self.seed = None  # later answers continue the random sequence
         if not answer:
             typer.echo("(no answer)", err=True)
             return
         answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        self.messages, self.pictures = [*messages, answered], []
+        self.messages, self.images = [*messages, answered], []
 
     def _check_grid(self, grid: list[int]) -> list[int]:
         from ..configuration_deco import check_grid
@@ -213,8 +214,8 @@ class Conversation:
 
 
 def _path(argument: str) -> str:
-    """A path or URL as it was typed: with `~`, in quotes, or with spaces escaped as a shell does."""
+    """The path or URL that was typed with `~`, in quotes, or with escaped spaces as in a shell."""
     if not os.path.exists(argument):
-        with suppress(ValueError):  # more than one word, or a quote without its end
+        with suppress(ValueError):  # several words, or an unclosed quote
             (argument,) = shlex.split(argument)
     return os.path.expanduser(argument)

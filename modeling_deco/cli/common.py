@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What several commands need: their shared options, and errors in one line."""
+"""What several commands share: options, errors in one line, and the streaming of answers."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -11,53 +11,62 @@ import typer
 from ..utils.errors import one_line
 from ..utils.program import print_error
 
-MODEL_HELP = "Folder or Hub id of a DeCo checkpoint; by default the shipped one, which knows digits"
+MODEL_HELP = "Folder or Hub id of a DeCo checkpoint. Default: the shipped one, which knows only digits"
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.")]
 PooledGridSize = Annotated[
-    str | None, typer.Option(metavar="N|ROWSxCOLS", help="Token budget of an image; the checkpoint's by default.")
+    str | None, typer.Option(metavar="N|ROWSxCOLS", help="Token budget of each image. Default: the checkpoint's.")
 ]
-MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Maximum length of an answer, in tokens.")]
 Temperature = Annotated[
     float | None,
     typer.Option(
         metavar="T",
         min=0,
-        help="0 takes the likeliest token each time; the higher, the freer the choice. The checkpoint's by default.",
+        help="Sampling temperature; 0 is greedy decoding. Default: the checkpoint's.",
     ),
 ]
 Seed = Annotated[
-    int | None, typer.Option(metavar="N", min=0, max=2**63 - 1, help="The same seed draws the same answer.")
+    int | None,
+    typer.Option(metavar="N", min=0, max=2**63 - 1, help="Seed of sampling: the same seed gives the same answer."),
 ]
 System = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="Instructions before the conversation (system message).")
+    str | None, typer.Option(metavar="TEXT", help="System message: instructions before the conversation.")
 ]
 Device = Annotated[
     str | None,
-    typer.Option(metavar="cpu|cuda|cuda:N|mps", help="Where to compute; the GPUs by default, else the CPU."),
+    typer.Option(
+        metavar="cpu|cuda|cuda:N|mps", help="Device to compute on. Default: the GPUs, or the CPU if there are none."
+    ),
 ]
 DType = Annotated[
     str,
-    typer.Option(metavar="auto|float32|float16|bfloat16", help="Type of weights; auto is the checkpoint's."),
+    typer.Option(metavar="auto|float32|float16|bfloat16", help="Type of the weights; auto is the checkpoint's."),
 ]
 In4Bit = Annotated[
-    bool, typer.Option("--4bit", help="Language model in 4 bits, with bitsandbytes: a quarter of 16-bit weights.")
+    bool,
+    typer.Option(
+        "--4bit", help="Load the language model in 4 bits with bitsandbytes: a quarter of the memory of 16 bits."
+    ),
 ]
 InInt8 = Annotated[
-    bool, typer.Option("--int8", help="Linear layers in 8 bits, for speed: on a CPU all, on CUDA the vision tower's.")
+    bool,
+    typer.Option(
+        "--int8", help="Compute linear layers in 8 bits, for speed: all on a CPU, the vision tower's on CUDA."
+    ),
 ]
 
-OUT_OF_MEMORY = "out of memory; a smaller --pooled-grid-size or --4bit needs less."
+OUT_OF_MEMORY = "out of memory. Choose a smaller --pooled-grid-size, or --4bit."
 
 
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
-    """Bad input ends the command with one line on stderr and exit code 2, a lack of memory with exit code 1."""
+    """End the command with one line on stderr: with exit code 2 for bad input, and 1 if there is too little memory."""
     try:
         yield
-    except BrokenPipeError:  # whoever read the answers has left; click ends silently
+    except BrokenPipeError:  # the reader of the output has closed it; click ends silently
         raise
-    except (ImportError, OSError, ValueError) as error:  # ImportError: a library that a checkpoint or option needs
+    except (ImportError, OSError, ValueError) as error:  # ImportError: a checkpoint or an option needs a library
         report(command, error)
         raise typer.Exit(2) from None
     except (MemoryError, RuntimeError) as error:
@@ -70,22 +79,22 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 
 def report(command: str, error: object) -> None:
-    """One line on stderr. Some libraries' errors repeat megabytes of what they were given."""
+    """Write an error to stderr in one line. Errors of some libraries repeat megabytes of their input."""
     print_error(f"deco {command}: {one_line(error, 2000)}")
 
 
 def write(pieces: Generator[str, None, Any], *, quiet: bool = False, stoppable: bool = False) -> tuple[str, Any]:
-    """Write an answer to stdout as it comes, without white space around it, and end its line.
+    """Write an answer to stdout as it is generated, without white space around it, and end its line.
 
     Args:
-        pieces: of its text; closed where something goes wrong.
+        pieces: pieces of its text. The generator is closed if an error occurs.
         quiet: write nothing.
-        stoppable: whether Ctrl-C ends the answer alone, and not the command.
+        stoppable: whether Ctrl-C ends only the answer, and not the command.
 
     Returns:
         The answer, and what `pieces` returns.
     """
-    answer, held, result = "", "", None  # white space is held back until something follows it
+    answer, held, result = "", "", None  # white space is held until other text follows
     try:
         while True:
             text = held + next(pieces)
@@ -113,7 +122,7 @@ def write(pieces: Generator[str, None, Any], *, quiet: bool = False, stoppable: 
 
 
 def quiet_transformers() -> None:
-    """Neither warnings nor progress bars beside an answer."""
+    """Turn off warnings and progress bars, which would mix with an answer."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`deco info`: what a checkpoint is and needs."""
+"""`deco info`: what a checkpoint consists of, and how much memory it needs."""
 
 import json
 from typing import Annotated
@@ -14,9 +14,9 @@ from .common import Model, Revision, one_line_errors, quiet_transformers
 def info(
     model: Model = str(SHIPPED_CHECKPOINT),
     revision: Revision = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; memory in bytes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with memory in bytes.")] = False,
 ):
-    """Token flow, parameters, memory and licence, without loading the weights.
+    """Show a checkpoint's token flow, parameters, memory and licence, without loading its weights.
 
     \b
     deco info DIR_OR_HUB_ID
@@ -68,15 +68,15 @@ def _to_text(about: dict) -> str:
         )
         for grid in about["grids"]
     ]
-    header = ("grid", "tokens", "cache float32", "cache 16bit", *(f"in all {name}" for name in _CACHE_OF))
+    header = ("grid", "tokens", "cache float32", "cache 16bit", *(f"total {name}" for name in _CACHE_OF))
     lines += ["", *_table(header, rows)]
-    lines += ["", "Cache: keys and values of one image's tokens. In all: weights and cache; activations come on top."]
+    lines += ["", "cache: keys and values of one image's tokens. total: weights and cache, without activations."]
     if not about["takes_any_grid"]:
-        lines.append(f"This projector has the one grid of {pooled}.")
+        lines.append(f"This projector has only one grid, {pooled}.")
     return "\n".join(lines)
 
 
-# The key-value cache has the type of activations: 16 bit beside weights in 4.
+# The type of the key-value cache is that of the activations: 16 bits for weights in 4 bits.
 _CACHE_OF = {"float32": "float32", "16bit": "16bit", "4bit": "16bit"}
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`deco page`: a page in the browser."""
+"""`deco page`: a page for the browser."""
 
 import sys
 from contextlib import redirect_stdout
@@ -14,20 +14,20 @@ from .common import Device, DType, In4Bit, InInt8, MaxNewTokens, Model, Revision
 
 def page(
     model: Model = str(SHIPPED_CHECKPOINT),
-    host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(metavar="N", help="0 is a free one; by default the first free one from 7860 on.")
+        int | None,
+        typer.Option(metavar="N", help="Port; 0 for any free one. Default: the first free one from 7860 on."),
     ] = None,
     password: Annotated[
         str | None,
-        typer.Option(envvar="DECO_PASSWORD", show_envvar=True, metavar="TEXT", help="What users must enter."),
+        typer.Option(envvar="DECO_PASSWORD", show_envvar=True, metavar="TEXT", help="Password that users must enter."),
     ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Also ask gradio.live for a public address, through which all goes.")
+        bool,
+        typer.Option("--share", help="Also request a public address from gradio.live, which then relays all traffic."),
     ] = False,
-    open_browser: Annotated[bool, typer.Option("--open", help="Show the page in this machine's browser.")] = False,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
     max_new_tokens: MaxNewTokens = 128,
     revision: Revision = None,
     device: Device = None,
@@ -35,7 +35,7 @@ def page(
     in_4bit: In4Bit = False,
     in_int8: InInt8 = False,
 ):
-    """A page in the browser: a picture, a question, a token budget, and what each word of the answer rests on.
+    """Serve a page to ask about images at any token budget, and to see which patches each word is based on.
 
     \b
     deco page --open
@@ -46,7 +46,7 @@ def page(
         from ..page import launch
 
         quiet_transformers()
-        with redirect_stdout(sys.stderr):  # where the page says its address
+        with redirect_stdout(sys.stderr):  # for the page's address
             launch(
                 model,
                 host=host,

@@ -37,49 +37,47 @@ def serve(
     dtype: DType = "auto",
     in_4bit: In4Bit = False,
     in_int8: InInt8 = False,
-    host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="0 is a free one.")] = 8000,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="Port; 0 for any free one.")] = 8000,
     served_model_name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The model's name for clients; by default the folder's or the Hub id."),
+        typer.Option(metavar="NAME", help="The model's name for clients. Default: the folder's name or the Hub id."),
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="DECO_API_KEY", show_envvar=True, metavar="KEY", help="What clients must send."),
+        typer.Option(envvar="DECO_API_KEY", show_envvar=True, metavar="KEY", help="API key that clients must send."),
     ] = None,
     allow_files: Annotated[
-        bool, typer.Option("--allow-files", help="Image URLs may name files of this machine.")
+        bool, typer.Option("--allow-files", help="Allow image URLs that name files of this machine.")
     ] = False,
     allow_private: Annotated[
-        bool, typer.Option("--allow-private", help="Image URLs may lead to addresses that are not public.")
+        bool, typer.Option("--allow-private", help="Allow image URLs that lead to addresses that are not public.")
     ] = False,
-    max_images: Annotated[int, typer.Option(metavar="N", min=0, help="Images in a request.")] = 8,
+    max_images: Annotated[int, typer.Option(metavar="N", min=0, help="Maximum number of images in a request.")] = 8,
     max_image_pixels: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Pixels of all images of a request together.")
+        int, typer.Option(metavar="N", min=1, help="Maximum number of pixels of all images in a request.")
     ] = 50_000_000,
     max_queue: Annotated[
         int,
         typer.Option(
             metavar="N",
             min=0,
-            help="Requests that wait while one is answered, and whose pictures are being read; more get status 429.",
+            help="Maximum number of requests that wait, and of requests whose images are read. Others get status 429.",
         ),
     ] = 32,
-    max_body_mib: Annotated[int, typer.Option(metavar="N", min=1, help="Size of a request.")] = 32,
+    max_body_mib: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum size of a request.")] = 32,
     max_connections: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=1,
-            help="Open at once; by default half of the files that the process may open, at most 1000.",
+            help="Maximum number of open connections. Default: half of the open files allowed, at most 1000.",
         ),
     ] = None,
     prompt_cache_mib: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, help="Keys and values kept for the next turns; of a 7B model 1024 are 2000 tokens."
+            metavar="N", min=0, help="Size of the cache for next turns; for a 7B model, 1024 MiB hold 2000 tokens."
         ),
     ] = 1024,
 ):
@@ -90,9 +88,9 @@ def serve(
     deco serve DIR_OR_HUB_ID --4bit --port 9000 --pooled-grid-size 8
     DECO_API_KEY=secret deco serve DIR_OR_HUB_ID --host 0.0.0.0
 
-    Images come as data URLs or from public addresses. One request is answered at a time, the others wait. A request
-    may say itself what --pooled-grid-size, --max-new-tokens (up to it), --temperature, --seed and --system say here.
-    Ctrl-C ends it.
+    Requests send images as data URLs or public addresses. The server answers one request at a time; the others wait.
+    The options --pooled-grid-size, --temperature, --seed and --system are defaults: a request can set its own.
+    --max-new-tokens is the default and the maximum. Ctrl-C stops the server.
     """
     with one_line_errors("serve"):
         from ..inference.limits import ImageLimits

@@ -19,8 +19,8 @@ expect.set_options(timeout=30_000)  # milliseconds, for busy machines
 BAD_FILE = "its content is no picture of the formats"
 
 
-def draw(index):
-    """A scene of held-out handwriting, and what an upload of it takes."""
+def render_upload(index):
+    """A scene of held-out handwriting, and its image as a file to upload."""
     scene = render("test", index=index, seed=2026, min_digits=3)
     file = io.BytesIO()
     scene.image.save(file, format="PNG")
@@ -66,7 +66,7 @@ def is_in(point, box):
 
 
 def test_an_answer_is_streamed_and_is_right(open_page):
-    scene, file = draw(22)
+    scene, file = render_upload(22)
     page = open_page()
     page.evaluate(
         """() => {
@@ -83,7 +83,7 @@ def test_an_answer_is_streamed_and_is_right(open_page):
 
 
 def test_enter_asks(open_page):
-    scene, file = draw(46)
+    scene, file = render_upload(46)
     page = open_page()
     upload(page, file)
     page.get_by_label("Question").fill("How many digits are there?")
@@ -91,8 +91,8 @@ def test_enter_asks(open_page):
     expect(answer(page)).to_have_text("4 digits.")
 
 
-def test_the_budget_is_told_used_and_recorded(open_page):
-    _, file = draw(46)
+def test_the_budget_is_shown_used_and_recorded(open_page):
+    _, file = render_upload(46)
     page = open_page()
     upload(page, file)
     ask(page, "What colour is the 2?")
@@ -110,7 +110,7 @@ def test_the_budget_is_told_used_and_recorded(open_page):
 
 
 def test_another_question_begins_another_table(open_page):
-    _, file = draw(46)
+    _, file = render_upload(46)
     page = open_page()
     upload(page, file)
     ask(page, "What colour is the 2?")
@@ -121,7 +121,7 @@ def test_another_question_begins_another_table(open_page):
 
 
 def test_budgets_are_compared(open_page):
-    _, file = draw(46)
+    _, file = render_upload(46)
     page = open_page()
     upload(page, file)
     page.get_by_label("Question").fill("What colour is the 2?")
@@ -132,7 +132,7 @@ def test_budgets_are_compared(open_page):
 
 
 def test_a_clicked_word_shows_its_own_map(open_page):
-    scene, file = draw(46)
+    scene, file = render_upload(46)
     page = open_page()
     upload(page, file)
     ask(page, "Read the digits.")
@@ -149,7 +149,7 @@ def test_a_clicked_word_shows_its_own_map(open_page):
 
 @pytest.mark.parametrize("value", [1, 2, 4, 7])
 def test_the_peak_lies_on_the_digit_that_was_asked_for(open_page, value):
-    scene, file = draw(46)
+    scene, file = render_upload(46)
     (digit,) = (digit for digit in scene.digits if digit.value == value)
     page = open_page()
     upload(page, file)
@@ -161,7 +161,7 @@ def test_the_peak_lies_on_the_digit_that_was_asked_for(open_page, value):
 
 
 def test_words_are_reached_by_keyboard_and_keep_the_focus(open_page):
-    _, file = draw(46)
+    _, file = render_upload(46)
     page = open_page()
     upload(page, file)
     ask(page, "What colour is the 2?")
@@ -172,8 +172,8 @@ def test_words_are_reached_by_keyboard_and_keep_the_focus(open_page):
     expect(words(page).nth(1)).to_be_focused()
 
 
-def test_the_map_of_an_earlier_answer_goes(open_page):
-    _, file = draw(46)
+def test_a_new_question_removes_the_map_of_an_earlier_answer(open_page):
+    _, file = render_upload(46)
     page = open_page()
     upload(page, file)
     ask(page, "What colour is the 2?")
@@ -197,7 +197,7 @@ def text_as_png():
 
 
 def truncated():
-    return draw(46)[1]["buffer"][:9000]
+    return render_upload(46)[1]["buffer"][:9000]
 
 
 def bomb():
@@ -212,12 +212,12 @@ def bomb():
     [(text_as_png, BAD_FILE), (truncated, "it is broken"), (bomb, "pixels")],
     ids=["text", "truncated", "bomb"],
 )
-def test_a_bad_file_is_told_and_the_next_one_works(open_page, content, message):
+def test_a_bad_file_is_reported_and_the_next_one_works(open_page, content, message):
     page = open_page()
     upload(page, {"name": "holiday.png", "mimeType": "image/png", "buffer": content()})
     expect(page.get_by_text(message)).to_be_visible()
     expect(page.locator("#picture img")).to_have_count(0)
-    upload(page, draw(46)[1])
+    upload(page, render_upload(46)[1])
     ask(page, "What colour is the 2?")
     expect(answer(page)).to_have_text("2 purple.")
 
@@ -230,24 +230,24 @@ def test_a_file_over_the_limit_is_refused(open_page, tmp_path):
     expect(page.get_by_text(re.compile("maximum", re.IGNORECASE))).to_be_visible()
 
 
-def test_a_missing_picture_or_question_is_told(open_page):
+def test_a_missing_image_or_question_is_reported(open_page):
     page = open_page()
     ask(page, "Is there a 7?")
     expect(page.get_by_text("Choose an image first.")).to_be_visible()
-    upload(page, draw(46)[1])
+    upload(page, render_upload(46)[1])
     ask(page, "  ")
     expect(page.get_by_text("Write a question first.")).to_be_visible()
 
 
-def test_an_image_token_in_the_question_is_told(open_page):
+def test_an_image_token_in_the_question_is_reported(open_page):
     page = open_page()
-    upload(page, draw(46)[1])
+    upload(page, render_upload(46)[1])
     ask(page, "<image> What colour is the 2?")
     expect(page.get_by_text("which stands for an image; leave it out")).to_be_visible()
 
 
 def test_two_users_at_once_get_their_own_answers(open_page):
-    (scene, file), (other_scene, other_file) = draw(46), draw(35)
+    (scene, file), (other_scene, other_file) = render_upload(46), render_upload(35)
     one, other = open_page(), open_page()
     upload(one, file)
     upload(other, other_file)
@@ -264,10 +264,10 @@ def test_two_users_at_once_get_their_own_answers(open_page):
         assert is_in(peak(page), digit.box)
 
 
-def test_a_user_who_leaves_does_not_keep_the_others_waiting(open_page):
+def test_a_user_who_leaves_does_not_block_the_others(open_page):
     leaving, staying = open_page(), open_page()
-    upload(leaving, draw(22)[1])
-    upload(staying, draw(46)[1])
+    upload(leaving, render_upload(22)[1])
+    upload(staying, render_upload(46)[1])
     ask(leaving, "Read the digits.")
     expect(answer(leaving)).to_contain_text("9")
     leaving.close()
@@ -277,7 +277,7 @@ def test_a_user_who_leaves_does_not_keep_the_others_waiting(open_page):
 
 def test_files_that_were_not_uploaded_are_not_served(open_page, server):
     page = open_page()
-    upload(page, draw(46)[1])
+    upload(page, render_upload(46)[1])
     address = page.locator("#picture img").get_attribute("src")
     assert re.search(r"/[0-9a-f]{64}/digits-46\.png$", address)
     folder = address.rsplit("/", 2)[0]
@@ -307,7 +307,7 @@ def event(page, name):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_needs_no_sideways_scrolling(open_page, screenshots, scheme):
     page = open_page(viewport={"width": 390, "height": 844}, color_scheme=scheme, is_mobile=True, has_touch=True)
-    tell_all(page)
+    show_everything(page)
     assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
     if scheme == "light":
         page.screenshot(path=screenshots / "page-phone.png", full_page=True)
@@ -315,13 +315,13 @@ def test_a_phone_needs_no_sideways_scrolling(open_page, screenshots, scheme):
 
 def test_the_whole_page_on_a_desktop(open_page, screenshots):
     page = open_page()
-    tell_all(page)
+    show_everything(page)
     assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
     page.screenshot(path=screenshots / "page.png", full_page=True)
 
 
-def tell_all(page):
-    """Everything that the page has to show."""
+def show_everything(page):
+    """Use everything on the page: an example, a word's map, the comparison of budgets."""
     page.locator("#examples button").first.click()
     expect(page.locator("#picture img")).to_be_visible()
     expect(page.get_by_label("Question")).to_have_value("What colour is the 2?")
@@ -335,7 +335,7 @@ def tell_all(page):
 
 def test_the_server_asks_no_other_host(open_page, server):
     page = open_page()
-    upload(page, draw(46)[1])
+    upload(page, render_upload(46)[1])
     ask(page, "What colour is the 2?")
     words(page).first.click()
     expect(page.locator("#caption")).to_contain_text("is based on")

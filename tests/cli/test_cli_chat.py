@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`deco chat`: answers on stdout, all else on stderr; commands; what goes wrong leaves the conversation as it was."""
+"""`deco chat`: only answers on stdout; commands; an error leaves the conversation unchanged."""
 
 import os
 import pty
@@ -48,7 +48,7 @@ def test_answers_alone_go_to_stdout_and_a_later_question_is_about_the_same_pictu
 
 @pytest.fixture
 def conversation(scenes):
-    """A conversation with the first scene shown, and a list that grows by the pictures that the tower looks at."""
+    """A conversation with the first scene shown, and a list of the number of images in each call of the tower."""
     model, processor = load(str(SHIPPED_CHECKPOINT))
     looks = []
     model.model.vision_tower.register_forward_pre_hook(
@@ -59,7 +59,7 @@ def conversation(scenes):
     return conversation, looks
 
 
-def test_a_picture_is_looked_at_once_in_a_conversation(conversation, scenes, capsys):
+def test_an_image_is_encoded_once_in_a_conversation(conversation, scenes, capsys):
     conversation, looks = conversation
     for line in ("Read the digits.", "How many digits are there?", f"/image {scenes[1][1]}", "Read the digits."):
         conversation.take(line)
@@ -79,11 +79,11 @@ def test_a_command_after_which_nothing_can_be_reused_frees_its_memory(conversati
     assert looks == [1] * num_looks
 
 
-def test_a_picture_is_shown_in_the_conversation_and_cleared(scenes):
+def test_images_are_added_and_cleared(scenes):
     (scene, path), (other, other_path) = scenes
     result = chat(say=f"/image {path}\nRead the digits.\n/clear\n/image {other_path}\nRead the digits.\n")
     assert result.stdout == f"{read(scene)}\n{read(other)}\n"
-    assert result.stderr.count("96 x 96 pixels") == 2
+    assert result.stderr.count("Image added: 96 x 96 pixels.") == 2
 
 
 def test_the_budget_changes_within_the_conversation(scenes, monkeypatch):
@@ -100,7 +100,7 @@ def test_the_budget_changes_within_the_conversation(scenes, monkeypatch):
     say = "Is there a 7?\n/pooled-grid-size 3\nIs there a 7?\n/pooled-grid-size 2x4\nIs there a 7?\n"
     result = chat("--image", path, say=say)
     assert grids == [None, [3, 3], [2, 4]]
-    assert "3 x 3 = 9 tokens per picture." in result.stderr
+    assert "3 x 3 = 9 tokens per image." in result.stderr
     assert result.exit_code == 0
 
 
@@ -111,16 +111,16 @@ def test_a_path_may_be_typed_as_in_a_shell(typed, scenes, tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copy(scenes[0][1], tmp_path / "a picture.png")
     result = chat(say=f"/image {typed.format(home=tmp_path)}\n")
-    assert (result.exit_code, result.stderr) == (0, "96 x 96 pixels; ask about it.\n\n")
+    assert (result.exit_code, result.stderr) == (0, "Image added: 96 x 96 pixels.\n\n")
 
 
 def test_options_reach_every_answer(scenes, monkeypatch):
-    """The seed is of the conversation: what is drawn for a second answer goes on from the first."""
+    """The conversation has one seed: later answers continue its random sequence."""
     import modeling_deco.inference.generation
     import modeling_deco.inference.loading
 
     (_, path), _ = scenes
-    told, stream, loaded = [], modeling_deco.inference.generation.stream, {}
+    given_options, stream, loaded = [], modeling_deco.inference.generation.stream, {}
 
     def recording_load(model, **given):
         loaded.update(given)
@@ -128,7 +128,7 @@ def test_options_reach_every_answer(scenes, monkeypatch):
 
     def recording_stream(model, processor, messages, **given):
         given.pop("prompt_cache")
-        told.append({"first": messages[0], "turns": len(messages), **given})
+        given_options.append({"first": messages[0], "turns": len(messages), **given})
         return stream(model, processor, messages, max_new_tokens=8)
 
     monkeypatch.setattr(modeling_deco.inference.loading, "load", recording_load)
@@ -140,14 +140,14 @@ def test_options_reach_every_answer(scenes, monkeypatch):
     assert loaded == {"device": "cpu", "dtype": "bfloat16", "in_int8": True, "in_4bit": True, "revision": "v1"}
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     same = {"first": system, "pooled_grid_size": None, "max_new_tokens": 9, "temperature": 0.5}
-    assert told == [
+    assert given_options == [
         {**same, "turns": 2, "seed": 3},
         {**same, "turns": 4, "seed": None},
         {**same, "turns": 2, "seed": None},
     ]
 
 
-def test_a_system_message_without_a_place_is_refused_before_the_first_question(scenes, tmp_path):
+def test_a_system_message_that_the_template_drops_is_refused_before_the_first_question(scenes, tmp_path):
     folder = shutil.copytree(SHIPPED_CHECKPOINT, tmp_path / "model")
     (folder / "chat_template.jinja").write_text(
         "{% for message in messages if message['role'] != 'system' %}<user>{% endfor %}"
@@ -166,10 +166,10 @@ def test_a_system_message_without_a_place_is_refused_before_the_first_question(s
         ("/pooled-grid-size 0", r"pooled_grid_size must be a positive int"),
         ("/pooled-grid-size 13", r"13 x 13 is larger than the 12 x 12 patches"),
         ("/help me", None),
-        ("/unknown", r"'/unknown' is not a command; /help lists them"),
+        ("/unknown", r"'/unknown' is not a command; /help lists all commands"),
     ],
 )
-def test_a_script_ends_at_its_first_mistake(line, message, scenes):
+def test_a_script_ends_at_its_first_error(line, message, scenes):
     (scene, path), _ = scenes
     result = chat("--image", path, say=f"{line}\nRead the digits.\n")
     if message is None:
@@ -200,7 +200,7 @@ def test_exit_ends_before_the_rest(scenes):
     assert (result.exit_code, result.stdout) == (0, "")
 
 
-def test_on_a_terminal_a_mistake_does_not_end_it_and_answers_stay_alone_on_stdout(scenes):
+def test_on_a_terminal_an_error_does_not_end_the_conversation(scenes):
     """A real terminal for stdin and stderr, a pipe for stdout."""
     (scene, path), _ = scenes
     terminal, other_end = pty.openpty()
@@ -217,18 +217,19 @@ def test_on_a_terminal_a_mistake_does_not_end_it_and_answers_stay_alone_on_stdou
     assert "> " in shown
 
 
-def test_a_lack_of_memory_on_a_terminal_does_not_end_the_conversation(capsys):
+def test_too_little_memory_on_a_terminal_does_not_end_the_conversation(capsys):
     class Full(chat_module.Conversation):
         def answer(self, question):
             raise MemoryError
 
     assert chat_module._take(Full(None, None, None, 8), "Read the digits.")
-    assert capsys.readouterr().err.startswith("deco chat: out of memory; a smaller --pooled-grid-size")
+    assert capsys.readouterr().err.startswith("deco chat: out of memory. Choose a smaller --pooled-grid-size")
 
 
+@pytest.mark.slow
 def test_an_interrupted_script_is_not_a_success(scenes):
     (_, path), _ = scenes
-    code = (  # a shell's background jobs, and so their children, ignore the interrupt unless told otherwise
+    code = (  # a shell's background jobs, and so their children, ignore the interrupt by default
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"from modeling_deco.cli import app; app({['chat', '--image', path]!r})"
     )
