@@ -49,9 +49,10 @@ test-page: $(VENV)/dev.stamp ## the page of `deco page` in Debian's Chromium, wh
 docs: $(VENV)/dev.stamp ## the documentation as a site, in site/; a broken link or reference is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-quality: $(VENV)/dev.stamp docs ## lint, format and documentation, check only
+quality: $(VENV)/dev.stamp docs ## lint, format, types and documentation, check only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 style: $(VENV)/dev.stamp ## lint and format, and fix what can be fixed
 	$(BIN)/ruff check --fix .

@@ -275,7 +275,7 @@ def adapt_chat_template(template: str | None, vocabulary, render=render, **speci
     """
     if not template:
         names = (name for name, marks in _MARKS.items() if all(mark in vocabulary for mark in marks))
-        return CHAT_TEMPLATES.get(next(names, None))
+        return next((CHAT_TEMPLATES[name] for name in names), None)
     if shows_images(template, render, **special_tokens):
         return template
     plain = render(template, _TURNS, **special_tokens)

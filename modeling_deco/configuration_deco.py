@@ -5,11 +5,17 @@
 import math
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .hub import AUTO_MAP, copy_remote_code, upload
+
+if TYPE_CHECKING:
+    SubConfig = Any  # a config in every DecoConfig, whatever it was made from
+else:
+    SubConfig = dict | PreTrainedConfig | None  # what `strict` takes
 
 # Prefix tokens that a vision tower puts before its patch tokens, register tokens aside.
 _NUM_CLS_TOKENS = {
@@ -22,7 +28,7 @@ _NUM_CLS_TOKENS = {
 
 # Sizes of the compressive projectors where `projector_config` does not say others: the field's standard, whose sources
 # are named at each class in projectors.py. "mlp" and "avg_pool" have none.
-_PROJECTOR_SIZES = {
+_PROJECTOR_SIZES: dict[str, dict[str, int]] = {
     "mlp": {},
     "avg_pool": {},
     "qformer": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -144,8 +150,8 @@ class DecoConfig(PreTrainedConfig):
     attribute_map = {"image_token_index": "image_token_id"}  # noqa: RUF012
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: SubConfig = None
+    text_config: SubConfig = None
     image_token_id: int = 32000
     pooled_grid_size: int | list[int] | tuple[int, ...] = 12
     projector_type: str = "avg_pool"

@@ -11,7 +11,7 @@ import copy
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -124,7 +124,7 @@ class DecoPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # private, seen in transformers 5.19 to 5.24
     # the projectors with residual connections; post_init adds the backbones' and drops what is not in the model
-    _no_split_modules = [  # noqa: RUF012
+    _no_split_modules: list[str] | set[str] = [  # noqa: RUF012
         "QFormerProjector",
         "ResamplerProjector",
         "CAbstractorProjector",
@@ -346,7 +346,7 @@ class DecoModel(DecoPreTrainedModel):
         if isinstance(patch_grids, tuple):
             patch_grids = [patch_grids] * num_images
         pooled_grids = self.image_grids(patch_grids, pooled_grid_sizes)
-        groups = {}
+        groups: dict[tuple, list[int]] = {}
         for index, grids in enumerate(zip(patch_grids, pooled_grids, strict=True)):
             groups.setdefault(grids, []).append(index)
         image_features = [None] * num_images
@@ -674,7 +674,7 @@ class StopStrings(StoppingCriteria):
 def build_projector(config: DecoConfig) -> nn.Module:
     """The projector that the config asks for, in PyTorch's initialization."""
     widths, sizes = (config.vision_config.hidden_size, config.text_hidden_size), config.projector_sizes
-    mlp = {
+    mlp: dict[str, Any] = {
         "num_layers": config.projector_num_layers,
         "hidden_act": config.projector_hidden_act,
         "bias": config.multimodal_projector_bias,
@@ -682,13 +682,13 @@ def build_projector(config: DecoConfig) -> nn.Module:
     if config.projector_type == "mlp":
         return MlpProjector(*widths, **mlp)
     if config.projector_type == "avg_pool":
-        return AvgPoolProjector(*widths, config.pooled_grid_size, **mlp)
+        return AvgPoolProjector(*widths, config.pooled_grid, **mlp)
     if config.projector_type == "qformer":
-        return QFormerProjector(*widths, config.pooled_grid_size, **sizes)
+        return QFormerProjector(*widths, config.pooled_grid, **sizes)
     if config.projector_type == "resampler":
-        return ResamplerProjector(*widths, config.pooled_grid_size, **sizes)
+        return ResamplerProjector(*widths, config.pooled_grid, **sizes)
     abstractor = CAbstractorProjector if config.projector_type == "c_abstractor" else DAbstractorProjector
-    return abstractor(*widths, config.pooled_grid_size, config.patch_grid, **sizes)
+    return abstractor(*widths, config.pooled_grid, config.patch_grid, **sizes)
 
 
 def _is_filled(cache) -> bool:

@@ -67,8 +67,8 @@ def _named(source: str) -> bytes | Path:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             return response.read()
     if scheme == "data":
-        header, _, data = source.partition(",")
-        data = urllib.parse.unquote_to_bytes(data)
+        header, _, text = source.partition(",")
+        data = urllib.parse.unquote_to_bytes(text)
         return base64.b64decode(data) if header.lower().endswith(";base64") else data
     if scheme == "file":
         return Path(urllib.request.url2pathname(urllib.parse.urlsplit(source).path))

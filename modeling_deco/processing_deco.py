@@ -19,15 +19,15 @@ from .hub import AUTO_MAP, copy_remote_code, upload
 from .pixels import channels_first, read_image
 
 
-class DecoProcessorKwargs(ProcessingKwargs, total=False):
+class DecoProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012
 
 
-class DecoImagesKwargs(ImagesKwargs, total=False):
+class DecoImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     pooled_grid_size: int | list | tuple | torch.Tensor | None
 
 
-class DecoCallKwargs(DecoProcessorKwargs, total=False):
+class DecoCallKwargs(DecoProcessorKwargs, total=False):  # type: ignore[call-arg]
     """`pooled_grid_size`: see `DecoProcessor.__call__`. It stands apart from the fields of `valid_processor_kwargs`,
     none of which may be an argument of `__init__` too (a rule of transformers since 5.23). It is named among the
     images' own arguments as well: vLLM loads a processor anew for each value of an argument that it finds in none of
@@ -199,7 +199,8 @@ class DecoProcessor(ProcessorMixin):
         """
         patch_grids = self._patch_grids(image_inputs)
         if pooled_grid_size is None and image_inputs.get("spatial_shapes") is not None:
-            return [fit_grid(parse_grid(self.pooled_grid_size), patch_grid) for patch_grid in patch_grids]
+            default = parse_grid(self.pooled_grid_size)
+            return [fit_grid(default, patch_grid) for patch_grid in patch_grids if patch_grid is not None]
         grids = _grids_per_image(
             self.pooled_grid_size if pooled_grid_size is None else pooled_grid_size, len(patch_grids)
         )

@@ -66,7 +66,8 @@ def _find_patch_grid(patch_features: torch.Tensor, patch_grid: tuple[int, int] |
             f"{num_patches} patch features do not fill a grid of {patch_grid[0]} x {patch_grid[1]} = "
             f"{patch_grid[0] * patch_grid[1]} patches."
         )
-    return tuple(patch_grid)
+    rows, cols = patch_grid
+    return rows, cols
 
 
 def _to_map(patch_features: torch.Tensor, patch_grid: tuple[int, int]) -> torch.Tensor:

@@ -5,7 +5,6 @@
 import json
 import os
 import platform
-import re
 import shlex
 import sys
 import time
@@ -57,7 +56,8 @@ def time_interleaved(runs: dict[str, Callable[[], object]], repeats: int, device
     Returns:
         For each name the seconds of `repeats` rounds.
     """
-    names, times = list(runs), {name: [] for name in runs}
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for round in range(repeats + 1):
         for name in names[round % len(names) :] + names[: round % len(names)]:
             elapsed = seconds(runs[name], device)
@@ -89,7 +89,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def peak_resident_bytes() -> int:
     """The most memory that this process has held (Linux). getrusage's figure would be the parent's at first."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
 
 
 def write_report(report: dict, path: Path) -> None:

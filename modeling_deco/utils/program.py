@@ -32,7 +32,7 @@ def run(name: str, main: Callable[[], object], bad_input: tuple[type[Exception],
         bad_input: the errors that mean bad input. Any other `OSError` is exit code 1.
     """
     _open_closed_streams()
-    code = 0
+    code: str | int = 0
     try:
         main()
     except SystemExit as ended:

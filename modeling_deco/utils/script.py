@@ -72,7 +72,7 @@ def _exit_code(error: Exception) -> int | None:
     frames = traceback.extract_tb(error.__traceback__)
     is_ours = Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE)
     is_meant = type(error).__module__.startswith("modeling_deco.") or "\nValueError: Sample " in str(error)
-    is_meant |= is_ours and linecache.getline(frames[-1].filename, frames[-1].lineno).strip().startswith("raise ")
+    is_meant |= is_ours and linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip().startswith("raise ")
     # private, seen in transformers 5.19 to 5.24
     is_running = any(frame.name == "_inner_training_loop" for frame in frames)
     is_of_input = isinstance(error, _BAD_INPUT) or type(error).__module__ == "datasets.exceptions"
