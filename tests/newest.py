@@ -9,6 +9,7 @@ failure is a warning of one line and the exit code is 0, so a release of another
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -36,11 +37,13 @@ def main() -> int:
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
     shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would add the files of an earlier build
     pip = [PYTHON, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", "--upgrade", "--upgrade-strategy", "eager", *PACKAGES], check=True)
+    upgrade = ["install", "--quiet", "--no-compile", "--upgrade", "--upgrade-strategy", "eager"]
+    subprocess.run([*pip, *upgrade, *PACKAGES], check=True)
     RESULTS.parent.mkdir(exist_ok=True)
     tests = [PYTHON, "-m", "pytest", "-m", "newest", "--numprocesses", "2", f"--junitxml={RESULTS}"]
     # in this folder Python imports the installed package, not the source
-    code = subprocess.run(tests, cwd=ROOT / "tests").returncode
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the two workers share two cores
+    code = subprocess.run(tests, cwd=ROOT / "tests", env=environment).returncode
     listed = subprocess.run([*pip, "list", "--format=json"], check=True, capture_output=True, text=True).stdout
     versions = {_normalize(package["name"]): package["version"] for package in json.loads(listed)}
     line, code = summarize(code, failed_tests(RESULTS) if code else [], versions, seen_versions())
