@@ -7,7 +7,7 @@
 The model is CLIP ViT-L/14-336 with a 0.5B or 7B decoder and random weights. `--layers` sets the number of layers of
 both, because the time of a layer is what grows. Vision tower and language model are timed separately, in rounds; times
 are medians. PyTorch counts the floating-point operations of each, so operations per second can be compared along a
-curve. SCALING.md discusses the results.
+curve. docs/scaling.md discusses the results.
 
 The results are written to results/scaling.json and .png, and the last line of the output is the same JSON.
 """

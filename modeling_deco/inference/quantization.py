@@ -76,8 +76,8 @@ def quantize_to_int8(model: nn.Module) -> nn.Module:
     """Compute a model's linear layers in int8, for speed: on a CPU of all parts, on CUDA of the vision tower.
 
     Layers that are quantized already stay as they are. On CUDA the tower is compiled at its first call, and again for
-    another number of images, which takes its time. What it gains and loses is in the README; the language model of a
-    large checkpoint may lose more, since a few of its features are far larger than all others (arXiv 2208.07339).
+    each new number of images, which takes time. docs/speed.md says what int8 gains and loses. The language model of a
+    large checkpoint may lose more, since a few of its features are far larger than the others (arXiv 2208.07339).
 
     Args:
         model: a model with its weights loaded, LLaVA or DeCo, changed in place. On a CPU also any part of one.

@@ -329,7 +329,7 @@ def test_sizes_that_cannot_be_are_refused(fields, message):
     ],
 )
 def test_parameters_at_the_papers_sizes(projector_type, millions):
-    """CLIP-L/336 to a 7B model at 144 tokens; the README's table."""
+    """CLIP-L/336 to a 7B model at 144 tokens; the table of docs/projectors.md."""
     with torch.device("meta"):
         grid = 24 if projector_type == "mlp" else 12
         model = DecoModel(DecoConfig(projector_type=projector_type, pooled_grid_size=grid))
