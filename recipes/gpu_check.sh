@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every stage of training at real shapes with random weights, a few steps each, on one GPU: throughput, memory and
-# environment go to benchmarks/results/gpu_check.json. Under 8 minutes on one large GPU; what could not run is said.
-# It is benchmarks/training.py without the comparison.
+# Run every stage of training at real shapes with random weights, a few steps each, on one GPU. Throughput, memory and
+# the environment are written to benchmarks/results/gpu_check.json. It takes less than 8 minutes on one large GPU, and
+# reports what it could not run. It is benchmarks/training.py without the comparison.
 #
 #     recipes/gpu_check.sh [--shape 1.5b --shape 7b] [--out FILE.json]
 set -euo pipefail

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a script with accelerate's FSDP on CPU processes: `python fsdp_on_cpu.py SCRIPT ARGS...`.
 
-accelerate (1.15) reads the FSDP settings everywhere and then leaves them aside where processes are on CPUs, though
-PyTorch's `fully_shard` works there.
+accelerate (1.15) reads the FSDP settings but ignores them if processes are on CPUs, though PyTorch's `fully_shard`
+works there.
 """
 
 import runpy

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes train what one process trains: DDP and FSDP2, for real, on CPU."""
+"""Two processes train what one process trains, with DDP and with FSDP2, on CPUs."""
 
 import json
 import shutil

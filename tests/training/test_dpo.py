@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's DPOTrainer on image preferences, as it comes: nothing of ours between trainer and model."""
+"""TRL's DPOTrainer on image preferences, unchanged."""
 
 import math
 

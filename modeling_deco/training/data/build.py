@@ -29,7 +29,7 @@ from datasets.info import DatasetInfosDict  # private, seen in datasets 5.2
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ... import __version__
-from ...utils.errors import ConversionError, one_line
+from ...utils.errors import InputError, one_line
 from ...utils.staging import check_destination, staged
 from .columns import FEATURES
 from .image_checks import check_images, start_worker
@@ -232,7 +232,7 @@ def build_data(
         raise DataError(
             "A process that decodes images was killed, maybe for lack of memory; lower --num-proc."
         ) from None
-    except (OSError, ConversionError) as error:
+    except (OSError, InputError) as error:
         raise DataError(f"{source.name} to {out}: {one_line(error)}") from error
     finally:
         executor.shutdown(cancel_futures=True)
