@@ -7,6 +7,7 @@ The commands of programs that are not installed here are parsed by the slow test
 
 import argparse
 import json
+import os
 import re
 import runpy
 import shlex
@@ -25,6 +26,7 @@ from documents import DOCUMENTS, PROGRAMS, ROOT, blocks, commands, prose, text
 from transformers import HfArgumentParser
 from trl import TrlParser
 
+from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.cli import app
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -195,6 +197,17 @@ def test_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert namespace["text"].strip().endswith(f"{digits}.")
     assert f'"{digits}."' in readme
     assert f'"7 {colour}."' in readme
+
+
+@pytest.mark.slow
+def test_the_readme_trains(tmp_path):
+    (block,) = [block for block in blocks("bash", "README.md") if "recipes/sft.py" in block]
+    script = block.replace('pip install ".[train]"\n', "").replace("--num-pictures 2000", "--num-pictures 64")
+    script = script.replace("demo/digits.png", str(SHIPPED_CHECKPOINT / "digits.png")).replace("runs/", f"{tmp_path}/")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(["bash", "-ec", script], cwd=ROOT, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE)
+    assert run.returncode == 0
+    assert re.fullmatch(rb"8 \d+ \d+ \d+ \d+\.", run.stdout.splitlines()[-1])
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
