@@ -4,7 +4,7 @@
 
     python -m lmms_eval --model deco --model_args pretrained=DIR,pooled_grid_size=8 --tasks pope --batch_size 16
 
-lmms-eval finds it by the entry point `lmms_eval.models`. Its interface was read in 0.7.3.
+lmms-eval finds this class by the entry point `lmms_eval.models`. Tested with lmms-eval 0.7.3.
 """
 
 import inspect
@@ -29,8 +29,8 @@ from ..utils.options import parse_grid_option
 
 logger = logging.get_logger(__name__)
 
-# Longest answer where neither the task nor the checkpoint's generation config says it, as in TextVQA and RefCOCO:
-# that of lmms-eval's own LLaVA.
+# Maximum length of an answer if neither the task (as TextVQA and RefCOCO) nor the checkpoint's generation config sets
+# it. lmms-eval's own LLaVA uses this value.
 MAX_NEW_TOKENS = 1024
 
 _GENERATION_KWARGS = ("max_new_tokens", "num_beams", "repetition_penalty")
@@ -38,23 +38,24 @@ _SAMPLING_KWARGS = ("temperature", "top_p", "top_k")
 
 
 class Deco(lmms):
-    """A DeCo checkpoint as one of lmms-eval's chat models: text and images in any order, one turn or several.
+    """A DeCo checkpoint as a chat model of lmms-eval: text and images in any order, one turn or several.
 
-    Under `accelerate launch -m lmms_eval` each process has a whole model and answers its share of the requests.
+    With `accelerate launch -m lmms_eval`, each process has a whole model and answers its share of the requests.
 
     Args:
-        pretrained: folder or Hub id of a DeCo checkpoint, or of an adapter of one.
+        pretrained: folder or Hub id of a DeCo checkpoint or of an adapter.
         pooled_grid_size: token budget of each image, `8` or `8x12` (rows x columns). Default: the checkpoint's.
-        batch_size: requests answered together.
-        device: default: a GPU of the process's own, or the CPU.
-        device_map: `auto` spreads one model over all GPUs; for a single process.
+        batch_size: number of requests answered together.
+        device: default: one GPU for each process, or the CPU.
+        device_map: `auto` spreads one model over all GPUs; only for a single process.
         dtype: `auto` (the checkpoint's), `bfloat16`, `float32`, ...
         revision: branch, tag or commit on the Hub.
         attn_implementation: `sdpa`, `flash_attention_2`, ...; default: transformers'.
-        load_in_4bit: language model in NF4 (needs bitsandbytes).
+        load_in_4bit: load the language model in NF4 (needs bitsandbytes).
 
     Raises:
-        ValueError: an argument is unknown, or does not fit the others, the checkpoint or the number of processes.
+        ValueError: an argument is unknown, or does not fit the other arguments, the checkpoint or the number of
+            processes.
     """
 
     is_simple = False
@@ -75,13 +76,17 @@ class Deco(lmms):
         super().__init__()
         if unknown:
             known = [name for name in inspect.signature(Deco).parameters if name != "unknown"]
-            raise ValueError(f"--model deco knows no {', '.join(unknown)}; its arguments are {', '.join(known)}.")
+            raise ValueError(
+                f"--model_args: {', '.join(unknown)} is not an argument of --model deco; use {', '.join(known)}."
+            )
         for name, value in {"pretrained": pretrained, "revision": revision}.items():
-            if not isinstance(value, str):  # lmms-eval makes a number of whatever looks like one
-                raise ValueError(f"--model_args: {name} must be text, got {value!r}; write a folder 7 as ./7.")
+            if not isinstance(value, str):  # lmms-eval converts what looks like a number
+                raise ValueError(f"--model_args: {name} must be text, got {value!r}; write a folder named 7 as ./7.")
         if not re.fullmatch(r"[1-9]\d*", str(batch_size)):
-            raise ValueError(f"--batch_size must be a positive number, got {batch_size!r}; DeCo has no 'auto'.")
-        if pooled_grid_size is not None:  # 8, which lmms-eval made a number, or "8x12"
+            raise ValueError(
+                f"--batch_size must be a positive integer, got {batch_size!r}; DeCo does not support 'auto'."
+            )
+        if pooled_grid_size is not None:  # 8 (a number by now) or "8x12"
             pooled_grid_size = parse_grid(parse_grid_option(str(pooled_grid_size)))
         self.pooled_grid_size = pooled_grid_size
         self.batch_size = int(batch_size)
@@ -89,7 +94,9 @@ class Deco(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.world_size > 1 and (device or device_map):
-            raise ValueError(f"device and device_map are for one process; each of {self.world_size} has its own GPU.")
+            raise ValueError(
+                f"device and device_map need a single process; each of {self.world_size} processes uses its own GPU."
+            )
         if device_map not in (None, "auto"):
             raise ValueError(f"device_map must be auto, got {device_map!r}.")
         self.model, self.processor = load(
@@ -102,21 +109,21 @@ class Deco(lmms):
         )
         self.device = self.model.device
         config = self.model.config
-        if self.pooled_grid_size is not None:  # before data are loaded
+        if self.pooled_grid_size is not None:  # before lmms-eval loads the data
             check_grid(self.pooled_grid_size, config.patch_grid)
         self.max_length = getattr(config.text_config, "max_position_embeddings", None)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers, in the order of the requests, each cut before the first of its task's stop strings (`until`).
+        """Answers in the order of the requests. Each ends before the first of its task's stop strings (`until`).
 
-        Greedy, unless the task or `--gen_kwargs` gives a temperature above 0 or `do_sample=True`.
+        Decoding is greedy, unless the task or `--gen_kwargs` sets a temperature above 0 or `do_sample=True`.
 
         Raises:
-            ValueError: an image cannot be read, or images and `<image>` in the text are not as many.
+            ValueError: an image cannot be read, or the text has another number of `<image>` than there are images.
             NotImplementedError: a request has video or audio.
         """
-        # Requests that share their generation arguments are answered together, the longest first: if memory does not
-        # suffice for a batch, that shows at once.
+        # Requests with the same generation arguments are answered together. The longest come first: if memory is too
+        # small for a batch, the first one fails.
         batches = Collator(
             [request.args for request in requests], lambda args: -len(args[0]), lambda args: args[2], grouping=True
         )
@@ -131,7 +138,7 @@ class Deco(lmms):
                 seconds += time.perf_counter() - start
             except Exception:
                 places = ", ".join(f"{task} {doc_id}" for _, _, _, doc_id, task, _ in batch)
-                logger.error(f"DeCo stopped at one of these documents: {places}")
+                logger.error(f"DeCo failed at one of these documents: {places}")
                 raise
             progress.update(len(batch))
         progress.close()
@@ -140,11 +147,11 @@ class Deco(lmms):
         return batches.get_original(results)
 
     def _conversation(self, context, doc_to_messages, generation_kwargs, doc_id, task, split) -> list[dict]:
-        """A request as transformers' chat messages."""
+        """The chat messages of a request, in transformers' format."""
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
         _, videos, audios = messages.extract_media()
         if videos or audios:
-            raise NotImplementedError(f"DeCo reads text and images; {task} has {'video' if videos else 'audio'}.")
+            raise NotImplementedError(f"DeCo reads only text and images; {task} has {'video' if videos else 'audio'}.")
         messages = messages.to_hf_messages()
         for message in messages:
             message["content"] = _interleave(message["content"], self.processor.image_token)
@@ -153,14 +160,12 @@ class Deco(lmms):
     @torch.inference_mode()
     def _generate(self, inputs, until=None, do_sample=None, **generation_kwargs) -> list[GenerationResult]:
         for name in generation_kwargs.keys() - {*_GENERATION_KWARGS, *_SAMPLING_KWARGS}:
-            logger.warning_once(
-                f"The generation argument {name}, of a task or of --gen_kwargs, has no effect on DeCo."
-            )
+            logger.warning_once(f"DeCo ignores the generation argument {name} of the task or of --gen_kwargs.")
         temperature = generation_kwargs.get("temperature")
         sample = temperature != 0 and bool(temperature if do_sample is None else do_sample)
         arguments = {name: generation_kwargs.get(name) for name in _GENERATION_KWARGS}
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        # those of a checkpoint's generation config would bring a warning with greedy answers
+        # with greedy decoding, values of the checkpoint's generation config would cause a warning
         arguments |= {name: generation_kwargs.get(name) if sample else None for name in _SAMPLING_KWARGS}
         arguments["logits_processor"] = LogitsProcessorList([RefuseNaN()])
         if "max_new_tokens" not in arguments and self.model.generation_config.max_new_tokens is None:
@@ -179,23 +184,25 @@ class Deco(lmms):
         counts = list(zip(input_tokens, output_tokens, strict=True))
         if self.max_length and max(map(sum, counts)) > self.max_length:
             logger.warning_once(
-                f"Some prompts with their answers are longer than the {self.max_length} tokens that the language "
-                f"model was made for: choose a smaller pooled_grid_size."
+                f"Some prompts and their answers are longer than the language model's context of {self.max_length} "
+                f"tokens; choose a smaller pooled_grid_size."
             )
         return [GenerationResult(text, TokenCounts(*count)) for text, count in zip(texts, counts, strict=True)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not for chat models: lmms-eval itself refuses their tasks that compare likelihoods."""
-        raise NotImplementedError("DeCo answers generate_until tasks; lmms-eval has no loglikelihood for chat models.")
+        """Not implemented: lmms-eval does not run tasks that compare likelihoods on chat models."""
+        raise NotImplementedError(
+            "DeCo supports generate_until tasks only; lmms-eval has no loglikelihood for chat models."
+        )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Not implemented: in these tasks each round depends on the last answer."""
-        raise NotImplementedError("DeCo answers generate_until tasks, not generate_until_multi_round.")
+        """Not implemented: in these tasks, each round depends on the last answer."""
+        raise NotImplementedError("DeCo supports generate_until tasks only, not generate_until_multi_round.")
 
 
 def _interleave(content: list[dict], image_token: str) -> list[dict]:
-    """A message's content with its images where its text has `<image>`, as some tasks write it for models of LLaVA's
-    line; where the text has none, or not as many, content stays as it is."""
+    """Move a message's images to the `<image>` marks in its text, which some tasks write for LLaVA. If the numbers
+    differ, the content is unchanged."""
     images = [part for part in content if part["type"] == "image"]
     text = "".join(part["text"] for part in content if part["type"] == "text")
     pieces = text.split(image_token)

@@ -55,7 +55,10 @@ def costs_html(rows: Iterable[dict]) -> str:
 
 def map_caption(words: Relevance, index: int) -> str:
     """The line below a word's map, and its alternative text."""
-    return f"“{words.tokens[index]}” is based on the bright patches ({describe_peak(words, index)})."
+    word = f"“{words.tokens[index]}”"
+    if words.text_to_patch[index].max() == 0:
+        return f"{word} is not based on any patch."
+    return f"{word} is based on the bright patches. Highest relevance: {describe_peak(words, index)}."
 
 
 def draw_map(words: Relevance, index: int) -> Image.Image:

@@ -101,10 +101,11 @@ def draw_heat_map(axes, relevance: Relevance, index: int, level: str = "patch"):
 
 
 def describe_peak(relevance: Relevance, index: int, level: str = "patch") -> str:
-    """How high an entry's map is beside the others': one that does not come from the picture has a low peak."""
+    """The highest value of an entry's map, relative to the highest of all entries. It is low for an entry that is not
+    based on the image."""
     maps, _ = _maps(relevance, level)
     highest = maps.max().item()
-    return f"peak: {maps[index].max().item() / highest:.0%} of the highest" if highest > 0 else "no relevance"
+    return f"{maps[index].max().item() / highest:.0%} of the answer's maximum" if highest > 0 else "no relevance"
 
 
 def _maps(relevance: Relevance, level: str) -> tuple[torch.Tensor, tuple[int, int]]:

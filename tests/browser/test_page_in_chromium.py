@@ -157,7 +157,7 @@ def test_the_peak_lies_on_the_digit_that_was_asked_for(open_page, value):
     words(page).nth(1).click()
     expect(page.locator("#caption")).to_contain_text(f"“{digit.colour}” is based on")
     assert is_in(peak(page), digit.box)
-    assert "peak: 100% of the highest" in page.locator("#map img").get_attribute("alt")
+    assert "Highest relevance: 100% of the answer's maximum" in page.locator("#map img").get_attribute("alt")
 
 
 def test_words_are_reached_by_keyboard_and_keep_the_focus(open_page):

@@ -82,7 +82,7 @@ def python():
 def package(python, tmp_path_factory):
     """A folder with this package installed, for PYTHONPATH."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("package")
-    for name in ("modeling_deco", "conversion", "recipes"):  # a copy: setuptools builds where the sources are
+    for name in ("modeling_deco",):  # a copy: setuptools builds where the sources are
         shutil.copytree(REPOSITORY / name, source / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)

@@ -869,8 +869,8 @@ def test_the_picture_is_grey_and_upright_under_the_map():
 @pytest.mark.parametrize(
     ("level", "expected"),
     [
-        ("patch", ["peak: 50% of the highest", "peak: 100% of the highest", "peak: 0% of the highest"]),
-        ("query", ["peak: 100% of the highest", "peak: 25% of the highest", "peak: 75% of the highest"]),
+        ("patch", ["50% of the answer's maximum", "100% of the answer's maximum", "0% of the answer's maximum"]),
+        ("query", ["100% of the answer's maximum", "25% of the answer's maximum", "75% of the answer's maximum"]),
     ],
 )
 def test_the_peak_is_a_share_of_the_highest_of_all_words(level, expected):
