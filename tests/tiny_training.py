@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny DeCo checkpoint, a data set of conversations, and runs of `recipes/sft.py` on them."""
+"""A tiny DeCo checkpoint, a data set of conversations, and runs of the recipes on them."""
 
 import gc
 import importlib.util
@@ -156,7 +156,7 @@ def run(model: Path, data: Path, output_dir: Path, config: str | None = None, **
 def launch(
     words: list[str], launcher=(sys.executable,), timeout: float = 600, extra_environment=None, script: str = "sft.py"
 ) -> subprocess.CompletedProcess:
-    """Run a recipe's script in a process of its own."""
+    """Run a recipe's script in its own process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CI": "1"} | (extra_environment or {})
     script = RECIPES / script
     return subprocess.run(

@@ -79,7 +79,7 @@ def history(trainer) -> torch.Tensor:
 
 
 def count_calls(monkeypatch, model_class=DecoForConditionalGeneration) -> list[int]:
-    """Images in each call of a vision tower, from here on."""
+    """Record the number of images in each later call of a vision tower."""
     calls = []
     real = model_class.from_pretrained.__func__
 
@@ -286,7 +286,7 @@ def test_an_image_of_several_samples_is_computed_once(checkpoint, tmp_path, monk
 
 @pytest.fixture
 def data_with_paths(tmp_path):
-    """Makes a folder of data whose images are files under `tmp_path/images`."""
+    """A function that writes a folder of data whose images are files under `tmp_path/images`."""
     (tmp_path / "images").mkdir()
 
     def save(name, examples):

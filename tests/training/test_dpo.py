@@ -85,7 +85,7 @@ def logged(trainer, name):
 
 
 def log_probability(model, processor, row, answer):
-    """Of an answer, summed over its tokens, from a forward pass of its own."""
+    """The log-probability of an answer, summed over its tokens, from a separate forward pass."""
     image = {} if row["picture"] is None else {"images": tiny.picture(row["picture"])}
     prompt = f"<s>user : {'<image>' if image else ''}{row['question']} assistant : "
     num_prompt = processor(text=prompt, return_tensors="pt", **image)["input_ids"].shape[1]

@@ -24,8 +24,9 @@ from transformers import Siglip2ImageProcessorPil
 from modeling_deco.training import DecoCollator, DecoSFTConfig, DecoSFTTrainer, load_data
 from modeling_deco.training.data.images import image_size, open_image
 from modeling_deco.training.data.media import unread_media
-from modeling_deco.training.data.rows import read_row
+from modeling_deco.training.data.rows import read_row, to_parts
 
+IMAGE = {"type": "image", "text": None}
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 ANSWER = {"role": "assistant", "content": "a red cat ."}
 
@@ -64,7 +65,7 @@ def url_of(colour):
 
 
 def seen(row) -> str:
-    """What a model is shown of a row: its words, and in the place of each image its colour."""
+    """What a model sees of a row: its words, and the colour of each image in its place."""
     read = read_row(row)
     images, words = iter(read["images"]), []
     for message in read["messages"]:
@@ -209,6 +210,23 @@ FAULTS = {
 }
 
 
+def test_images_stand_where_their_tags_stood():
+    cases = [
+        ("<image>\nWhat is this?", [IMAGE, text("What is this?")]),
+        ("What is this?\n<image>", [text("What is this?"), IMAGE]),
+        ("<image>", [IMAGE]),
+        (" \n<image> \n", [IMAGE]),
+        ("<image>\n<image>\nWhich?", [IMAGE, IMAGE, text("Which?")]),
+        ("Is <image> like <image> ?", [text("Is "), IMAGE, text(" like "), IMAGE, text(" ?")]),
+        ("A:\n<image>\nB:\n<image>\nWhich?", [text("A:\n"), IMAGE, text("\nB:\n"), IMAGE, text("\nWhich?")]),
+        ("A<image>\n<image>B\n", [text("A"), IMAGE, IMAGE, text("B")]),
+        ("  def f():\n    pass\n", [text("  def f():\n    pass\n")]),
+        ("", [text("")]),
+    ]
+    for value, parts in cases:
+        assert to_parts(value) == parts, value
+
+
 def test_what_cannot_be_read_is_an_error():
     for fault, (row, message) in FAULTS.items():
         with pytest.raises(ValueError) as error:  # noqa: PT011
@@ -248,7 +266,7 @@ def folder_of(path, *rows):
 
 
 def train(data, output_dir, **settings):
-    """One step; what the vision tower was shown, `(images, 3, height, width)` for each of its calls."""
+    """Train one step; returns the pixels of each call of the vision tower, `(images, 3, height, width)`."""
     settings = {"max_steps": 1, "per_device_train_batch_size": 2} | settings
     args = DecoSFTConfig(
         output_dir=str(output_dir), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, **settings
