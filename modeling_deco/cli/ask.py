@@ -160,14 +160,12 @@ def _check_relevance(path: Path, level: str | None, images: list[str], system: s
 
 
 def _save_relevance(explained, level: str, path: Path) -> None:
-    """Write a temporary file and rename it, so that the file is never incomplete."""
     from ..relevance import plot_relevance
+    from ..utils.staging import staged_file
 
-    partial_path = path.with_name(f".{os.getpid()}.tmp")
+    figure = plot_relevance(explained, level)
     try:
-        plot_relevance(explained, level).savefig(partial_path, format="png")
-        os.replace(partial_path, path)
+        with staged_file(path) as incomplete:
+            figure.savefig(incomplete, format="png")
     except OSError as error:
         raise OSError(f"--relevance {str(path)!r} cannot be written: {error.strerror}.") from error
-    finally:
-        partial_path.unlink(missing_ok=True)

@@ -6,12 +6,13 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..utils.errors import first_names
-from ..utils.staging import staged
+from ..utils.staging import check_destination, staged_folder
 from .report import REPORT, build_report
 from .sources import Source
 from .writing import write_weights
@@ -34,7 +35,7 @@ def write_checkpoint(
     """Make the destination: its small files, its weights, and `conversion_report.json`.
 
     Args:
-        destination: see `staged`.
+        destination: see `staged_folder`.
         tensors: see `write_weights`.
         sources: the folders of the tensors, by role.
         files: the weight files of the tensors. The report has their digests.
@@ -48,7 +49,8 @@ def write_checkpoint(
     """
     num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     files = sorted(files | {source.folder / "config.json" for source in sources.values()})
-    with staged(destination, num_bytes + _SMALL_FILES_BYTES, overwrite) as folder:
+    check_again = partial(check_destination, destination, overwrite, sources=[])
+    with staged_folder(destination, num_bytes + _SMALL_FILES_BYTES, check_again) as folder:
         write_small_files(folder)
         with _progress(num_bytes) as progress:
             digests = write_weights(tensors, folder, files, progress)

@@ -14,7 +14,7 @@ from transformers.trainer_utils import (  # private, seen in transformers 5.19 t
     rotate_checkpoints,
 )
 
-INCOMPLETE = ".incomplete"  # under output_dir: a checkpoint is written here, then renamed
+from ..utils.staging import INCOMPLETE, replace_folder
 
 
 class CompleteCheckpoints(Trainer):
@@ -41,9 +41,8 @@ class CompleteCheckpoints(Trainer):
             torch.save(self.args, staged / TRAINING_ARGS_NAME)
             if is_best:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            if final.exists():  # from before a resume at an older checkpoint
-                final.rename(run_dir / INCOMPLETE / "replaced")
-            staged.rename(final)
+            # `final` may exist from before a resume at an older checkpoint
+            replace_folder(final, staged, run_dir / INCOMPLETE / "replaced")
             shutil.rmtree(run_dir / INCOMPLETE)
         self.accelerator.wait_for_everyone()
         if not final.exists():

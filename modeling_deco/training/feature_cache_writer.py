@@ -8,9 +8,7 @@ The processes of a launch share the images shard by shard, each with the whole t
 import json
 import logging
 import math
-import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +23,7 @@ from trl import ModelConfig
 from ..processing_deco import read_images
 from ..projectors import pool_patch_grid
 from ..utils.errors import one_line
+from ..utils.staging import INCOMPLETE, staged_file
 from .arguments import CacheArguments, DecoArguments
 from .collator import DecoCollator
 from .config import DecoSFTConfig
@@ -43,8 +42,6 @@ from .feature_cache import (
 )
 
 logger = logging.getLogger(__name__)
-
-INCOMPLETE = ".incomplete"  # the suffix of a file until it is complete
 
 
 class MultiGridPool(torch.nn.Module):
@@ -163,7 +160,8 @@ def _open_or_create(model, processor, images, training_args, names, shard_gigaby
             "images_per_shard": max(1, int(shard_gigabytes * 1e9 / bytes_per_image)),
             "bytes_per_image": bytes_per_image,
         }
-        _replace(folder / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n"))
+        with staged_file(folder / MANIFEST) as incomplete:
+            incomplete.write_text(json.dumps(manifest, indent=1) + "\n")
     cache = FeatureCache(folder, model.config, names)
     cache.check(found)
     if cache.manifest["images"] != cached_images:
@@ -218,7 +216,8 @@ def write_shards(
                 features[name][done : done + len(pooled)] = part
             done += len(pooled)
         tensors = features | {"keys": key_tensor(images.keys[numbers.start : numbers.stop])}
-        _replace(cache.shards[shard], partial(save_file, tensors, metadata={"cache": cache.mark}))
+        with staged_file(cache.shards[shard]) as incomplete:
+            save_file(tensors, incomplete, metadata={"cache": cache.mark})
     PartialState().wait_for_everyone()
 
 
@@ -237,13 +236,3 @@ def _batches(cache: FeatureCache, shards: list[int], processor, images: UniqueIm
         collate_fn=lambda images: dict(processor.image_processor(read_images(images), return_tensors="pt")),
     )
     return tqdm(loader, desc="images", unit="batch", disable=training_args.process_index != 0 or None)
-
-
-def _replace(path: Path, write) -> None:
-    """Let `write` write a file beside `path`, and rename it when it is complete."""
-    staged = path.with_name(path.name + INCOMPLETE)
-    try:
-        write(staged)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)

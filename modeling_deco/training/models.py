@@ -16,8 +16,8 @@ from ..chat_templates import read_chat_template
 from ..inference.adapters import find_adapter
 from ..inference.loading import load_model
 from ..utils.image_processors import pad_to_square
+from ..utils.staging import INCOMPLETE
 from .arguments import DecoArguments
-from .checkpoints import INCOMPLETE
 from .config import DecoSFTConfig
 from .distributed import on_first_process
 from .output_dir import BASE, clear_output_dir

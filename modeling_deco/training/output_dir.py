@@ -9,8 +9,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from trl import ModelConfig
 
 from ..utils.errors import first_names
+from ..utils.staging import INCOMPLETE
 from .arguments import DecoArguments
-from .checkpoints import INCOMPLETE
 from .config import DecoSFTConfig
 from .distributed import on_first_process
 

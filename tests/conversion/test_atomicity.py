@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from modeling_deco.cli import app
 from modeling_deco.conversion import ConversionError, convert, export
-from modeling_deco.utils.staging import staged
+from modeling_deco.utils.staging import staged_folder
 
 MODULES = [
     "torch",
@@ -503,7 +503,7 @@ def test_a_room_that_vanishes_before_it_is_locked_is_made_again(tmp_path, monkey
         return acquire(lock, *args, **kwargs)
 
     monkeypatch.setattr(FileLock, "acquire", acquire_late)
-    with staged(tmp_path / "out", num_bytes=1, overwrite=False) as folder:
+    with staged_folder(tmp_path / "out", num_bytes=1, check=lambda: None) as folder:
         (folder / "file").write_text("whole")
     assert vanished == [tmp_path / ".out.incomplete"]
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]

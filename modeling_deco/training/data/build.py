@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from ... import __version__
 from ...utils.errors import InputError, one_line
-from ...utils.staging import check_destination, staged
+from ...utils.staging import check_destination, staged_folder
 from .columns import FEATURES
 from .image_checks import check_images, start_worker
 from .llava import DataError, Sample, quote, read_records, read_sample
@@ -202,15 +203,16 @@ def build_data(
     executor = ProcessPoolExecutor(num_proc, initializer=start_worker)
     try:
         executor.submit(os.getpid).result()  # starts the workers now, before they could inherit threads or a lock
-        _check_out(out, overwrite, [source, images])
-        with staged(out, source.stat().st_size, overwrite) as folder:
+        check = partial(_check_out, out, overwrite, [source, images])
+        check()
+        with staged_folder(out, source.stat().st_size, check) as folder:
             (folder / "data").mkdir()
             samples = check_images(map(read_sample, count(), read_records(source)), images, executor)
             worth_writing = limit if isinstance(limit, int) else float("inf")
             rows = _take_rows(samples, report, worth_writing, images, embed_images)
             try:
                 digest = _write_shards(_row_groups(rows), folder / "data")
-            except (OSError, pa.ArrowException) as error:  # a full disk; `staged` would report a wrong number of bytes
+            except (OSError, pa.ArrowException) as error:  # a full disk; the number of bytes above is only a guess
                 raise DataError(f"{source.name} to {out}: {one_line(error)}") from error
             for line in report.lines():
                 logger.info(line)
@@ -226,8 +228,6 @@ def build_data(
             facts["faults"] = {kind: {"count": len(names), "ids": names} for kind, names in report.faults.items()}
             (folder / REPORT).write_text(json.dumps(facts, indent=1) + "\n")
             _write_card(folder, facts)
-            if overwrite and out.exists():
-                out.rename(folder.parent / "replaced")  # `staged` moves it back if anything fails from here on
     except BrokenProcessPool:
         raise DataError(
             "A process that decodes images was killed, maybe for lack of memory; lower --num-proc."

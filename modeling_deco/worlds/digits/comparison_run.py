@@ -17,6 +17,7 @@ from ... import DecoForConditionalGeneration, DecoProcessor
 from ...inference import load
 from ...training.trainer import DecoSFTConfig, DecoSFTTrainer, part_of
 from ...utils.measure import environment
+from ...utils.staging import staged_file
 from .comparison import CompareArguments, Run, config_of, settings_of
 from .curve import Curve
 from .evaluate import accuracy_by_kind
@@ -147,7 +148,6 @@ def train_run(args: CompareArguments, run: Run) -> dict:
         "settings": settings_of(args, run),
         "environment": environment(model.device, "trl") | {"parallel_runs": args.parallel_runs},
     }
-    partial = folder / "result.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "result.json")
+    with staged_file(folder / "result.json") as incomplete:
+        incomplete.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result

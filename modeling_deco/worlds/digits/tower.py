@@ -19,7 +19,6 @@ pictures as an uninterrupted one.
 
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionModel, HfArgumentParser, get_cosine_schedule_with_warmup, set_seed
 
 from ...utils.script import run
+from ...utils.staging import staged_file
 from .optimizer import MuonAdamW
 from .tower_heads import DenseHeads, evaluate
 from .tower_labels import LabelledScenes
@@ -89,9 +89,8 @@ def build_optimizer(tower: CLIPVisionModel, heads: DenseHeads, args: TowerArgume
 
 def save_state(path: Path, step: int, parts: dict) -> None:
     state = {"step": step, **{name: part.state_dict() for name, part in parts.items()}}
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)  # so an interrupted write keeps the last complete state
+    with staged_file(path) as incomplete:  # an interrupted write keeps the last complete state
+        torch.save(state, incomplete)
 
 
 def load_state(path: Path, parts: dict) -> int:
