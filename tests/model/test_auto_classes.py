@@ -88,12 +88,19 @@ def classes_after(*statements):
     return [config_class.__name__, *(mapping[config_class].__name__ for mapping in mappings)]
 
 
-@pytest.mark.parametrize("first", ENTRIES)
+def entries(*names, of=ENTRIES):
+    """One of each kind at every run; the others among the slow tests."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in of]
+
+
+@pytest.mark.parametrize("first", entries("its processor", "AutoModel"))
 def test_every_auto_class_knows_deco_whatever_is_imported_before_it(first, fresh):
     assert fresh.run(classes_after, ENTRIES[first], "import modeling_deco") == ALL
 
 
-@pytest.mark.parametrize("then", ["its models", "its processor", "AutoModel", "AutoProcessor", "pipeline"])
+@pytest.mark.parametrize(
+    "then", entries("its models", "AutoProcessor", of=["its models", "its processor", "AutoModel", "AutoProcessor"])
+)
 def test_every_auto_class_knows_deco_whatever_is_imported_after_it(then, fresh):
     assert fresh.run(classes_after, "import modeling_deco", ENTRIES[then]) == ALL
 

@@ -33,7 +33,8 @@ def test_a_static_cache_gives_the_same_tokens(grid, model):
     assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_decoding_compiles_to_one_graph_that_serves_the_next_prompt_of_that_length(backend, model):
     compile_config = CompileConfig(fullgraph=True, mode="default", backend=backend)
     compile_config._compile_all_devices = True
