@@ -195,39 +195,22 @@ def build_data(
         DataError: in one line, what is wrong and what to do. Then nothing is written, and `out` stays as it was.
     """
     source, images, out = Path(source).resolve(), Path(images).resolve(), Path(out).resolve()
-    limit, report = _parse_limit(str(max_bad)), _Report()
+    _parse_limit(str(max_bad))  # an invalid one is refused before any work
     if not source.is_file():
         raise DataError(f"SRC {source} is not a file.")
     if not images.is_dir():
         raise DataError(f"--images {images} is not a folder.")
+    check = partial(_check_out, out, overwrite, [source, images])
     executor = ProcessPoolExecutor(num_proc, initializer=start_worker)
     try:
         executor.submit(os.getpid).result()  # starts the workers now, before they could inherit threads or a lock
-        check = partial(_check_out, out, overwrite, [source, images])
         check()
         with staged_folder(out, source.stat().st_size, check) as folder:
-            (folder / "data").mkdir()
             samples = check_images(map(read_sample, count(), read_records(source)), images, executor)
-            worth_writing = limit if isinstance(limit, int) else float("inf")
-            rows = _take_rows(samples, report, worth_writing, images, embed_images)
             try:
-                digest = _write_shards(_row_groups(rows), folder / "data")
+                facts = _write_data(folder, samples, source.name, images, str(max_bad), embed_images)
             except (OSError, pa.ArrowException) as error:  # a full disk; the number of bytes above is only a guess
                 raise DataError(f"{source.name} to {out}: {one_line(error)}") from error
-            for line in report.lines():
-                logger.info(line)
-            if report.bad_samples > (limit if isinstance(limit, int) else limit * report.samples):
-                raise DataError(
-                    f"{report.bad_samples:,} of {report.samples:,} samples are bad, more than --max-bad {max_bad}. "
-                    f"Nothing is written. Fix them, or raise --max-bad; {REPORT} then lists their ids."
-                )
-            if not report.rows:
-                raise DataError(f"{source.name} has no good samples. Nothing is written.")
-            facts = {"source": source.name, "max_bad": str(max_bad), "images_embedded": embed_images, **asdict(report)}
-            facts["xxh3_128"] = digest
-            facts["faults"] = {kind: {"count": len(names), "ids": names} for kind, names in report.faults.items()}
-            (folder / REPORT).write_text(json.dumps(facts, indent=1) + "\n")
-            _write_card(folder, facts)
     except BrokenProcessPool:
         raise DataError(
             "A process that decodes images was killed, maybe for lack of memory; lower --num-proc."
@@ -236,5 +219,35 @@ def build_data(
         raise DataError(f"{source.name} to {out}: {one_line(error)}") from error
     finally:
         executor.shutdown(cancel_futures=True)
-    logger.info(f"{report.rows:,} rows, {report.text_only_rows:,} of text only, {report.images:,} images: {out}")
+    logger.info(f"{facts['rows']:,} rows, {facts['text_only_rows']:,} of text only, {facts['images']:,} images: {out}")
+    return facts
+
+
+def _write_data(
+    folder: Path, samples: Iterator[Sample], source_name: str, images: Path, max_bad: str, embed_images: bool
+) -> dict[str, Any]:
+    """Write shards, report and card; returns what the report has.
+
+    Raises:
+        DataError: more samples are bad than `max_bad` allows, or none is good.
+    """
+    limit, report = _parse_limit(max_bad), _Report()
+    (folder / "data").mkdir()
+    worth_writing = limit if isinstance(limit, int) else float("inf")
+    rows = _take_rows(samples, report, worth_writing, images, embed_images)
+    digest = _write_shards(_row_groups(rows), folder / "data")
+    for line in report.lines():
+        logger.info(line)
+    if report.bad_samples > (limit if isinstance(limit, int) else limit * report.samples):
+        raise DataError(
+            f"{report.bad_samples:,} of {report.samples:,} samples are bad, more than --max-bad {max_bad}. Nothing is "
+            f"written. Fix them, or raise --max-bad; {REPORT} then lists their ids."
+        )
+    if not report.rows:
+        raise DataError(f"{source_name} has no good samples. Nothing is written.")
+    facts = {"source": source_name, "max_bad": max_bad, "images_embedded": embed_images, **asdict(report)}
+    facts["xxh3_128"] = digest
+    facts["faults"] = {kind: {"count": len(names), "ids": names} for kind, names in report.faults.items()}
+    (folder / REPORT).write_text(json.dumps(facts, indent=1) + "\n")
+    _write_card(folder, facts)
     return facts
