@@ -55,7 +55,7 @@ def ask(
         bool, typer.Option("--json", help="Print one JSON object with the answer and what it cost.")
     ] = False,
     relevance: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw which patches each word of the answer is based on.")
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the patches that each word is based on.")
     ] = None,
     relevance_level: Annotated[
         str | None,

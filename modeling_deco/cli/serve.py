@@ -77,7 +77,7 @@ def serve(
     prompt_cache_mib: Annotated[
         int,
         typer.Option(
-            metavar="N", min=0, help="Size of the cache for next turns; for a 7B model, 1024 MiB hold 2000 tokens."
+            metavar="N", min=0, help="Size of the cache of earlier turns; for a 7B model, 1024 MiB hold 2000 tokens."
         ),
     ] = 1024,
 ):

@@ -85,6 +85,13 @@ def sent(port: int, messages: list[dict], **fields) -> socket.socket:
     return connection
 
 
+def half_open(port: int, beginning: bytes = b"GET /health HTTP/1.1\r\nHost: a\r\nX-Slow: ") -> socket.socket:
+    """A connection over which only the beginning of a request was sent."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(beginning)
+    return connection
+
+
 def wait_until(condition, seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -11,15 +11,9 @@ from contextlib import ExitStack, suppress
 from threading import Event
 
 import pytest
-from asking import PICTURE, about, post, running, sent, wait_until
+from asking import PICTURE, about, half_open, post, running, sent, wait_until
 
 from modeling_deco.serving import Server, ServerOptions
-
-
-def half_open(port: int, beginning: bytes = b"GET /health HTTP/1.1\r\nHost: a\r\nX-Slow: ") -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-    connection.sendall(beginning)
-    return connection
 
 
 def is_open(connection: socket.socket) -> bool:

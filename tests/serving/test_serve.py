@@ -14,9 +14,8 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from asking import COLOUR_ANSWER, COLOUR_QUESTION, PICTURE, about, answer, ask, client, post
+from asking import COLOUR_ANSWER, COLOUR_QUESTION, PICTURE, about, answer, ask, client, half_open, post
 from safetensors.torch import load_file, save_file
-from test_connections import half_open
 from typer.testing import CliRunner
 
 from modeling_deco import SHIPPED_CHECKPOINT
