@@ -1,9 +1,10 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Registration with transformers' Auto classes that does not import torch, and with lmms-eval.
+"""Registration with transformers' Auto classes, without importing torch, and with lmms-eval.
 
-`AutoModel.register` wants the class, and the class wants torch: seconds, for a program that only prints its help. So a
-registration waits for the module of its Auto class to be imported, or happens at once where it already is.
+`AutoModel.register` needs the class, and the class needs torch, which takes seconds to import even for a program that
+only prints its help. So each class is registered when the module of its Auto class is imported, or at once if it has
+been imported already.
 """
 
 import sys
@@ -33,7 +34,7 @@ _REGISTRATIONS = [
 
 
 def _register(auto_module: str, auto_class: str, module: str, name: str) -> None:
-    """Register one class, unless one of the two modules is still being imported: its end calls this again."""
+    """Register one class. If a module of the two is still being imported, its loader calls this again at the end."""
     if not hasattr(sys.modules.get(auto_module), auto_class):
         return
     if module in sys.modules and not hasattr(sys.modules[module], name):
@@ -44,7 +45,7 @@ def _register(auto_module: str, auto_class: str, module: str, name: str) -> None
 
 
 class _RegisteringLoader(Loader):
-    """Registers what waits for a module, once the wrapped loader has executed it."""
+    """Executes a module with the wrapped loader, then makes the registrations that wait for it."""
 
     def __init__(self, loader: Loader):
         self.loader = loader
@@ -79,7 +80,7 @@ def register_with_auto_classes() -> None:
 
 
 def lmms_eval_manifest():
-    """For lmms-eval, by the entry point `lmms_eval.models`; the class is imported when `--model deco` is chosen."""
+    """The entry point `lmms_eval.models`. lmms-eval imports the class when `--model deco` is chosen."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="deco", chat_class_path=f"{__package__}.integrations.lmms_eval.Deco")

@@ -1,11 +1,11 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates that show images, and mark for training what the assistant writes.
+"""Chat templates that show images, and mark the assistant's words for training.
 
-`CHAT_TEMPLATES` has them by name. `adapt_chat_template` finds the one of a language model whose own template knows
-text alone.
+`CHAT_TEMPLATES` has them by name. `adapt_chat_template` finds the template for a language model whose own template
+takes only text.
 
-This file is part of the code that a checkpoint carries for `trust_remote_code=True`.
+This file is saved with every checkpoint for `trust_remote_code=True`.
 """
 
 import json
@@ -14,8 +14,8 @@ from transformers.utils.chat_template_utils import render_jinja_template  # priv
 
 IMAGE_TOKEN = "<image>"  # noqa: S105
 
-# A message's content is a string or parts. Images stand where their parts stand; a line break follows those that come
-# before all text, as in LLaVA's data.
+# A message's content is a string or a list of parts. Images keep their position among the parts. A line break follows
+# images that come before all text, as in LLaVA's data.
 _TEXT = """\
 {%- macro text(content) -%}
 {%- if content is string -%}
@@ -35,7 +35,7 @@ _TEXT = """\
 {%- endmacro -%}
 """
 
-# Formats in which every role's message has the same form.
+# Formats in which the messages of all roles have the same form.
 _UNIFORM = (
     _TEXT
     + """\
@@ -62,7 +62,7 @@ def _uniform(header: str, end: str, after: str = "''", start: str = "''", conten
     return template
 
 
-# Formats that have no system message: it begins the first message of the user.
+# Formats without system messages: the system message is put in front of the user's first message.
 _SYSTEM_IN_FIRST = """\
 {%- set first = namespace(text='') -%}
 {%- if messages[0]['role'] == 'system' -%}
@@ -71,7 +71,7 @@ _SYSTEM_IN_FIRST = """\
 {%- endif -%}
 """
 
-# What LLaVA's stage 1 has (llava/conversation.py, conv_llava_plain): an image, its caption, a line break.
+# The format of LLaVA's stage 1 (llava/conversation.py, conv_llava_plain): an image, its caption, a line break.
 PLAIN_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- set content = message['content'] -%}
@@ -84,9 +84,9 @@ PLAIN_CHAT_TEMPLATE = """\
 {%- endfor -%}
 """
 
-# LLaVA-1.5's `vicuna_v1` (haotian-liu/LLaVA, llava/conversation.py, conv_vicuna_v1), in which it was trained. Without
-# "<s>", which the tokenizer adds: processors tokenize what they render with special tokens. The space before an answer
-# is the answer's, since Llama's tokens begin with their space. Images come first, as in LLaVA-1.5's data.
+# `vicuna_v1`, LLaVA-1.5's training format (haotian-liu/LLaVA, llava/conversation.py, conv_vicuna_v1). It has no "<s>":
+# processors tokenize rendered text with special tokens, so the tokenizer adds it. The space before an answer belongs
+# to the answer, since Llama's tokens begin with their space. Images come first, as in LLaVA-1.5's data.
 VICUNA_SYSTEM = """\
 {{- "A chat between a curious user and an artificial intelligence assistant. " -}}
 {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
@@ -126,8 +126,8 @@ VICUNA_CHAT_TEMPLATE = (
 """
 )
 
-# Mistral's, as Mistral-7B-Instruct-v0.3 has it; a system message stays with the first question, so that what was said
-# never changes when the conversation goes on.
+# The format of Mistral-7B-Instruct-v0.3. A system message stays with the first question, so that the start of a
+# conversation does not change when the conversation continues.
 _MISTRAL = (
     _TEXT
     + _SYSTEM_IN_FIRST
@@ -170,7 +170,7 @@ _CHATML = _uniform("'<|im_start|>' + message['role'] + '\\n'", "'<|im_end|>'", a
 
 
 def _with_system(template: str, system: str) -> str:
-    """A template with a system message for conversations that have none."""
+    """A template that adds a system message to conversations without one."""
     message = '[{"role": "system", "content": ' + json.dumps(system) + "}]"
     return (
         f"{{%- if messages[0]['role'] != 'system' -%}}{{%- set messages = {message} + messages -%}}{{%- endif -%}}\n"
@@ -198,7 +198,7 @@ CHAT_TEMPLATES = {
     "qwen3": _CHATML,  # without its thinking
 }
 
-# Where a tokenizer has no template: the first format whose tokens are all in the vocabulary is its format.
+# If a tokenizer has no template, its format is the first one here whose tokens are all in the vocabulary.
 _MARKS = {
     "llama3": ("<|start_header_id|>", "<|eot_id|>"),
     "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
@@ -208,7 +208,7 @@ _MARKS = {
     "mistral": ("[INST]", "[/INST]"),
 }
 
-# Goes in front of a template that takes strings alone: it joins the parts of each message into a string.
+# Comes before a template that takes only strings: it joins the parts of each message into a string.
 _PARTS_TO_TEXT = (
     _TEXT
     + """\
@@ -237,7 +237,7 @@ PROBE_CONVERSATION = [
 
 
 def render(template: str, messages: list[dict], **special_tokens) -> str | None:
-    """Messages and the start of an answer in a template's format; None where it fails. It runs in Jinja's sandbox."""
+    """Render messages and the start of an answer in Jinja's sandbox; None if the template fails."""
     try:
         rendered, _ = render_jinja_template(
             [messages], chat_template=template, add_generation_prompt=True, **special_tokens
@@ -250,7 +250,7 @@ def render(template: str, messages: list[dict], **special_tokens) -> str | None:
 
 
 def shows_images(template: str, render=render, **special_tokens) -> bool:
-    """Whether a template writes `<image>`, once for one image, beside the text."""
+    """Whether a template writes `<image>` once for one image, and keeps the text."""
     rendered = render(template, PROBE_CONVERSATION, **special_tokens) or ""
     return rendered.count(IMAGE_TOKEN) == 1 and all(
         words in rendered for words in ("What is this?", "A cat.", "Sure?")
@@ -258,20 +258,20 @@ def shows_images(template: str, render=render, **special_tokens) -> bool:
 
 
 def adapt_chat_template(template: str | None, vocabulary, render=render, **special_tokens) -> str | None:
-    """Make a language model's chat template show images.
+    """Adapt a language model's chat template to show images.
 
-    The format of `CHAT_TEMPLATES` is recognized by what the template makes of text, a default system message included,
-    or, without a template, by the vocabulary. Any other template that renders text is kept, with `<image>` written
-    into its messages; it has no marks for training.
+    The result is the template of `CHAT_TEMPLATES` that renders text as the model's own template does, including its
+    default system message. Without a template, the vocabulary decides. Any other template that renders text is kept,
+    and `<image>` is written into its messages; it does not mark the assistant's words for training.
 
     Args:
-        template: the model's own, for text; None where it has none.
+        template: the model's own template for text, or None.
         vocabulary: the tokenizer's tokens.
-        render: what renders untrusted templates in place of `render`.
-        special_tokens: of the tokenizer, by name, as templates have them: `bos_token`, `eos_token`.
+        render: a function that renders untrusted templates, with the signature of `render` here.
+        special_tokens: the tokenizer's special tokens by name, as templates use them: `bos_token`, `eos_token`.
 
     Returns:
-        The template, or None where nothing is recognized.
+        The template, or None if no format is recognized.
     """
     if not template:
         names = (name for name, marks in _MARKS.items() if all(mark in vocabulary for mark in marks))
@@ -293,13 +293,13 @@ def adapt_chat_template(template: str | None, vocabulary, render=render, **speci
 
 
 def parts_to_text(template: str) -> str:
-    """A template for messages of parts, from one that takes strings alone."""
+    """Make a template that takes messages of parts from one that takes only strings."""
     return _PARTS_TO_TEXT + template
 
 
 def _with_systems_of(candidate: str, rendered: str, **special_tokens) -> str | None:
-    """The candidate, with the default system message of what another template rendered of `_TURNS`; None where they
-    are not of one format."""
+    """The candidate with the default system message found in `rendered`, another template's text of `_TURNS`. None if
+    their formats differ."""
     if render(candidate, _TURNS, **special_tokens) == rendered:
         return candidate
     mark = "\x00system\x00"
@@ -312,10 +312,10 @@ def _with_systems_of(candidate: str, rendered: str, **special_tokens) -> str | N
 
 
 def read_chat_template(name_or_path: str) -> str:
-    """A template by its name in `CHAT_TEMPLATES`, or a Jinja file.
+    """Read a template by its name in `CHAT_TEMPLATES` or from a Jinja file.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is no such name or file.
     """
     if name_or_path in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name_or_path]

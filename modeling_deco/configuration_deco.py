@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 else:
     SubConfig = dict | PreTrainedConfig | None  # what `strict` takes
 
-# Prefix tokens that a vision tower puts before its patch tokens, register tokens aside.
+# Tokens that a vision tower puts before its patch tokens, not counting register tokens.
 _NUM_CLS_TOKENS = {
     "clip_vision_model": 1,
     "siglip_vision_model": 0,
@@ -26,8 +26,7 @@ _NUM_CLS_TOKENS = {
     "dinov2_with_registers": 1,
 }
 
-# Sizes of the compressive projectors where `projector_config` does not say others: the field's standard, whose sources
-# are named at each class in projectors.py. "mlp" and "avg_pool" have none.
+# Default sizes of the compressive projectors: the field's standard. The classes in projectors.py name the sources.
 _PROJECTOR_SIZES: dict[str, dict[str, int]] = {
     "mlp": {},
     "avg_pool": {},
@@ -37,8 +36,8 @@ _PROJECTOR_SIZES: dict[str, dict[str, int]] = {
     "d_abstractor": {"hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16},
 }
 
-# The largest sizes that a config may have, far above those of any model. A larger one is a mistake or an attack: it
-# would fill the memory or never end.
+# The largest sizes that a config may have, far above those of any model. A larger size is a mistake or an attack that
+# would fill the memory or run forever.
 LARGEST_SIZES = {
     "num_hidden_layers": 2**10,
     "num_attention_heads": 2**12,
@@ -61,7 +60,7 @@ def parse_grid(pooled_grid_size) -> tuple[int, int]:
         `(rows, cols)`.
 
     Raises:
-        ValueError: it is neither a positive int nor two positive ints.
+        ValueError: the grid is neither a positive int nor two positive ints.
     """
     grid = [pooled_grid_size] * 2 if isinstance(pooled_grid_size, int) else pooled_grid_size
     is_pair = isinstance(grid, (list, tuple)) and len(grid) == 2
@@ -82,13 +81,13 @@ def num_image_tokens(pooled_grid_size) -> int:
 def check_grid(
     pooled_grid_size, patch_grid: tuple[int, int], of: str = "the vision tower", name: str = "pooled_grid_size"
 ) -> tuple[int, int]:
-    """The one check that a pooled grid is not larger than the patch grid.
+    """Check that a pooled grid is not larger than the patch grid.
 
     Args:
         pooled_grid_size: an int (square) or `[rows, cols]`.
         patch_grid: `(rows, cols)`.
-        of: whose patches they are, for the message: the vision tower's, or those of a numbered image.
-        name: what the grid was given as, for the message: a field, an argument, an option.
+        of: for the message, what has these patches: `"the vision tower"`, `"image 2"`.
+        name: for the message, the field, argument or option that has the grid.
 
     Returns:
         `(rows, cols)` of the pooled grid.
@@ -106,7 +105,7 @@ def check_grid(
 
 
 def fit_grid(pooled_grid: tuple[int, int], patch_grid: tuple[int, int]) -> tuple[int, int]:
-    """The grid of an image for which none was asked: the default one, of at most its own patches."""
+    """The default grid of an image, cut to the image's own patches."""
     return min(pooled_grid[0], patch_grid[0]), min(pooled_grid[1], patch_grid[1])
 
 
@@ -116,33 +115,34 @@ class DecoConfig(PreTrainedConfig):
 
     The vision tower is cut to the layers that are used: a `vision_feature_layer` of -2 on a tower of 24 layers is
     stored as 23 layers and -1, which gives the same features bit for bit. The given `vision_config` is not changed.
-    The stored one says how many layers were cut off (`num_cut_layers`): given to another `DecoConfig` it is not cut
-    again, and a layer that is counted from the end counts from that of the uncut tower.
+    The stored one has the number of layers that were cut off (`num_cut_layers`), so that another `DecoConfig` does not
+    cut it again. A negative `vision_feature_layer` still counts from the end of the uncut tower.
 
     Args:
         vision_config: configuration (or its dict) of a CLIP, SigLIP, SigLIP 2 or DINOv2 vision tower. Default: CLIP
             ViT-L/14 at 336 pixels, the tower of LLaVA-1.5 and of DeCo.
         text_config: configuration (or its dict) of a decoder that `AutoModel` builds. Default: Llama (7B) with
             LLaVA-1.5's vocabulary of 32064.
-        image_token_id: id of the placeholder token; each image takes `num_image_tokens` of them.
-        pooled_grid_size: the grid that patches are pooled to, an int (square) or `[rows, cols]`; `forward`, `generate`
-            and the processor take another one per call.
-        projector_type: `"avg_pool"`, 2D adaptive average pooling before the MLP (DeCo, arXiv 2405.20985), or what that
-            is compared with: `"mlp"` (LLaVA's, no compression: `pooled_grid_size` is the patch grid), `"qformer"`,
-            `"resampler"`, `"c_abstractor"`, `"d_abstractor"`. Of these `"c_abstractor"` takes another grid per call.
-        projector_num_layers: linear layers of the MLP of `"avg_pool"` and `"mlp"` (`layer_num` in the authors' code).
-        projector_hidden_act: activation between them.
-        multimodal_projector_bias: whether they have biases.
-        projector_config: sizes of a compressive projector, arguments of its class in projectors.py: `hidden_size`,
-            `num_hidden_layers`, `num_attention_heads` (`mlp_num_layers` for `"c_abstractor"`). Those that are not
-            given are the field's standard; see `projector_sizes`.
+        image_token_id: id of the placeholder token. Each image takes `num_image_tokens` of them.
+        pooled_grid_size: the grid that patches are pooled to, an int (square) or `[rows, cols]`. `forward`, `generate`
+            and the processor take another grid per call.
+        projector_type: `"avg_pool"`, 2D adaptive average pooling before the MLP (DeCo, arXiv 2405.20985), or a
+            projector that DeCo is compared with: `"mlp"` (LLaVA's, without compression: `pooled_grid_size` must be the
+            patch grid), `"qformer"`, `"resampler"`, `"c_abstractor"`, `"d_abstractor"`. `"avg_pool"` and
+            `"c_abstractor"` take another grid per call.
+        projector_num_layers: linear layers in the MLP of `"avg_pool"` and `"mlp"` (`layer_num` in the authors' code).
+        projector_hidden_act: activation between these layers.
+        multimodal_projector_bias: whether these layers have biases.
+        projector_config: sizes of a compressive projector, which are arguments of its class in projectors.py:
+            `hidden_size`, `num_hidden_layers`, `num_attention_heads` (`mlp_num_layers` for `"c_abstractor"`). Default:
+            the field's standard, see `projector_sizes`.
         vision_feature_layer: index into the tower's hidden states, of which there are `num_hidden_layers + 1`.
-            Default: -2, or the last of a tower that was cut for a `DecoConfig`.
-        tie_word_embeddings: whether `lm_head` is the embedding matrix; taken from `text_config` where that says so.
-        lm_head_bias: whether `lm_head` has a bias, as that of Phi, GPT-J and CodeGen.
+            Default: -2, or -1 if the tower was cut for a `DecoConfig`.
+        tie_word_embeddings: whether `lm_head` is the embedding matrix. Also true if `text_config` says so.
+        lm_head_bias: whether `lm_head` has a bias, as in Phi, GPT-J and CodeGen.
 
     Raises:
-        ValueError: a field contradicts another; the message names field, value and what is allowed.
+        ValueError: fields contradict each other. The message names the field, its value and what is allowed.
     """
 
     model_type = "deco"
@@ -167,7 +167,7 @@ class DecoConfig(PreTrainedConfig):
         self.image_token_id = kwargs.pop("image_token_index", self.image_token_id)  # LLaVA's name for it
         self.vision_config = _vision_config(self.vision_config)
         self.text_config = _text_config(self.text_config)
-        tied_in_text = getattr(self.text_config, "tie_word_embeddings", False)  # which some configs lack
+        tied_in_text = getattr(self.text_config, "tie_word_embeddings", False)  # some configs lack it
         self.tie_word_embeddings = self.tie_word_embeddings or tied_in_text
         if isinstance(self.pooled_grid_size, tuple):  # JSON knows lists only
             self.pooled_grid_size = list(self.pooled_grid_size)
@@ -245,7 +245,7 @@ class DecoConfig(PreTrainedConfig):
 
     def _cut_unused_vision_layers(self):
         num_layers = self.vision_config.num_hidden_layers
-        num_cut = getattr(self.vision_config, "num_cut_layers", None)  # None: not yet a DecoConfig's
+        num_cut = getattr(self.vision_config, "num_cut_layers", None)  # None: no DecoConfig has cut it yet
         layer = self.vision_feature_layer
         if layer is None:
             layer = -2 if num_cut is None else -1
@@ -271,30 +271,30 @@ class DecoConfig(PreTrainedConfig):
 
     @property
     def projector_sizes(self) -> dict[str, int]:
-        """Sizes of a compressive projector, arguments of its class: `projector_config` and the field's standard."""
-        self._validate_projector()  # fields may have been set since
+        """Sizes of a compressive projector: the field's standard, replaced by those in `projector_config`."""
+        self._validate_projector()  # fields may have been set after construction
         return _PROJECTOR_SIZES[self.projector_type] | (self.projector_config or {})
 
     @property
     def text_hidden_size(self) -> int:
-        """Width of the language model's embeddings and outputs, which in some OPT models is not that of its layers."""
+        """Width of the language model's embeddings and outputs. In some OPT models its layers have another width."""
         return getattr(self.text_config, "word_embed_proj_dim", self.text_config.hidden_size)
 
     @property
     def takes_any_grid(self) -> bool:
-        """Whether a call may ask for another grid; what has learned queries, or does not compress, has one."""
+        """Whether a call may use another grid. Projectors with learned queries, and `"mlp"`, have one grid."""
         return self.projector_type in ("avg_pool", "c_abstractor")
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patch tokens in the vision tower's output: CLS and registers."""
+        """Tokens before the patch tokens in the vision tower's output: CLS and register tokens."""
         num_register_tokens = getattr(self.vision_config, "num_register_tokens", 0)
         return _NUM_CLS_TOKENS[self.vision_config.model_type] + num_register_tokens
 
     @property
     def patch_grid(self) -> tuple[int, int]:
         """`(rows, cols)` of the vision tower's patches at its own image size."""
-        if self.vision_config.model_type == "siglip2_vision_model":  # knows a number of patches, not an image size
+        if self.vision_config.model_type == "siglip2_vision_model":  # has a number of patches, not an image size
             side = math.isqrt(self.vision_config.num_patches)
             return side, side
         size = self.vision_config.image_size
@@ -312,22 +312,22 @@ class DecoConfig(PreTrainedConfig):
         return num_image_tokens(self.pooled_grid_size)
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        self._validate_choices()  # fields may have been set since
+        self._validate_choices()  # fields may have been set after construction
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory)
         copy_remote_code(save_directory)
-        if push_to_hub:  # super would upload the files that it wrote itself, and leave the code behind
+        if push_to_hub:  # super would upload its own files, without the code
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def push_to_hub(self, repo_id: str, *, max_shard_size=None, **kwargs):
-        """`PreTrainedConfig.push_to_hub`, with the code and without a card: that is the model's."""
+        """`PreTrainedConfig.push_to_hub`, with the code. The model's `push_to_hub` also writes the card."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(folder, repo_id, **kwargs)
 
 
 def _check_sizes(name: str, fields: dict) -> None:
-    """Raise a ValueError where a size in a part's config is no positive int, or absurdly large."""
+    """Raise a ValueError if a size in a part's config is not a positive int, or is too large."""
     for field, largest in LARGEST_SIZES.items():
         value = fields.get(field)
         for size in value if isinstance(value, (list, tuple)) else [value]:
@@ -350,7 +350,7 @@ def _vision_config(vision_config) -> PreTrainedConfig:
             projection_dim=768,
         )
     if isinstance(vision_config, dict):
-        _check_sizes("vision_config", vision_config)  # here already: some configs make a list of their layers
+        _check_sizes("vision_config", vision_config)  # before construction: some configs make a list of their layers
         return AutoConfig.for_model(**{"model_type": "clip_vision_model", **vision_config})
     return vision_config
 

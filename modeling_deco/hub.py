@@ -1,9 +1,9 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What goes with a DeCo checkpoint to the Hub: the code for `trust_remote_code=True`, the model card, and the upload.
+"""DeCo checkpoints on the Hub: the code for `trust_remote_code=True`, the model card, and the upload.
 
-This file is itself part of that code, and its siblings import it: it imports none of them, and knows a config by its
-properties.
+This file is part of that code. The other files of the model import it, so it imports none of them and uses only the
+properties of a config.
 """
 
 import shutil
@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-# With these entries and files a saved folder works under `trust_remote_code=True` without this package.
-# transformers by itself writes only the entry of the class that is saved.
+# With these entries and files, a saved folder works with `trust_remote_code=True` and without this package.
+# transformers alone writes only the entry of the class that is saved.
 AUTO_MAP = {
     "AutoConfig": "configuration_deco.DecoConfig",
     "AutoModel": "modeling_deco.DecoModel",
@@ -51,10 +51,9 @@ pipe(text=messages, return_full_text=False)
 
 
 def copy_remote_code(save_directory) -> None:
-    """Put the modules of `AUTO_MAP`, and those that they import, beside a checkpoint.
+    """Copy the modules of `AUTO_MAP`, and those that they import, into a checkpoint's folder.
 
-    A class that was itself loaded from such a folder finds only the siblings that have been loaded so far; the others
-    stay behind.
+    If this code was itself loaded from such a folder, only the modules that transformers has fetched are copied.
     """
     for name in _REMOTE_CODE_FILES:
         source = Path(__file__).with_name(name)
@@ -68,11 +67,11 @@ def model_card(config, title: str, model_id: str, about: str = "", **metadata) -
 
     Args:
         config: the checkpoint's `DecoConfig`.
-        title: of the card.
-        model_id: folder or Hub id, as its example of use names it.
-        about: paragraphs between what the config says and the example.
-        metadata: more fields of `ModelCardData`, or others in the place of those set here. A card without
-            `pipeline_tag` has no example.
+        title: the card's title.
+        model_id: folder or Hub id, for the example.
+        about: paragraphs that come before the example.
+        metadata: fields of `ModelCardData`, which replace those set here. A card without `pipeline_tag` has no
+            example.
     """
     fields = {
         "library_name": "transformers",
@@ -107,15 +106,15 @@ def model_card(config, title: str, model_id: str, about: str = "", **metadata) -
 
 
 def base_models(config, repo_id: str | None = None) -> list[str]:
-    """Hub ids of what a model was made from: the model that was loaded, or else its two backbones, as far as they are
-    not folders of this machine, and not `repo_id` itself."""
+    """Hub ids of the models that a model was made from: the one that was loaded, or else its two backbones. Local
+    folders and `repo_id` itself are left out."""
 
     def is_on_hub(name):
         try:
             validate_repo_id(name)
         except HFValidationError:
             return False
-        # a name without its owner may as well be that of a folder which has been elsewhere
+        # a name without an owner may be the name of a folder elsewhere
         return "/" in name and name != repo_id and not Path(name).exists()
 
     backbones = (config.vision_config.name_or_path, config.text_config.name_or_path)
@@ -126,8 +125,8 @@ def base_models(config, repo_id: str | None = None) -> list[str]:
 
 
 def load_card(repo_id: str, token: str | bool | None = None, revision: str | None = None) -> ModelCard | None:
-    """The model card of a repository on the Hub, None where it has none; of a revision that is yet to be made, main's,
-    from which it will be made."""
+    """The model card of a repository on the Hub, None if it has none. For a revision that does not exist yet, the card
+    of `main`, from which the revision will be created."""
     try:
         return ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revision, token=token))
     except RevisionNotFoundError:
@@ -141,7 +140,7 @@ def load_card(repo_id: str, token: str | bool | None = None, revision: str | Non
 
 
 def files_of(folder) -> dict[str, int]:
-    """Names of the files in a folder and below, and when they were last written (nanoseconds)."""
+    """Names of all files in a folder and its subfolders, with their modification times in nanoseconds."""
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in paths}
 
@@ -158,14 +157,16 @@ def upload(
     metadata: dict | None = None,
     **commit,
 ):
-    """Upload what a config, processor or model has saved in a folder, in one commit.
+    """Upload the files that a config, processor or model has saved in a folder, in one commit.
 
-    A `README.md` in the folder stays as it is, and is the card of a repository that has none. One that the repository
-    has stays too; `tags` and `metadata` are added to it, unless the folder has its own.
+    A `README.md` in the folder becomes the card of a repository that has none. A repository's own card is kept; `tags`
+    and `metadata` are added to it unless the folder has a card too.
 
     Args:
-        card: a function from the repository's id and metadata to the card that it gets where neither has one.
-        unchanged: `files_of` the folder before the saving: what has not been written since is not uploaded.
+        folder: the folder.
+        repo_id: id of the repository, which is created if it does not exist.
+        card: a function that makes a card from the repository's id and metadata, if neither side has one.
+        unchanged: `files_of(folder)` before saving. Files that were not written since are not uploaded.
         private, token, tags: see `PreTrainedModel.push_to_hub`.
         metadata: fields of the card: `license`, `language`, `datasets`, `widget`, ...
         commit: `commit_message`, `commit_description`, `revision`, `create_pr`.
@@ -199,7 +200,7 @@ def upload(
         try:
             HfApi().create_branch(repo_id=repo_id, branch=revision, token=token, exist_ok=True)
         except HfHubHTTPError:
-            if not commit.get("create_pr"):  # of which the branch need not be one's own
+            if not commit.get("create_pr"):  # a pull request needs no right to create the branch
                 raise
     commit.setdefault("commit_message", "Upload DeCo")
     return HfApi().create_commit(repo_id=repo_id, operations=operations, token=token, **commit)

@@ -2,9 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeCo: LLaVA with its patch grid pooled before the projector.
 
-It differs from transformers' LLaVA (modeling_llava.py, 5.24) in four places: patches are pooled to a grid before the
-MLP; the grid is an argument of each call; the patch grid is read from the pixels' shape; and the vision tower has no
-layer above the one that is read. Names of parameters are LLaVA's.
+It differs from transformers' LLaVA (modeling_llava.py, 5.24) in four ways:
+
+- Patches are pooled to a grid before the MLP.
+- The grid is an argument of each call.
+- The patch grid is read from the pixels' shape.
+- The vision tower has no layer above the one whose output is used.
+
+Parameters have LLaVA's names.
 """
 
 import copy
@@ -53,14 +58,14 @@ from .projectors import (
     ResamplerProjector,
 )
 
-if TYPE_CHECKING:  # and, since transformers fetches what it finds imported, beside the model when that is remote code
+if TYPE_CHECKING:  # transformers also reads this import, and fetches the file beside a model that is remote code
     from .processing_deco import DecoProcessor
 
 logger = logging.get_logger(__name__)
 
-# What quantization leaves alone: all but the language model's layers. A name counts from the start of a module's full
-# name, so "vision_tower" alone would miss "model.vision_tower.encoder". The names are DecoForConditionalGeneration's
-# and DecoModel's together, since either class may read a folder that the other has saved.
+# Modules that are not quantized: all but the language model's layers. Each entry is a prefix of a module's full name,
+# so "vision_tower" alone would miss "model.vision_tower.encoder". The list has the names of both
+# DecoForConditionalGeneration and DecoModel, since either class can load a folder that the other has saved.
 _NOT_QUANTIZED = [
     "model.vision_tower",
     "model.multi_modal_projector",
@@ -69,8 +74,8 @@ _NOT_QUANTIZED = [
     "lm_head",
 ]
 
-# The language model's fields in both outputs. The key-value cache is `cache` from transformers 5.24
-# on, and `past_key_values` before, in the outputs as in the arguments.
+# The language model's fields in both outputs. transformers 5.24 renames the key-value cache from `past_key_values` to
+# `cache`, in outputs and arguments.
 _LANGUAGE_MODEL_FIELDS = [field.name for field in fields(BaseModelOutputWithPast)]
 CACHE_NAME = "cache" if "cache" in _LANGUAGE_MODEL_FIELDS else "past_key_values"
 
@@ -94,7 +99,8 @@ _PUSH_ARGUMENTS = (
 class DecoModelOutputWithPast(BaseModelOutputWithPast):
     """Outputs of `DecoModel`.
 
-    `image_outputs` is what `get_image_features` returned, or None without images; the rest is the language model's.
+    `image_outputs` is the output of `get_image_features`, or None without images. The other fields are the language
+    model's.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -109,8 +115,8 @@ class DecoModelOutputWithPast(BaseModelOutputWithPast):
 class DecoCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Outputs of `DecoForConditionalGeneration`.
 
-    `loss` is a scalar where labels were given, `logits` is `(batch, sequence or logits_to_keep, vocab_size)`; the rest
-    is `DecoModelOutputWithPast`'s.
+    `loss` is a scalar if labels are given. `logits` is `(batch, sequence or logits_to_keep, vocab_size)`. The other
+    fields are those of `DecoModelOutputWithPast`.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -123,7 +129,7 @@ class DecoPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     # private, seen in transformers 5.19 to 5.24
-    # the projectors with residual connections; post_init adds the backbones' and drops what is not in the model
+    # projectors with residual connections; post_init adds the backbones' modules and drops those not in the model
     _no_split_modules: list[str] | set[str] = [  # noqa: RUF012
         "QFormerProjector",
         "ResamplerProjector",
@@ -140,8 +146,8 @@ class DecoPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, quantization_config=None, **kwargs):
-        """`PreTrainedModel.from_pretrained`, where a `quantization_config` is about the language model's layers only:
-        vision tower, projector and `lm_head` keep their dtype, unless it comes with a list of modules to skip."""
+        """`PreTrainedModel.from_pretrained`. A `quantization_config` applies to the language model's layers only.
+        Vision tower, projector and `lm_head` keep their dtype, unless the config lists the modules to skip."""
         if quantization_config is not None:
             quantization_config = _with_modules_to_skip(quantization_config)
         return super().from_pretrained(
@@ -149,9 +155,9 @@ class DecoPreTrainedModel(PreTrainedModel):
         )
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
-        """`PreTrainedModel.save_pretrained`; with `push_to_hub=True` what it writes is uploaded as `push_to_hub` does,
-        whose arguments it takes too, and a `README.md` in the folder is the repository's card."""
-        if not push_to_hub or kwargs.get("distributed_checkpoint"):  # of which super uploads a consolidated copy
+        """`PreTrainedModel.save_pretrained`. With `push_to_hub=True` it also uploads what it writes, and takes the
+        arguments of `push_to_hub`. A `README.md` in the folder becomes the repository's card."""
+        if not push_to_hub or kwargs.get("distributed_checkpoint"):  # super uploads a consolidated copy of these
             return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         arguments = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
         unchanged = files_of(save_directory)
@@ -171,12 +177,12 @@ class DecoPreTrainedModel(PreTrainedModel):
     ):
         """Upload weights, configs, the code for `trust_remote_code=True`, and a model card.
 
-        The card is written where the repository has none, and names the model's base models as far as they are known
-        Hub ids. A licence and a language are not guessed.
+        A repository without a card gets one, which names the model's base models if they are on the Hub. Licence and
+        language are left to `metadata`.
 
         Args:
-            repo_id: of the repository, which is created where it does not exist.
-            processor: to upload in the same commit; `processor.push_to_hub(repo_id)` before or after does as well.
+            repo_id: id of the repository, which is created if it does not exist.
+            processor: uploaded in the same commit. `processor.push_to_hub(repo_id)` uploads it separately.
             metadata: fields of the card: `license`, `language`, `datasets`, `widget`, ...
             max_shard_size: see `save_pretrained`.
             kwargs: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr` and `tags` of
@@ -204,8 +210,8 @@ class DecoPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # As custom code, modules without parameters of their own count as initialized, and where weights are missing
-        # from a checkpoint CLIP's attention and MLP would not get CLIP's initialization. Ours is transformers' alone.
+        # For custom code, transformers takes modules without parameters of their own as initialized. CLIP's attention
+        # and MLP would then miss CLIP's initialization when a checkpoint lacks their weights.
         return False
 
     @torch.no_grad()
@@ -216,13 +222,13 @@ class DecoPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        # Classes of vision towers name layers of their text siblings too, and FSDP's wrapping policy insists on each.
+        # Vision towers also name layers of their text models, and FSDP's wrapping policy requires every named class.
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
     def enable_input_require_grads(self):
-        # transformers has the embeddings of every part require gradients, which checkpointing in its reentrant form
-        # needs, and turns this on for all checkpointing. A frozen tower would be differentiated through for nothing.
+        # For gradient checkpointing, transformers makes the embeddings of every part require gradients. A frozen
+        # vision tower would then run a backward pass that nothing needs.
         if any(parameter.requires_grad for parameter in self.base_model.vision_tower.parameters()):
             return super().enable_input_require_grads()
         embeddings = self.get_input_embeddings()
@@ -255,27 +261,27 @@ class DecoModel(DecoPreTrainedModel):
                 `width / patch_size`. From SigLIP 2's own image processor, `(num_images, max_num_patches, 3 *
                 patch_size ** 2)` with `pixel_attention_mask` and `spatial_shapes` (one patch grid per image).
             pooled_grid_sizes: `(num_images, 2)`, the grid `[rows, cols]` that each image is pooled to. Default: the
-                config's grid for all, and then nothing here depends on data (`torch.compile(fullgraph=True)`); where
-                `spatial_shapes` are given, of at most an image's own patches.
+                config's grid for all images, which keeps the graph static for `torch.compile(fullgraph=True)`. With
+                `spatial_shapes`, the default grid is cut to each image's own patches.
 
         Returns:
-            The vision tower's output, its `pooler_output` replaced by a list with one `(rows * cols,
-            text_hidden_size)` tensor per image. Of the hidden states only the last is kept, unless
-            `output_hidden_states=True` is given.
+            The vision tower's output. Its `pooler_output` is replaced by a list with one `(rows * cols,
+            text_hidden_size)` tensor per image. Only the last hidden state is kept, unless `output_hidden_states=True`
+            is given.
 
         Raises:
-            ValueError: a grid of `pooled_grid_sizes` is larger than the image's patch grid, or there is not one grid
-                per image.
+            ValueError: a grid of `pooled_grid_sizes` is larger than the image's patch grid, or the number of grids is
+                not the number of images.
         """
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        # an index selects the one state that is kept where transformers knows that, and is plainly true in 5.19
+        # newer transformers keeps only the hidden state with this index; 5.19 takes any value but 0 as True
         keep_hidden_states = kwargs.pop("output_hidden_states", False)
         tower_inputs, patch_grids = self._tower_inputs(pixel_values, pixel_attention_mask, spatial_shapes)
         image_outputs = self.vision_tower(
             **tower_inputs, return_dict=True, output_hidden_states=keep_hidden_states or -1, **kwargs
         )
-        if not keep_hidden_states:  # in 5.19 all come, and would live while the language model runs
+        if not keep_hidden_states:  # 5.19 returns all, and they would stay in memory while the language model runs
             num_others = len(image_outputs.hidden_states) - 1
             image_outputs.hidden_states = (*[None] * num_others, image_outputs.hidden_states[-1])
         # hidden_states[-1], not last_hidden_state, which SigLIP and DINOv2 normalize
@@ -285,7 +291,7 @@ class DecoModel(DecoPreTrainedModel):
         return image_outputs if return_dict else image_outputs.to_tuple()
 
     def _tower_inputs(self, pixel_values, pixel_attention_mask, spatial_shapes):
-        """The vision tower's arguments, and the patch grid `(rows, cols)` of all images or a list of each one's."""
+        """The vision tower's arguments, and the patch grid `(rows, cols)` of all images or a list of one per image."""
         vision_config = self.config.vision_config
         if vision_config.model_type == "siglip2_vision_model":
             if pixel_values.ndim == 3:
@@ -295,7 +301,7 @@ class DecoModel(DecoPreTrainedModel):
         height, width = pixel_values.shape[-2:]
         patch_grid = (height // vision_config.patch_size, width // vision_config.patch_size)
         inputs = {"pixel_values": pixel_values}
-        if not vision_config.model_type.startswith("dinov2"):  # which does so by itself; at its own size no tower does
+        if not vision_config.model_type.startswith("dinov2"):  # DINOv2 interpolates without this argument
             inputs["interpolate_pos_encoding"] = True
         return inputs, patch_grid
 
@@ -305,18 +311,20 @@ class DecoModel(DecoPreTrainedModel):
         """The grid `(rows, cols)` that each image is pooled to.
 
         Args:
-            patch_grids: `(rows, cols)` of each image's patches, as SigLIP 2 gives them to pictures of any shape.
+            patch_grids: `(rows, cols)` of each image's patches. SigLIP 2 has another grid for each shape of image.
             pooled_grid_sizes: as in `get_image_features`.
 
         Raises:
-            ValueError: a grid that was asked for is larger than the image's patches, or there is not one per image.
+            ValueError: a grid of `pooled_grid_sizes` is larger than the image's patch grid, or the number of grids is
+                not the number of images.
         """
         if pooled_grid_sizes is None:
             grid, is_free = self.config.pooled_grid, self.config.takes_any_grid
             return [fit_grid(grid, patch_grid) if is_free else grid for patch_grid in patch_grids]
         if len(pooled_grid_sizes) != len(patch_grids):
             raise ValueError(
-                f"pooled_grid_sizes has {len(pooled_grid_sizes)} grids for {len(patch_grids)} images; give each one."
+                f"pooled_grid_sizes has {len(pooled_grid_sizes)} grids for {len(patch_grids)} images; pass one grid "
+                f"per image."
             )
         grids = zip(pooled_grid_sizes.tolist(), patch_grids, strict=True)
         return [
@@ -360,7 +368,7 @@ class DecoModel(DecoPreTrainedModel):
         return image_features
 
     def find_placeholders(self, input_ids, inputs_embeds) -> torch.BoolTensor:
-        """`(batch, sequence)`, true at the image placeholders; by their embedding where there are no ids."""
+        """`(batch, sequence)`, true at the image placeholders. Without ids they are found by their embedding."""
         if input_ids is not None and input_ids.numel() > 0:
             return input_ids == self.config.image_token_id
         image_token_id = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
@@ -371,10 +379,10 @@ class DecoModel(DecoPreTrainedModel):
 
         Args:
             image_features: a list, one `(rows * cols, text_hidden_size)` tensor per image.
-            cache: keys and values of the tokens before, for the message of the error.
+            cache: the key-value cache, for the error's message.
 
         Raises:
-            ValueError: the placeholders are not as many as the features.
+            ValueError: the number of placeholders is not the number of features.
         """
         placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
         torch_compilable_check(
@@ -384,32 +392,32 @@ class DecoModel(DecoPreTrainedModel):
         return placeholder_mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def _mismatch(self, placeholder_mask, tokens_per_image: list[int], cache) -> str:
-        """The error of features and placeholders that do not match: which case it is, and what to do."""
+        """The error's message: what does not match, in which way, and what to do."""
         num_features, num_placeholders = sum(tokens_per_image), int(placeholder_mask.sum())
         ends_in_image, begins_in_image = bool(placeholder_mask[:, -1].any()), bool(placeholder_mask[:, 0].any())
         one_grid = (
-            "Use one pooled_grid_size for processor and model: pass it to the processor and hand all that it returns, "
-            "pooled_grid_sizes too, to the model."
+            "Use one pooled_grid_size for processor and model: pass it to the processor, and pass everything that it "
+            "returns, including pooled_grid_sizes, to the model."
         )
         if num_placeholders == 0 and _is_filled(cache):
             case = (
-                "there are none in the new tokens, which go on from a cache: an image is given once, with the tokens "
-                "that stand for it; leave out the images that are in the cache."
+                "there are none in the new tokens, which continue from a cache: an image is passed once, with its "
+                "placeholders; leave out the images that are in the cache."
             )
         elif num_placeholders == 0:
             case = (
-                "there are none. Write the image token once where each image belongs, as chat templates do, and let "
-                "the processor expand it."
+                "there are none. Write the image token once for each image, as chat templates do, and let the "
+                "processor expand it."
             )
         elif num_placeholders < num_features and ends_in_image:
             case = (
-                "there are too few, and the text ends within an image: it was cut. Raise max_length, or "
-                "turn truncation off."
+                "there are too few, and the text ends within an image, so it was truncated. Raise max_length, or turn "
+                "truncation off."
             )
         elif num_placeholders < num_features:
             case = f"there are too few. {one_grid}"
-            if begins_in_image:  # as texts may, and those that were truncated on the left
-                case += " If the text was cut, raise max_length, or turn truncation off."
+            if begins_in_image:  # a text may begin with an image, or it was truncated on the left
+                case += " If the text was truncated, raise max_length, or turn truncation off."
         else:
             case = f"there are too many. Pass every image of the text. {one_grid}"
         return (
@@ -480,7 +488,7 @@ class DecoModel(DecoPreTrainedModel):
 class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
     """DeCo with its language modeling head: answers questions about images."""
 
-    # the name that embeddings have in most language models; an instance has its own's
+    # the embeddings' name in most language models; each instance sets its own
     # private, seen in transformers 5.19 to 5.24
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -503,21 +511,21 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         dtype: str | torch.dtype = "auto",
         **config_kwargs,
     ) -> "DecoForConditionalGeneration":
-        """Join two pretrained backbones under a fresh projector: where stage 1 of training starts.
+        """Join two pretrained backbones with a new projector, to start stage 1 of training.
 
         Args:
             vision_model_name_or_path: a vision tower, or a model that has one (CLIP, SigLIP).
             text_model_name_or_path: a causal language model.
-            image_token_id: id of the image placeholder. Default: the id that `"<image>"` has, or gets when added, in
-                the language model's tokenizer, as in `DecoProcessor.from_vision_text_pretrained`. Embeddings grow to
-                a multiple of 64 where it lies past them.
+            image_token_id: id of the image placeholder. Default: the id of `"<image>"` in the language model's
+                tokenizer, to which it is added if necessary, as in `DecoProcessor.from_vision_text_pretrained`. If the
+                id is outside the embeddings, they are resized to a multiple of 64.
             dtype: of all parts; `"auto"` takes the language model's.
             config_kwargs: more fields of `DecoConfig`.
         """
         text_model = _load_text_model(text_model_name_or_path, dtype)
         own_logits = _own_logits(text_model)
         if image_token_id is None:
-            # imported here, since its module imports the one whose import registers this class
+            # imported here to avoid a circle: its module imports the one that registers this class
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, trust_remote_code=False)
@@ -537,11 +545,11 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             lm_head_bias=lm_head.bias is not None,
             **config_kwargs,
         )
-        config.vision_config.name_or_path = str(vision_model_name_or_path)  # of a whole CLIP it is not in its part
+        config.vision_config.name_or_path = str(vision_model_name_or_path)  # a whole CLIP has it at the top
         with torch.device("meta"):
             model = cls(config)
         _take_language_model(model, text_model, own_logits)
-        # the config's tower, without the layers above the one that is read: their weights are reported as unexpected
+        # The config's tower has no layers above the one that is used; their weights are reported as unexpected.
         vision_tower, loading = AutoModel.from_pretrained(
             vision_model_name_or_path,
             config=config.vision_config,
@@ -588,8 +596,8 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         """See `DecoModel.forward`.
 
         Args:
-            labels: `(batch, sequence)`, next-token targets; -100 does not count.
-            logits_to_keep: compute logits for the last so many positions (0: all), or for these positions.
+            labels: `(batch, sequence)`, next-token targets; -100 is ignored.
+            logits_to_keep: the number of last positions whose logits are computed (0: all), or the positions.
 
         Example:
 
@@ -624,9 +632,8 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
     def generate(self, inputs=None, generation_config=None, logits_processor=None, stopping_criteria=None, **kwargs):
         """`GenerationMixin.generate`, with two differences.
 
-        - The image token is never written: it is one of `suppress_tokens`, beside those of the call or the config.
-        - `stop_strings` are found with every tokenizer: transformers' own search needs one that can write any word,
-          which word-level ones cannot.
+        - The image token is never generated: it is added to the `suppress_tokens` of the call or the config.
+        - `stop_strings` work with every tokenizer. transformers' own search fails with word-level tokenizers.
         """
         if generation_config is not None:
             generation_config = copy.deepcopy(generation_config)
@@ -655,24 +662,23 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
 
 
 class StopStrings(StoppingCriteria):
-    """Ends an answer that contains a stop string. A prompt that ends like one is no match, and the vocabulary is not
-    walked at each call of `generate`."""
+    """Ends an answer that contains a stop string. Text of the prompt is not matched."""
 
     def __init__(self, tokenizer, stop_strings: str | list[str], prompt_length: int):
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        # every token is a byte or more, so one that ends a stop string of n bytes is within n of the string's first
+        # each token has at least one byte, so a stop string of n bytes is within the last n tokens
         self.num_tokens = max(len(stop.encode()) for stop in self.stop_strings)
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
         ends = input_ids[:, max(self.prompt_length, input_ids.shape[1] - self.num_tokens) :]
-        texts = self.tokenizer.batch_decode(ends)  # with special tokens, which may be stop strings
+        texts = self.tokenizer.batch_decode(ends)  # keeps special tokens, which may be stop strings
         found = [any(stop in text for stop in self.stop_strings) for text in texts]
         return torch.tensor(found, device=input_ids.device)
 
 
 def build_projector(config: DecoConfig) -> nn.Module:
-    """The projector that the config asks for, in PyTorch's initialization."""
+    """The config's projector, with PyTorch's initialization."""
     widths, sizes = (config.vision_config.hidden_size, config.text_hidden_size), config.projector_sizes
     mlp: dict[str, Any] = {
         "num_layers": config.projector_num_layers,
@@ -692,7 +698,7 @@ def build_projector(config: DecoConfig) -> nn.Module:
 
 
 def _is_filled(cache) -> bool:
-    """Whether a cache has tokens; not every layer of every model counts them."""
+    """Whether a cache has tokens. A cache that cannot count its tokens is taken as filled."""
     try:
         return cache is not None and cache.get_seq_length() > 0
     except (AttributeError, ValueError):
@@ -700,8 +706,8 @@ def _is_filled(cache) -> bool:
 
 
 def _finish_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
-    """What the language model's own causal class does to the output of `lm_head`."""
-    if text_config.model_type != "mpt":  # whose logit_scale is not used
+    """Scale or cap the output of `lm_head`, as the language model's own causal class does."""
+    if text_config.model_type != "mpt":  # MPT's logit_scale has no effect
         for name in ("logit_scale", "lm_head_multiplier"):  # Cohere's; Falcon-H1's
             if (factor := getattr(text_config, name, None)) is not None:
                 logits = logits * factor
@@ -715,7 +721,7 @@ def _finish_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
 
 
 def _load_text_model(name_or_path, dtype) -> PreTrainedModel:
-    """A causal language model of one decoder and one linear head, all of whose weights are in its files."""
+    """Load a causal language model, which must have one linear head and no missing weights."""
     text_config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
@@ -738,8 +744,8 @@ def _refuse_missing_weights(model: PreTrainedModel, loading: dict) -> None:
     missing = sorted({*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])})
     if missing:
         raise ValueError(
-            f"{model.name_or_path} lacks {len(missing)} weights of the model in its config.json, or has them in other "
-            f"shapes: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}."
+            f"{model.name_or_path}: {len(missing)} weights are missing or have another shape than in config.json: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}."
         )
 
 
@@ -752,7 +758,7 @@ def _cannot_join(text_model: PreTrainedModel, reason: str) -> ValueError:
 
 @torch.no_grad()
 def _logits_of(model: PreTrainedModel, vocab_size: int, with_cache: bool) -> torch.Tensor:
-    """`(8, vocab_size)`, on a few ids; the last with the cache of those before."""
+    """Logits of 8 ids, `(8, vocab_size)`. With a cache, the last 3 ids use the cache of the first 5."""
     device = model.get_input_embeddings().weight.device
     ids = torch.linspace(1, vocab_size - 1, 8, device=device).long()[None]
     if not with_cache:
@@ -765,8 +771,8 @@ def _logits_of(model: PreTrainedModel, vocab_size: int, with_cache: bool) -> tor
 
 
 def _own_logits(text_model: PreTrainedModel) -> dict[bool, torch.Tensor]:
-    """A causal language model's own logits, without and with a cache; none where its weights are not all here (ZeRO-3,
-    FSDP) or do not run here."""
+    """A causal language model's own logits, without and with a cache. Empty if this process does not hold all weights
+    (ZeRO-3, FSDP) or cannot run the model."""
     if not all(parameter.numel() > 0 and not parameter.is_meta for parameter in text_model.parameters()):
         return {}
     own_logits, vocab_size = {}, text_model.get_input_embeddings().weight.shape[0]
@@ -775,15 +781,15 @@ def _own_logits(text_model: PreTrainedModel) -> dict[bool, torch.Tensor]:
             own_logits[with_cache] = _logits_of(text_model, vocab_size, with_cache)
         except Exception as error:  # of many kinds: it needs kernels that this machine lacks
             if with_cache:
-                reason = "it does not go on from a cache such as generate makes"
+                reason = "it does not continue from the kind of cache that generate makes"
                 raise _cannot_join(text_model, reason) from error
             else:
                 logger.warning(f"{type(text_model).__name__} does not run here; its logits are not compared: {error}")
                 return {}
     if own_logits[False].isnan().any():
         raise ValueError(
-            f"{text_model.name_or_path} has logits that are no numbers (NaN) in {text_model.dtype}: its weights are "
-            f"damaged, or need another dtype."
+            f"{text_model.name_or_path}: its logits in {text_model.dtype} are NaN, so its weights are damaged or need "
+            f"another dtype."
         )
     return own_logits
 
@@ -792,10 +798,10 @@ def _take_language_model(model, text_model: PreTrainedModel, own_logits: dict[bo
     """Put the decoder and the head of a causal language model into a DeCo.
 
     Args:
-        own_logits: of the language model without and with a cache, which those of the DeCo have to be.
+        own_logits: the language model's logits without and with a cache, which the DeCo must reproduce.
 
     Raises:
-        ValueError: they are not, or the decoder is not the one that AutoModel builds.
+        ValueError: the DeCo has other logits, or the decoder is not the one that AutoModel builds.
     """
     decoder_class, lm_head = type(model.model.language_model), text_model.get_output_embeddings()
     decoders = [module for module in text_model.modules() if type(module) is decoder_class]
@@ -817,7 +823,7 @@ def _take_language_model(model, text_model: PreTrainedModel, own_logits: dict[bo
         vocab_size = expected.shape[-1]
         try:
             logits = _logits_of(model.eval(), vocab_size, with_cache)[:, :vocab_size]
-            with torch.no_grad():  # embeddings of no token, as an image's are
+            with torch.no_grad():  # like an image's, these embeddings belong to no token
                 model(inputs_embeds=lm_head.weight.new_full((1, 2, model.config.text_hidden_size), 0.01))
         except Exception as error:  # of many kinds
             reason = f"its decoder does not run on embeddings alone ({type(error).__name__})"
@@ -827,17 +833,17 @@ def _take_language_model(model, text_model: PreTrainedModel, own_logits: dict[bo
             difference = (logits - expected).abs().max()
             raise _cannot_join(
                 text_model,
-                f"its own logits and those of its decoder under its head differ by {difference:.3g}, of at most "
-                f"{largest:.3g}",
+                f"its own logits and those of its decoder and head alone differ by {difference:.3g}; the largest "
+                f"logit is {largest:.3g}",
             )
 
 
 def _with_modules_to_skip(quantization_config):
-    """A copy of a quantization config, given as such or as a dict, with our modules to skip where it has no list."""
+    """A copy of a quantization config or its dict. If it lists no modules to skip, it gets `_NOT_QUANTIZED`."""
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     quantization_config = copy.copy(quantization_config)
-    # the list in bitsandbytes, and in most other methods (Quanto, torchao, ...); those without one stay as they are
+    # the field's name in bitsandbytes and in most other methods (Quanto, torchao, ...); some methods have no such list
     for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
         if vars(quantization_config).get(field, ()) is None:
             setattr(quantization_config, field, list(_NOT_QUANTIZED))

@@ -1,12 +1,12 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One picture, one set of pixels: whatever a picture comes as, the image processor gets the same upright RGB image.
+"""Read pictures of every kind, so that the image processor gets the same upright RGB image from all of them.
 
-`read_image` reads a path, a URL, bytes, a PIL image, an array or a tensor; `to_rgb` is the normalization itself. To
-normalize twice changes nothing. Nothing here limits size or time: `images.PictureReader` reads
-untrusted pictures.
+`read_image` reads a path, a URL, bytes, a PIL image, an array or a tensor. `to_rgb` normalizes a PIL image, and leaves
+a normalized one unchanged. Nothing here limits size or time: read untrusted pictures with
+`inference.images.PictureReader`.
 
-This file is part of the code that a checkpoint carries for `trust_remote_code=True`. It needs Pillow and NumPy alone.
+This file is saved with every checkpoint for `trust_remote_code=True`. It needs only Pillow and NumPy.
 """
 
 import base64
@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-NORMALIZATION = 1  # raised when `to_rgb` or `to_8_bit` makes other pixels: cached features are stale then
+NORMALIZATION = 1  # to be raised when `to_rgb` or `to_8_bit` changes pixels, which makes cached features stale
 
 _CHANNELS = (1, 2, 3, 4)  # grey, grey and alpha, RGB, RGB and alpha
 _TIMEOUT = 15.0  # seconds, for each step of a download
@@ -33,15 +33,15 @@ def read_image(source, channels: str | None = None) -> Image.Image:
 
     Args:
         source: a path, `http:`, `https:`, `file:` or `data:` URL, base64 text, an encoded picture as bytes, a binary
-            file, what `datasets` keeps of an image that is not decoded (`{"bytes": ..., "path": ...}`), a PIL image,
-            or an array or tensor as `image_from_array` takes it.
-        channels: `"first"` or `"last"`: where an array has its channels, if its shape does not tell.
+            file, an undecoded image of `datasets` (`{"bytes": ..., "path": ...}`), a PIL image, or an array or tensor
+            that `image_from_array` takes.
+        channels: `"first"` or `"last"`, the position of an array's channels if the shape is ambiguous.
 
     Returns:
-        The picture as `to_rgb` makes it; of an animation the first frame, of an open PIL image the current one.
+        The picture as `to_rgb` makes it: the first frame of an animation, the current frame of a PIL image.
 
     Raises:
-        ValueError, OSError and others that decoders raise: it cannot be read.
+        ValueError, OSError or a decoder's own error: the picture cannot be read.
     """
     if isinstance(source, dict) and (source.get("bytes") or source.get("path")):
         source = source.get("bytes") or source["path"]
@@ -56,11 +56,11 @@ def read_image(source, channels: str | None = None) -> Image.Image:
         return to_rgb(source)
     if hasattr(source, "shape") and hasattr(source, "dtype"):
         return to_rgb(image_from_array(source, channels))
-    raise ValueError("it is no path, URL, bytes, PIL image, array or tensor")
+    raise ValueError("it is not a path, URL, bytes, PIL image, array or tensor")
 
 
 def _named(source: str) -> bytes | Path:
-    """What a string names: a file, or an encoded picture."""
+    """The file that a string names, or the encoded picture that it holds or links to."""
     scheme = source.partition(":")[0].lower()
     if scheme in ("http", "https"):
         request = urllib.request.Request(source, headers={"User-Agent": "modeling-deco", "Accept": "image/*"})
@@ -90,10 +90,10 @@ def open_image(file: str | os.PathLike | BinaryIO, formats: list[str] | None = N
 
     Args:
         file: a path or a binary file that can seek.
-        formats: names of Pillow's formats that are tried. Default: all but EPS, which is a program that would be run.
+        formats: names of the Pillow formats to try. Default: all but EPS, which contains a program that would be run.
 
     Raises:
-        PIL.UnidentifiedImageError: the content is no picture of these formats, or HEIC without pillow-heif.
+        PIL.UnidentifiedImageError: the content has none of these formats, or is HEIC and pillow-heif is not installed.
     """
     if _is_heif(file):
         try:
@@ -115,27 +115,27 @@ def _is_heif(file) -> bool:
     else:
         with open(file, "rb") as opened:
             header = opened.read(64)
-    # A box of type "ftyp" names the brands of the file; AVIF, of the same family, is Pillow's own.
+    # A box of type "ftyp" names the file's brands. Pillow reads AVIF, which has the same kind of box, by itself.
     box = header[: int.from_bytes(header[:4], "big")]
     brands = {box[8:12], *(box[place : place + 4] for place in range(16, len(box), 4))}
     return header[4:8] == b"ftyp" and bool(brands & _HEIF_BRANDS) and not brands & {b"avif", b"avis"}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB image with 8 bits a channel.
+    """Convert a PIL image to upright RGB with 8 bits per channel.
 
-    Turned as EXIF says. Transparent parts are white, of palettes too. Greys of 16 bit and of floating point are scaled
-    as `to_8_bit` does; CMYK, LAB and the other modes of Pillow are converted.
+    The image is rotated as its EXIF data say. Transparent parts become white, also in palettes. 16-bit and
+    floating-point greyscale is scaled by `to_8_bit`. CMYK, LAB and Pillow's other modes are converted.
 
     Raises:
-        ValueError: the values of a grey of 32 bit or floating point are no picture's.
+        ValueError: the values of a 32-bit or floating-point greyscale image are not pixels.
     """
     image = _upright(image)
     transparency = image.info.get("transparency")
     if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip them at 255
         grey = np.asarray(image)
         image = Image.fromarray(to_8_bit(grey))
-        if isinstance(transparency, int):  # PNG's: one grey is transparent
+        if isinstance(transparency, int):  # in PNG, the one grey value that is transparent
             image.putalpha(Image.fromarray(np.where(grey == transparency, 0, 255).astype(np.uint8)))
     elif image.mode == "RGB" and isinstance(transparency, tuple) and max(transparency) > 255:
         image.info["transparency"] = tuple(value >> 8 for value in transparency)  # as Pillow reads 16-bit RGB
@@ -151,21 +151,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)  # a copy, without the orientation in its EXIF data
-    except Exception:  # of malformed EXIF data, which are no reason to refuse the pixels
-        image.load()  # what is wrong with the pixels themselves is raised here
+    except Exception:  # malformed EXIF data are no reason to refuse the pixels
+        image.load()  # raises if the pixels themselves are broken
         return image.copy()
 
 
 def image_from_array(array, channels: str | None = None) -> Image.Image:
-    """A PIL image of an array or tensor.
+    """Convert an array or tensor to a PIL image.
 
     Args:
         array: `(height, width)`, or `(height, width, channels)` or `(channels, height, width)` with 1 (grey), 2 (grey
-            and alpha), 3 (RGB) or 4 (RGB and alpha) channels, of a type and range that `to_8_bit` knows.
-        channels: `"first"` or `"last"`. Default: where the shape has 1 to 4.
+            and alpha), 3 (RGB) or 4 (RGB and alpha) channels, with a type and range that `to_8_bit` takes.
+        channels: `"first"` or `"last"`. Default: the position where the shape has 1 to 4.
 
     Raises:
-        ValueError: it is no picture, or its channels may be first or last.
+        ValueError: the array is not a picture, or its shape is ambiguous and `channels` is None.
     """
     array = to_numpy(array)
     if array.ndim == 3:
@@ -173,7 +173,7 @@ def image_from_array(array, channels: str | None = None) -> Image.Image:
             array = array.transpose(1, 2, 0)
         array = array[:, :, 0] if array.shape[2] == 1 else array
     elif array.ndim != 2:
-        raise ValueError(f"its shape {tuple(array.shape)} is none of a picture")
+        raise ValueError(f"its shape {tuple(array.shape)} is not a picture's")
     if 0 in array.shape:
         raise ValueError(f"its shape {tuple(array.shape)} has no pixels")
     return Image.fromarray(np.ascontiguousarray(to_8_bit(array)))
@@ -191,7 +191,7 @@ def channels_first(shape, channels: str | None = None) -> bool:
     candidates = [name for name, place in (("first", 0), ("last", -1)) if shape[place] in _CHANNELS]
     if channels is not None and channels not in candidates or not candidates:
         raise ValueError(
-            f"its shape {tuple(shape)} is none of a picture: 1 to 4 channels {channels or 'first or last'}"
+            f"its shape {tuple(shape)} is not a picture's: it needs 1 to 4 channels, {channels or 'first or last'}"
         )
     if channels is None and len(candidates) == 2:
         raise ValueError(
@@ -202,14 +202,14 @@ def channels_first(shape, channels: str | None = None) -> bool:
 
 
 def to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Values of pixels as 8 bit.
+    """Convert pixel values to 8 bits.
 
-    The scale follows from the type and the largest value: unsigned 16 bit counts to 65535, truth values to 1; other
-    whole numbers to 255, or to 65535 where one exceeds 255; floating point to 1, 255 or 65535, with some room for
-    what interpolation adds at edges (up to twice these). NaN is black.
+    The type and the largest value determine the scale: 65535 for unsigned 16-bit integers, 1 for booleans, 255 for
+    other integers (65535 if a value exceeds 255), and 1, 255 or 65535 for floating point. Floating-point values may be
+    up to twice as large, since interpolation overshoots at edges. NaN becomes black.
 
     Raises:
-        ValueError: values are larger, or too many below 0 for a picture.
+        ValueError: values are larger than that, or too far below 0.
     """
     kind, dtype = values.dtype.kind, values.dtype
     if dtype == np.uint8:
@@ -217,7 +217,7 @@ def to_8_bit(values: np.ndarray) -> np.ndarray:
     if kind == "b":
         return values * np.uint8(255)
     if kind not in "iuf":
-        raise ValueError(f"its type {dtype} is none of pixels")
+        raise ValueError(f"its type {dtype} is not one of pixels")
     finite = values[np.isfinite(values)] if kind == "f" else values
     smallest, largest = float(finite.min(initial=0)), float(finite.max(initial=0))
     if kind == "f":

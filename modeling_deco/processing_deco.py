@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""DeCo's processor: images and text in, placeholders expanded to each image's token budget."""
+"""DeCo's processor: prepares images and text, and expands each image's placeholder to its token budget."""
 
 import tempfile
 from pathlib import Path
@@ -28,10 +28,11 @@ class DecoImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
 
 class DecoCallKwargs(DecoProcessorKwargs, total=False):  # type: ignore[call-arg]
-    """`pooled_grid_size`: see `DecoProcessor.__call__`. It stands apart from the fields of `valid_processor_kwargs`,
-    none of which may be an argument of `__init__` too (a rule of transformers since 5.23). It is named among the
-    images' own arguments as well: vLLM loads a processor anew for each value of an argument that it finds in none of
-    the groups.
+    """Arguments of a call. `pooled_grid_size` is explained in `DecoProcessor.__call__`.
+
+    It is not among the fields of `valid_processor_kwargs`, because transformers (since 5.23) allows none of these as
+    an argument of `__init__`. It is also among `images_kwargs`, because vLLM loads a processor again for each value of
+    an argument that is in none of the groups.
     """
 
     images_kwargs: DecoImagesKwargs
@@ -41,17 +42,17 @@ class DecoCallKwargs(DecoProcessorKwargs, total=False):  # type: ignore[call-arg
 class DecoProcessor(ProcessorMixin):
     """An image processor and a tokenizer in one.
 
-    Text is padded on the left, as generation needs; trainers that pad on the right say so per call.
+    Text is padded on the left, as generation needs. To train with padding on the right, pass `padding_side`.
 
     Args:
-        image_processor: of the vision tower.
-        tokenizer: of the language model, with the image token in its vocabulary.
-        pooled_grid_size: default grid, an int (square) or `[rows, cols]`: the model's.
-        chat_template: Jinja template. Default: the tokenizer's; where it knows text alone, with `"<image>"` written
-            into the text.
-        image_token: placeholder of an image in the text, where the tokenizer does not name one.
-        patch_size: of the vision tower, in pixels. With it a grid that is larger than an image's patch grid is refused
-            here; without it the model refuses it, which in vLLM ends the server.
+        image_processor: the vision tower's image processor.
+        tokenizer: the language model's tokenizer, with the image token in its vocabulary.
+        pooled_grid_size: the model's default grid, an int (square) or `[rows, cols]`.
+        chat_template: Jinja template. Default: the tokenizer's. If that takes text only, `"<image>"` is written into
+            the text.
+        image_token: placeholder of an image in the text, if the tokenizer does not name one.
+        patch_size: the vision tower's patch size in pixels. With it, the processor refuses a grid that is larger than
+            an image's patch grid. Without it, the model does, which stops a vLLM server.
     """
 
     valid_processor_kwargs = DecoProcessorKwargs
@@ -80,20 +81,23 @@ class DecoProcessor(ProcessorMixin):
         if chat_template is None:
             chat_template = getattr(tokenizer, "chat_template", None)
             if isinstance(chat_template, str) and "image" not in chat_template:
-                chat_template = parts_to_text(chat_template)  # not rendered: it may be anybody's
+                chat_template = parts_to_text(chat_template)  # an untrusted template, so it is not rendered here
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
     def from_vision_text_pretrained(
         cls, vision_model_name_or_path: str, text_model_name_or_path: str, pooled_grid_size=12, chat_template=None
     ) -> "DecoProcessor":
-        """The processor that goes with `DecoForConditionalGeneration.from_vision_text_pretrained`: the vision tower's
-        image processor, and the language model's tokenizer with `"<image>"` added where it is missing.
+        """Make the processor for `DecoForConditionalGeneration.from_vision_text_pretrained`: the vision tower's image
+        processor and the language model's tokenizer, with `"<image>"` added if it is missing.
 
         Args:
-            chat_template: Jinja template, or the name of one of `chat_templates.CHAT_TEMPLATES`: "chatml", "llama3".
-                Default: the language model's own, made to show images; without one, the format that is recognized by
-                the tokenizer's special tokens, or none.
+            vision_model_name_or_path: a vision tower, or a model that has one.
+            text_model_name_or_path: a causal language model.
+            pooled_grid_size: default grid, an int (square) or `[rows, cols]`.
+            chat_template: Jinja template, or a name in `chat_templates.CHAT_TEMPLATES`: `"chatml"`, `"llama3"`, ...
+                Default: the language model's own template, adapted to show images. If it has no template, the format
+                that its special tokens indicate, or none.
 
         Raises:
             ValueError: the language model's chat template cannot show images.
@@ -133,16 +137,16 @@ class DecoProcessor(ProcessorMixin):
             images: one image, a list, or one list per text: PIL images, arrays, tensors, paths, URLs, base64.
             text: one text or a list, with one `image_token` for each image.
             pooled_grid_size: token budget of this call: an int (square) or `[rows, cols]` for all images, or one
-                `[rows, cols]` per image in a list or a `(num_images, 2)` tensor. Default: the processor's own; of
-                pictures that keep their shape (SigLIP 2 NaFlex), at most their own patches.
+                `[rows, cols]` per image in a list or a `(num_images, 2)` tensor. Default: the processor's grid. For
+                images that keep their shape (SigLIP 2 NaFlex), that is cut to the image's own patches.
 
         Returns:
-            `input_ids` and `attention_mask` `(batch, sequence)`, the image processor's `pixel_values` `(num_images, 3,
-            height, width)` and, only where `pooled_grid_size` was given, `pooled_grid_sizes` `(num_images, 2)`.
+            `input_ids` and `attention_mask` `(batch, sequence)` and the image processor's `pixel_values` `(num_images,
+            3, height, width)`. If `pooled_grid_size` is given, also `pooled_grid_sizes` `(num_images, 2)`.
 
         Raises:
-            ValueError: an image cannot be read, images and image tokens are not as many, a grid is malformed or (where
-                `patch_size` is known) larger than an image's patch grid, or truncation cuts into an image.
+            ValueError: an image cannot be read, the number of images is not the number of image tokens, a grid is
+                malformed or (if `patch_size` is known) larger than an image's patch grid, or truncation cuts an image.
         """
         return super().__call__(images=images, text=text, **kwargs)
 
@@ -156,12 +160,12 @@ class DecoProcessor(ProcessorMixin):
                 None if channels is None else str(getattr(channels, "value", channels)).removeprefix("channels_"),
                 keep_floats=not (self.image_processor.do_rescale if do_rescale is None else do_rescale),
             )
-            if len(make_flat_list_of_images(images)) == 0:  # of a batch of texts alone
+            if len(make_flat_list_of_images(images)) == 0:  # a batch of texts only
                 images = None
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, **kwargs):
-        if text is not None:  # transformers does not count text by text, and 5.19 not at all
+        if text is not None:  # transformers does not count per text, and 5.19 does not count
             num_tokens = [sample.count(self.image_token) for sample in text]
             num_images = 0 if images is None else len(make_flat_list_of_images(images))
             if sum(num_tokens) != num_images:
@@ -177,7 +181,7 @@ class DecoProcessor(ProcessorMixin):
                     )
         super().validate_inputs(images=images, text=text, **kwargs)
 
-    # transformers' refuses arguments that valid_processor_kwargs does not name
+    # transformers' own method refuses arguments that valid_processor_kwargs does not name
     # private, seen in transformers 5.19 to 5.24
     def _merge_kwargs(self, *args, pooled_grid_size=None, images_kwargs=None, **kwargs):
         images_kwargs = dict(images_kwargs or {})
@@ -191,11 +195,11 @@ class DecoProcessor(ProcessorMixin):
         """The grid `(rows, cols)` that each image is pooled to.
 
         Args:
-            image_inputs: the image processor's, pixels, or SigLIP 2's patches with the shapes of their grids.
+            image_inputs: the image processor's output: pixels, or SigLIP 2's patches with `spatial_shapes`.
             pooled_grid_size: as in `__call__`.
 
         Raises:
-            ValueError: a grid is malformed or (where the patch grid is known) larger than the image's patch grid.
+            ValueError: a grid is malformed or (if the patch grid is known) larger than the image's patch grid.
         """
         patch_grids = self._patch_grids(image_inputs)
         if pooled_grid_size is None and image_inputs.get("spatial_shapes") is not None:
@@ -210,7 +214,7 @@ class DecoProcessor(ProcessorMixin):
         return grids
 
     def _patch_grids(self, image_inputs) -> list[tuple[int, int] | None]:
-        """Of each image, None where no `patch_size` is known."""
+        """The patch grid of each image, None if `patch_size` is not known."""
         if image_inputs.get("spatial_shapes") is not None:
             return [(int(rows), int(cols)) for rows, cols in image_inputs["spatial_shapes"]]
         if self.patch_size is None:
@@ -227,18 +231,18 @@ class DecoProcessor(ProcessorMixin):
         return image_inputs, [self.image_token * num_image_tokens(grid) for grid in grids]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholders that stand for an image: as many as its grid has cells."""
+        """The placeholders of an image, one for each cell of its grid."""
         grids = self.image_grids(image_inputs, image_inputs.get("pooled_grid_sizes"))
         return self.image_token * num_image_tokens(grids[image_idx])
 
     # private, seen in transformers 5.19 to 5.24
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Tokens per image of the given sizes `(height, width)` (vLLM asks)."""
+        """Tokens per image for the given sizes `(height, width)`. vLLM calls this."""
         if image_sizes is None:
             return MultiModalData()
         pooled_grid_size = kwargs.get("pooled_grid_size")
         if pooled_grid_size is None and hasattr(self.image_processor, "max_num_patches"):
-            # SigLIP 2's gives each picture patches in its own shape, which black ones of the same sizes have too
+            # SigLIP 2's image processor derives the patch grid from an image's size, so blank images serve
             blank = [Image.new("RGB", (width, height)) for height, width in image_sizes]
             grids = self.image_grids(self.image_processor(blank, return_tensors="pt")) if blank else []
         else:
@@ -247,7 +251,7 @@ class DecoProcessor(ProcessorMixin):
             num_image_tokens=[num_image_tokens(grid) for grid in grids], num_image_patches=[1] * len(image_sizes)
         )
 
-    # transformers' names neither the text that was cut nor what to do
+    # transformers' own error does not say which text was cut and what to do
     # private, seen in transformers 5.19 to 5.24
     def _check_special_mm_tokens(self, text, text_inputs, modalities):
         input_ids = text_inputs["input_ids"]
@@ -268,12 +272,12 @@ class DecoProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         files = super().save_pretrained(save_directory)
         copy_remote_code(save_directory)
-        if push_to_hub:  # super would upload the files that it wrote itself, and leave the code behind
+        if push_to_hub:  # super would upload its own files, without the code
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return files
 
     def push_to_hub(self, repo_id: str, *, max_shard_size=None, **kwargs):
-        """`ProcessorMixin.push_to_hub`, with the code and without a card: that is the model's."""
+        """`ProcessorMixin.push_to_hub`, with the code. The model's `push_to_hub` also writes the card."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(folder, repo_id, **kwargs)
@@ -300,16 +304,16 @@ def _grids_per_image(pooled_grid_size, num_images: int) -> list[tuple[int, int]]
 
 
 def read_images(images, channels: str | None = None, keep_floats: bool = False):
-    """Read and normalize the pictures of a nested list by `pixels.read_image`, nesting kept.
+    """Read and normalize pictures with `pixels.read_image`, and keep the nesting of lists.
 
     Args:
-        images: one picture or nested lists of them; an array or a tensor with a fourth dimension in front is a list.
-        channels: `"first"` or `"last"`: where arrays have their channels, if their shape does not tell.
-        keep_floats: arrays and tensors of floating point are the model's own values: they stay as they are, with their
-            three channels first.
+        images: one picture or nested lists of pictures. A four-dimensional array or tensor is a list.
+        channels: `"first"` or `"last"`, the position of arrays' channels if a shape is ambiguous.
+        keep_floats: whether floating-point arrays and tensors are the model's own values, which are not scaled. Their
+            three channels are moved to the front.
 
     Raises:
-        ValueError: a picture cannot be read; the message has its number, its name and the reason.
+        ValueError: a picture cannot be read. The message has its number, its name and the reason.
     """
     position = 0
 
@@ -321,7 +325,7 @@ def read_images(images, channels: str | None = None, keep_floats: bool = False):
         try:
             is_float = "float" in str(getattr(image, "dtype", ""))
             return _model_values(image, channels) if keep_floats and is_float else read_image(image, channels)
-        except Exception as error:  # of many kinds, by decoders and by downloads
+        except Exception as error:  # decoders and downloads raise many kinds
             name = repr(image if isinstance(image, str) else getattr(image, "filename", None) or type(image).__name__)
             name = name if len(name) <= 120 else name[:117] + "..."
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -331,7 +335,7 @@ def read_images(images, channels: str | None = None, keep_floats: bool = False):
 
 
 def _model_values(array, channels):
-    """An array or tensor `(3, height, width)` of values that are not to be scaled."""
+    """An array or tensor as `(3, height, width)`, with its values unchanged."""
     if array.ndim == 3:
         if not channels_first(array.shape, channels):
             array = array.transpose(2, 0, 1) if isinstance(array, np.ndarray) else array.permute(2, 0, 1)

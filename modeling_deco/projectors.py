@@ -1,23 +1,24 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The projector of DeCo: pool the patch grid without parameters, then LLaVA's MLP. And those it is compared with.
+"""DeCo's projector: it pools the patch grid without parameters, then applies LLaVA's MLP. Beside it are the projectors
+that it is compared with.
 
-It needs nothing else of this package's models and can be taken alone:
+A projector can be used without the rest of the model:
 
     projector = AvgPoolProjector(vision_hidden_size=1024, text_hidden_size=4096, pooled_grid_size=12)
     image_features = projector(patch_features)  # (num_images, 576, 1024) -> (num_images, 144, 4096)
 
-All projectors are called alike, with `patch_features` `(num_images, patch_rows * patch_cols, vision_hidden_size)`
-without prefix tokens, row by row, of images that share one patch grid and one pooled grid:
+All projectors take the same arguments. `patch_features` are `(num_images, patch_rows * patch_cols,
+vision_hidden_size)`, row by row and without prefix tokens, of images that share one patch grid and one pooled grid:
 
-    patch_grid: `(patch_rows, patch_cols)`; may be left out where it is square.
-    pooled_grid: `(rows, cols)`; default: the module's.
+    patch_grid: `(patch_rows, patch_cols)`. Default: a square.
+    pooled_grid: `(rows, cols)`. Default: the module's.
 
-They return `(num_images, rows * cols, text_hidden_size)`, and raise a ValueError where the patches do not fill the
-patch grid, or where they cannot make the pooled grid of it.
+They return `(num_images, rows * cols, text_hidden_size)`. They raise a ValueError if the patches do not fill the patch
+grid, or if the projector cannot pool to the grid.
 
-The compressors are built of transformers' blocks. These are imported where they are built: who pools needs none, and
-does not depend on them.
+The compressive projectors consist of transformers' blocks, which are imported when a projector is built: average
+pooling does not depend on them.
 """
 
 import math
@@ -79,8 +80,8 @@ def _from_map(feature_map: torch.Tensor) -> torch.Tensor:
 
 
 class MlpProjector(nn.Module):
-    """LLaVA-1.5's projector (arXiv 2310.03744): every patch becomes a token. `linear_1 ... linear_n` with an
-    activation between.
+    """LLaVA-1.5's projector (arXiv 2310.03744): every patch becomes a token. The layers are `linear_1 ... linear_n`,
+    with an activation between them.
 
     Args:
         vision_hidden_size: width of the patch features.
@@ -165,7 +166,7 @@ class AvgPoolProjector(MlpProjector):
 
 
 class QueryProjector(nn.Module):
-    """What has a learned query for each token, and so one token budget."""
+    """A projector with a learned query for each token, and therefore one token budget."""
 
     def __init__(self, pooled_grid_size: int | tuple[int, int]):
         super().__init__()
@@ -183,17 +184,17 @@ class QueryProjector(nn.Module):
 
 class QFormerProjector(QueryProjector):
     """BLIP-2's Q-Former (arXiv 2301.12597): learned queries attend to one another, and in every second layer to the
-    patches. By default of BERT-base's size, as there.
+    patches. The default is BERT-base's size, as in BLIP-2.
 
-    Its LayerNorm on the patches is LAVIS's `ln_vision`, its last layer BLIP-2's `language_projection`. No dropout, as
-    elsewhere in LLaVA's line.
+    Its LayerNorm on the patches is LAVIS's `ln_vision`. Its last layer is BLIP-2's `language_projection`. Like LLaVA,
+    it has no dropout.
 
     Args:
         vision_hidden_size: width of the patch features.
         text_hidden_size: width of the language model.
-        pooled_grid_size: `rows * cols` of it is the number of queries, which have no place in the picture.
-        hidden_size, num_hidden_layers, num_attention_heads: of the Q-Former; its feed-forward layers are 4 times as
-            wide.
+        pooled_grid_size: its `rows * cols` is the number of queries, which have no position in the picture.
+        hidden_size, num_hidden_layers, num_attention_heads: sizes of the Q-Former. Its feed-forward layers are 4 times
+            as wide.
     """
 
     def __init__(
@@ -245,15 +246,15 @@ class QFormerProjector(QueryProjector):
 
 
 class ResamplerProjector(QueryProjector):
-    """Flamingo's perceiver resampler (arXiv 2204.14198): latents attend to the patches and to themselves at once. By
-    default of Flamingo's six layers; the layers are Idefics2's, with SwiGLU and RMSNorm.
+    """Flamingo's perceiver resampler (arXiv 2204.14198): latents attend to the patches and to themselves at once. The
+    default is six layers, as in Flamingo. The layers are Idefics2's, with SwiGLU and RMSNorm.
 
     Args:
         vision_hidden_size: width of the patch features.
         text_hidden_size: width of the language model.
-        pooled_grid_size: `rows * cols` of it is the number of latents, which have no place in the picture.
-        hidden_size, num_hidden_layers, num_attention_heads: of the resampler; its feed-forward layers are 4 times as
-            wide.
+        pooled_grid_size: its `rows * cols` is the number of latents, which have no position in the picture.
+        hidden_size, num_hidden_layers, num_attention_heads: sizes of the resampler. Its feed-forward layers are 4
+            times as wide.
     """
 
     def __init__(
@@ -288,7 +289,7 @@ class ResamplerProjector(QueryProjector):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        init.normal_(self.resampler.latents, std=0.02)  # Idefics2's are all equal before it loads its weights
+        init.normal_(self.resampler.latents, std=0.02)  # in Idefics2 all are equal until weights are loaded
 
     def forward(
         self,
@@ -303,7 +304,7 @@ class ResamplerProjector(QueryProjector):
 
 
 class GridPositions(nn.Module):
-    """Learned positions, added to a map; interpolated where the map is of another size."""
+    """Learned positions, added to a feature map. They are interpolated if the map has another size."""
 
     def __init__(self, hidden_size: int, patch_grid: tuple[int, int]):
         super().__init__()
@@ -323,16 +324,16 @@ class GridPositions(nn.Module):
 class CAbstractorProjector(nn.Module):
     """Honeybee's C-Abstractor (arXiv 2312.06742): convolutions, average pooling, convolutions, an MLP.
 
-    The convolutions are RegNet's, depthwise and with squeeze-and-excitation, with LayerNorm over channels and SiLU, as
-    in Honeybee's code (timm's `RegStage`).
+    The convolutions are RegNet's: depthwise, with squeeze-and-excitation, LayerNorm over channels and SiLU, as in
+    Honeybee's code (timm's `RegStage`).
 
     Args:
         vision_hidden_size: width of the patch features.
         text_hidden_size: width of the language model.
         pooled_grid_size: default grid, an int (square) or `(rows, cols)`.
-        patch_grid: `(rows, cols)` that the learned positions are for; they are interpolated for others.
+        patch_grid: `(rows, cols)` of the learned positions, which are interpolated for other grids.
         hidden_size: channels of the convolutions.
-        num_hidden_layers: blocks before the pooling, and as many after it.
+        num_hidden_layers: number of blocks before the pooling, and of blocks after it.
         mlp_num_layers: linear layers of the MLP.
     """
 
@@ -394,17 +395,17 @@ def _regnet_stage(in_channels: int, out_channels: int, num_layers: int) -> nn.Se
 
 
 class DAbstractorProjector(QueryProjector):
-    """Honeybee's D-Abstractor (arXiv 2312.06742): a Deformable DETR decoder (arXiv 2010.04159) whose queries begin at
-    the points of a grid, learn where to sample the patches, and are told apart by the pooled patches ("v-pooled
-    queries" in Honeybee's code). By default of Deformable DETR's six layers and four points.
+    """Honeybee's D-Abstractor (arXiv 2312.06742): a Deformable DETR decoder (arXiv 2010.04159). Its queries begin at
+    the points of a grid, learn where to sample the patches, and get the pooled patches as position embeddings
+    ("v-pooled queries" in Honeybee's code). The default is Deformable DETR's six layers and four points.
 
     Args:
         vision_hidden_size: width of the patch features.
         text_hidden_size: width of the language model.
         pooled_grid_size: grid of the queries, an int (square) or `(rows, cols)`.
-        patch_grid: `(rows, cols)` that the learned positions are for; they are interpolated for others.
-        hidden_size, num_hidden_layers, num_attention_heads: of the decoder; its feed-forward layers are 4 times as
-            wide.
+        patch_grid: `(rows, cols)` of the learned positions, which are interpolated for other grids.
+        hidden_size, num_hidden_layers, num_attention_heads: sizes of the decoder. Its feed-forward layers are 4 times
+            as wide.
     """
 
     def __init__(
@@ -443,7 +444,7 @@ class DAbstractorProjector(QueryProjector):
 
     def reset_parameters(self) -> None:
         init.normal_(self.query_tokens, std=0.02)
-        # from the middle of the first patch to that of the last, as in Honeybee
+        # from the center of the first patch to the center of the last, as in Honeybee
         y, x = (
             torch.linspace(0.5, size - 0.5, num_points) / size
             for size, num_points in zip(self.patch_grid, self.pooled_grid, strict=True)

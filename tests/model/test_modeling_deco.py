@@ -714,7 +714,7 @@ def test_features_that_disagree_with_embeddings_are_an_error(model):
         (("a", 5, "what ?"), 1, r"1 image\(s\) give 9 features .* 5 placeholders .*: there are too few. Use one"),
         (("a", 9, "what ?"), 2, r"2 image\(s\) give 18 features \(9, 9 per image; .* 9 placeholders .* too few"),
         (("a", 18, "?"), 1, r"1 image\(s\) give 9 features .* 18 placeholders .* too many. Pass every image"),
-        (("what ?", 5), 1, "5 placeholders .* too few, and the text ends within an image: it was cut"),
+        (("what ?", 5), 1, "5 placeholders .* too few, and the text ends within an image, so it was truncated"),
     ],
 )
 def test_features_and_placeholders_that_disagree_say_which_case_it_is(parts, num_images, case, model):
@@ -724,14 +724,14 @@ def test_features_and_placeholders_that_disagree_say_which_case_it_is(parts, num
 
 def test_too_few_placeholders_at_the_start_of_a_text_may_be_another_grids(model):
     ids = batch(prompt(5, "what ?"))["input_ids"][:, 1:]  # no beginning of sequence
-    with pytest.raises(ValueError, match="5 placeholders .* too few. Use one pooled_grid_size .* If the text was cut"):
+    with pytest.raises(ValueError, match="5 placeholders .* too few. Use one .* If the text was truncated"):
         model(input_ids=ids, pixel_values=pixels(1))
 
 
 def test_images_that_are_in_the_cache_already_are_not_given_again(model):
     first = model(**batch(prompt(9, "what ?")), pixel_values=pixels(1), use_cache=True)
     message = (
-        "^Image features and image tokens do not match: .* 0 placeholders .* go on from a cache: an image is given"
+        "^Image features and image tokens do not match: .* 0 placeholders .* continue from a cache: an image is passed"
     )
     for arguments in ({CACHE_NAME: first[CACHE_NAME]}, {"past_key_values": first[CACHE_NAME]}):
         with pytest.raises(ValueError, match=message):

@@ -244,8 +244,8 @@ def test_what_is_no_number_is_black_or_white():
     ("array", "message"),
     [
         (np.zeros((3, 40, 3), np.uint8), r"channels may be first or last in the shape \(3, 40, 3\): say input_data"),
-        (np.zeros((30, 40, 5), np.uint8), r"its shape \(30, 40, 5\) is none of a picture: 1 to 4 channels"),
-        (np.zeros(30, np.uint8), r"its shape \(30,\) is none of a picture"),
+        (np.zeros((30, 40, 5), np.uint8), r"its shape \(30, 40, 5\) is not a picture's: it needs 1 to 4 channels"),
+        (np.zeros(30, np.uint8), r"its shape \(30,\) is not a picture's"),
         (np.zeros((0, 40, 3), np.uint8), r"its shape \(0, 40, 3\) has no pixels"),
         (np.full((4, 5), -1.0), "its values from -1 to 0 are not pixels"),
         (
@@ -254,7 +254,7 @@ def test_what_is_no_number_is_black_or_white():
         ),
         (np.full((5, 6), 70000), "its values from 0 to 70000 are not pixels from 0 to 1, 255 or 65535"),
         (np.full((5, 6), 1e6), r"its values from 0 to 1e\+06 are not pixels"),
-        (np.full((5, 6), 1j), "its type complex128 is none of pixels"),
+        (np.full((5, 6), 1j), "its type complex128 is not one of pixels"),
     ],
     ids=str,
 )
