@@ -1,14 +1,15 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`deco convert` beside `cp`: time and peak memory on a generated LLaVA with the widths of the 7B model.
+"""`deco convert` beside `cp`, and its reading and writing of weights beside safetensors' and torch's own.
 
     python benchmarks/conversion.py --work-dir DIR --out benchmarks/results/conversion.json
 
-Contract: for each of two formats (llava-hf safetensors, original .bin with the tower named) a checkpoint is generated;
-then `cp` of its weight files, `cp` and `sync` of them, and the conversion, which syncs too, take turns on one disk in
-one run. Ratios are of medians; the last line on stdout is the JSON that is also written to `--out`. Imports are not
-timed; their time is given apart. Memory is the peak of a fresh process that converts over the peak of one that only
-imports. 8 layers are 4.4 GB, 32 are the whole model (14 GB).
+Contract: for each of two formats (llava-hf safetensors, original .bin with the tower named) a checkpoint is generated.
+Then one run on one disk interleaves: `cp` of its weight files, `cp` and `sync` of them, the conversion, which syncs
+too, and the conversion in the `VARIANTS` below. Ratios are of medians; the last line on stdout is the JSON that is
+also written to `--out`. Imports are not timed; their time is given apart. Memory is the peak of a fresh process that
+converts over the peak of one that only imports; pages of mapped files count. 8 layers are 4.4 GB, 32 are the whole
+model (14 GB).
 """
 
 import json
@@ -18,16 +19,23 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Annotated
+from unittest.mock import patch
 
 import safetensors.torch
 import sentencepiece
 import torch
 import typer
+from safetensors import safe_open
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from xxhash import xxh3_128
 
-from modeling_deco.conversion import convert
+from modeling_deco.conversion import convert, output, stored, writing
 from modeling_deco.utils.measure import environment, peak_resident_bytes, seconds, write_report
 
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
@@ -139,6 +147,105 @@ def write_original(folder: Path, tower: Path, num_layers: int) -> None:
     CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=336).save_pretrained(tower)
 
 
+# --- variants --------------------------------------------------------------------------------------------------------
+
+
+def digest(file: Path) -> str:
+    """XXH3 of a file, read in pieces."""
+    hasher, buffer = xxh3_128(), memoryview(bytearray(1 << 20))
+    with open(file, "rb", buffering=0) as opened:
+        while num_read := opened.readinto(buffer):
+            hasher.update(buffer[:num_read])
+    return hasher.hexdigest()
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def stored_tensor(tensor, opened: dict) -> torch.Tensor:
+    """A stored tensor, from its file by `safe_open` or by `torch.load`, which map the file."""
+    if tensor.path.suffix == ".safetensors":
+        if tensor.path not in opened:
+            opened[tensor.path] = safe_open(tensor.path, framework="pt")
+        return opened[tensor.path].get_tensor(tensor.key)
+    if tensor.path not in opened:
+        opened[tensor.path] = torch.load(tensor.path, mmap=True, weights_only=True)
+    return opened[tensor.path][tensor.key]
+
+
+def write_by_libraries(tensors: dict, folder: Path, source_files: list[Path], progress) -> writing.Digests:
+    """`write_weights` for tensors that are copied or given new rows, by `save_file`, a GB at a time. It checks and
+    reports the same, and a second thread reads everything back too."""
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.num_bytes > 10**9:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = tensor
+        size += tensor.num_bytes
+    written, files, read_back, weight_map = {}, {}, {}, {}
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        sources = {path: reader.submit(digest, path) for path in source_files}
+        for number, shard in enumerate(shards, start=1):
+            opened, loaded, path = {}, {}, folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
+            for name, tensor in shard.items():
+                if hasattr(tensor, "tensor"):  # computed: given new rows
+                    data = bytearray(b"".join(bytes(piece) for piece in tensor.read_bytes()))
+                    loaded[name] = torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape)
+                else:
+                    loaded[name] = stored_tensor(tensor, opened)
+            safetensors.torch.save_file(loaded, path, metadata={"format": "pt"})
+            files[path.name] = reader.submit(digest, path)
+            file = safe_open(path, framework="pt")
+            for name, tensor in loaded.items():
+                written[name] = xxh3_128(bytes_of(tensor)).hexdigest()
+                pieces = pieces_of(file, name)
+                read_back[name] = reader.submit(writing._digest_and_nonfinite, pieces, tensor.dtype, Event())
+                progress(tensor.nbytes)
+            weight_map |= dict.fromkeys(shard, path.name)
+        nonfinite = writing._check(written, read_back, {})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    files, sources = ({key: result.result() for key, result in results.items()} for results in (files, sources))
+    return writing.Digests(written, files, sources, nonfinite)
+
+
+def pieces_of(file, name: str) -> Iterator[memoryview]:
+    data = bytes_of(file.get_tensor(name))
+    for start in range(0, len(data), stored.CHUNK_BYTES):
+        yield data[start : start + stored.CHUNK_BYTES]
+
+
+@contextmanager
+def mapped_reads() -> Iterator[None]:
+    """Stored tensors are read by `safe_open` and `torch.load`, and written as ever."""
+    opened = {}
+
+    def read_bytes(tensor):
+        yield bytes_of(stored_tensor(tensor, opened))
+
+    with patch.object(stored.StoredTensor, "read_bytes", read_bytes):
+        yield
+
+
+VARIANTS = {
+    "convert by safe_open, torch.load and save_file": lambda: patch.object(
+        output, "write_weights", write_by_libraries
+    ),
+    "convert, read by safe_open and torch.load": mapped_reads,
+}
+
+
+def convert_as(variant: str, source: Path, destination: Path) -> None:
+    if variant == "convert":
+        convert(source, destination)
+    else:
+        with VARIANTS[variant]():
+            convert(source, destination)
+
+
+# --- measurement -----------------------------------------------------------------------------------------------------
+
+
 def copy(files: list[Path], destination: Path, sync: bool) -> None:
     destination.mkdir()
     subprocess.run(["cp", *map(str, files), str(destination)], check=True)
@@ -146,34 +253,36 @@ def copy(files: list[Path], destination: Path, sync: bool) -> None:
         subprocess.run(["sync", *(str(destination / file.name) for file in files)], check=True)
 
 
-def peak_bytes(source: Path | None, destination: Path, queue) -> None:
+def peak_bytes(variant: str | None, source: Path, destination: Path, queue) -> None:
     """In a fresh process, which has imported this module: convert, or do nothing."""
-    if source is not None:
-        convert(source, destination)
+    if variant is not None:
+        convert_as(variant, source, destination)
     queue.put(peak_resident_bytes())
 
 
-def measure_peak(source: Path | None, destination: Path) -> int:
+def measure_peak(variant: str | None, source: Path, destination: Path) -> int:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=peak_bytes, args=(source, destination, queue))
+    process = context.Process(target=peak_bytes, args=(variant, source, destination, queue))
     process.start()
     peak = queue.get()
     process.join()
+    shutil.rmtree(destination, ignore_errors=True)
     return peak
 
 
 def measure(source: Path, files: list[Path], work_dir: Path, repeats: int) -> dict:
     copied, converted = work_dir / "copied", work_dir / "converted"
-    times = {"cp": [], "cp and sync": [], "convert": []}
+    runs = {
+        "cp": lambda: copy(files, copied, sync=False),
+        "cp and sync": lambda: copy(files, copied, sync=True),
+        "convert": lambda: convert(source, converted),
+        **{name: lambda name=name: convert_as(name, source, converted) for name in VARIANTS},
+    }
+    times, order = {name: [] for name in runs}, list(runs)
     for repeat in range(repeats + 1):
-        runs = {
-            "cp": lambda: copy(files, copied, sync=False),
-            "cp and sync": lambda: copy(files, copied, sync=True),
-            "convert": lambda: convert(source, converted),
-        }
-        order = list(runs)
-        for name in order[repeat % 3 :] + order[: repeat % 3]:
+        first = repeat % len(order)
+        for name in order[first:] + order[:first]:
             subprocess.run(["sync"], check=True)
             time.sleep(SETTLE_SECONDS)
             elapsed = seconds(runs[name])
@@ -183,16 +292,16 @@ def measure(source: Path, files: list[Path], work_dir: Path, repeats: int) -> di
             for folder in (copied, converted):
                 shutil.rmtree(folder, ignore_errors=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    imports = measure_peak(None, converted)
-    peak = measure_peak(source, converted)
-    shutil.rmtree(converted)
+    imports = measure_peak(None, source, converted)
+    peaks = {name: measure_peak(name, source, converted) - imports for name in ("convert", *VARIANTS)}
     return {
         "source_bytes": sum(file.stat().st_size for file in files),
         "seconds": times,
         "median_seconds": medians,
         "time_over_cp": round(medians["convert"] / medians["cp"], 2),
         "time_over_cp_and_sync": round(medians["convert"] / medians["cp and sync"], 2),
-        "peak_mb_over_imports": round((peak - imports) / 1e6),
+        "time_over_convert": {name: round(medians[name] / medians["convert"], 2) for name in VARIANTS},
+        "peak_mb_over_imports": {name: round(peak / 1e6) for name, peak in peaks.items()},
         "imports_mb": round(imports / 1e6),
         "largest_tensor_mb": round((VOCAB + 64) * HIDDEN * 2 / 1e6),
     }

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a LLaVA checkpoint to a DeCo.
+"""Convert a LLaVA checkpoint to a DeCo checkpoint.
 
     python conversion/convert_llava_to_deco.py llava-hf/llava-1.5-7b-hf deco-7b
 

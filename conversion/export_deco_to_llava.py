@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Write a DeCo checkpoint as a LLaVA in the format of transformers.
+"""Export a DeCo checkpoint as a LLaVA checkpoint of transformers.
 
     python conversion/export_deco_to_llava.py deco-7b llava-7b
 

@@ -368,6 +368,35 @@ def assert_refused(place: Place, match: str, with_times: bool = False, **changes
     assert snapshot(place.root, with_times) == before
 
 
+def for_each_case(root: Path, layout: str, cases: dict[str, tuple], check) -> None:
+    """Spoils a fresh place of the layout for each case, and checks it.
+
+    Args:
+        cases: by name, `(spoil, *arguments)`: `spoil(place)` or None, and what `check(place, *arguments)` needs, of
+            which a dict at the end has the keyword arguments.
+        check: fails where the case is not as it should be; the failure then names the case.
+    """
+    failures = []
+    for name, (spoil, *arguments) in cases.items():
+        folder = root / "case"
+        folder.mkdir()
+        keywords = arguments.pop() if isinstance(arguments[-1], dict) else {}
+        try:
+            place = Place(folder, layout)
+            if spoil is not None:
+                spoil(place)
+            check(place, *arguments, **keywords)
+        except (Exception, pytest.fail.Exception) as error:
+            failures.append(f"{layout}, {name}: {type(error).__name__}: {error}")
+        shutil.rmtree(folder)
+    assert not failures, "\n".join(failures)
+
+
+def assert_all_refused(root: Path, layout: str, cases: dict[str, tuple]) -> None:
+    """Each case is refused as in `assert_refused`: `(spoil, match)` or `(spoil, match, changes of the arguments)`."""
+    for_each_case(root, layout, cases, assert_refused)
+
+
 def contents(folder: Path, without=("conversion_report.json", "README.md")) -> dict[str, str]:
     """Digests of the files that depend on the source alone."""
     return {

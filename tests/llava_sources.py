@@ -1,11 +1,11 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny LLaVA checkpoints in every layout that is found in the world, and the functions that they stand for.
+"""Tiny LLaVA checkpoints in every layout, and the models that they were written from.
 
 Weights are kept under their names in a `LlavaForConditionalGeneration` in memory (`model.vision_tower.*`,
-`model.multi_modal_projector.*`, `model.language_model.*`, `lm_head.weight`), and each layout renames them on the way
-out: the opposite way of the converter, so nothing of it is needed here. `OriginalLlava` is the original code's
-forward pass, written from its parts.
+`model.multi_modal_projector.*`, `model.language_model.*`, `lm_head.weight`), and each layout renames them when it is
+written: the reverse of the converter, of which nothing is used here. `OriginalLlava` is the forward pass of the
+original code, built from its parts.
 """
 
 import functools
@@ -82,7 +82,7 @@ HF_CHAT_TEMPLATE = """\
 
 @functools.cache
 def sentencepiece_model() -> bytes:
-    """A `tokenizer.model` made as Llama's was: BPE with byte fallback, unk, bos and eos at 0, 1 and 2."""
+    """A `tokenizer.model` like Llama's: BPE with byte fallback, and unk, bos and eos at 0, 1 and 2."""
     sentences = [
         "A chat between a curious user and an artificial intelligence assistant.",
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
@@ -115,7 +115,7 @@ def sentencepiece_processor() -> sentencepiece.SentencePieceProcessor:
 
 
 def original_ids(prompt: str) -> list[int]:
-    """Ids as the original code makes them: bos, then the text between images, each piece by itself."""
+    """The ids of the original code: bos, then the pieces between the images, each tokenized by itself."""
     ids = [1]
     for index, piece in enumerate(prompt.split("<image>")):
         ids += [IMAGE_MARKER] * (index > 0) + sentencepiece_processor().encode(piece)
@@ -123,7 +123,7 @@ def original_ids(prompt: str) -> list[int]:
 
 
 def build_tokenizer() -> LlamaTokenizer:
-    """llava-hf's: the sentencepiece model as a fast tokenizer, with `<image>` and `<pad>` after it."""
+    """The tokenizer of llava-hf: the sentencepiece model as a fast tokenizer, with `<image>` and `<pad>`."""
     pieces = sentencepiece_processor()
     vocabulary = {pieces.id_to_piece(index): index for index in range(VOCAB_SIZE)}
     merges = []
@@ -249,7 +249,7 @@ class OriginalLlava(nn.Module):
         tiny.randomize(self, seed)
 
     def round_to(self, dtype) -> "OriginalLlava":
-        """Weights as they are after storage in `dtype`; the arithmetic stays fp32."""
+        """Round the weights as storage in `dtype` does; the arithmetic stays fp32."""
         with torch.no_grad():
             for parameter in self.parameters():  # not the buffers, which are computed in fp32
                 parameter.copy_(parameter.to(dtype))
@@ -563,7 +563,7 @@ def write_original(
 
 
 def write_base_model(folder, llava, kind="bin", shards=2, dtype=torch.float32) -> None:
-    """Vicuna: Llama alone, with the sampling that its generation config asks for by half."""
+    """Vicuna: Llama alone. Its generation config has a temperature, but no sampling."""
     tensors = original_names(select(llava.tensors(), "model.language_model.", "lm_head."))
     write_weights(folder, {name: value.to(dtype) for name, value in tensors.items()}, kind=kind, shards=shards)
     config = {

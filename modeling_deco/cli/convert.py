@@ -22,7 +22,7 @@ class _Stderr(logging.Handler):
 
 @contextmanager
 def _conversion(command: str) -> Iterator[None]:
-    """What a conversion logs goes to stderr, and what it refuses is one line and exit code 2."""
+    """The log of a conversion goes to stderr. An error becomes one line there and exit code 2."""
     from .. import conversion
 
     quiet_transformers()
@@ -40,55 +40,56 @@ def _conversion(command: str) -> Iterator[None]:
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub id of a LLaVA checkpoint.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
     pooled_grid_size: Annotated[
         str | None,
-        typer.Option(metavar="N|ROWSxCOLS", help="Grid of image tokens; 12, or the one it was trained with."),
+        typer.Option(metavar="N|ROWSxCOLS", help="Grid of image tokens. Default: 12, or the grid of its training."),
     ] = None,
     vision_tower: Annotated[
-        str | None, typer.Option(metavar="DIR_OR_ID", help="Vision tower, in place of the one that SRC names.")
+        str | None, typer.Option(metavar="DIR_OR_ID", help="Vision tower; replaces the one that SRC names.")
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(metavar="DIR_OR_ID", help="Language model under a projector or LoRA adapters.")
+        str | None,
+        typer.Option(metavar="DIR_OR_ID", help="Language model of a projector or of LoRA adapters."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="float32|float16|bfloat16", help="Cast to it; by default nothing is cast.")
+        str | None,
+        typer.Option(metavar="float32|float16|bfloat16", help="Type of the weights. Default: theirs."),
     ] = None,
     revision: Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that DST holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in DST.")] = False,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the result to this repository.")
     ] = None,
     check_logits: Annotated[
-        bool, typer.Option("--check-logits", help="Also run both models, in float32, and compare (llava-hf).")
+        bool,
+        typer.Option("--check-logits", help="Also run both models in float32 and compare logits (llava-hf)."),
     ] = False,
     chat_template: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME|FILE", help="vicuna, chatml, llama3, ... or a Jinja file; the source's by default."
-        ),
+        typer.Option(metavar="NAME|FILE", help="vicuna, chatml, llama3, ... or a Jinja file. Default: that of SRC."),
     ] = None,
 ):
-    """Make the DeCo checkpoint DST of the LLaVA checkpoint SRC. The format is told by what SRC holds.
+    """Convert the LLaVA checkpoint SRC to the DeCo checkpoint DST. The files in SRC show its format.
 
     transformers' LLaVA (llava-hf):
 
     \b
     deco convert llava-hf/llava-1.5-7b-hf deco-7b --pooled-grid-size 12
 
-    The original code's, whole; the vision tower is the one that its config names:
+    A whole model of the original code. Its config names the vision tower:
 
     \b
     deco convert liuhaotian/llava-v1.5-7b deco-7b
     deco convert llava-v1.5-7b/ deco-7b --vision-tower clip-vit-large-patch14-336/
 
-    Its stage 1, a projector over a language model; its LoRA adapters, merged into the language model:
+    Its stage 1, which is a projector alone; its LoRA adapters, which are merged into the language model:
 
     \b
     deco convert llava-pretrain/ deco-7b --base-model lmsys/vicuna-7b-v1.5
     deco convert llava-lora/ deco-7b --base-model lmsys/vicuna-7b-v1.5
 
-    LLaVA's code with the DeCo authors' AvgPoolProjector, whole or stage 1:
+    LLaVA's code with the AvgPoolProjector of DeCo's authors, a whole model or stage 1:
 
     \b
     deco convert deco-finetune/ deco-7b --pooled-grid-size 12
@@ -108,10 +109,10 @@ def convert(
 
 def export(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub id of a DeCo checkpoint.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that DST holds.")] = False,
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in DST.")] = False,
 ):
-    """Make the llava-hf checkpoint DST of the DeCo checkpoint SRC. LLaVA does not pool: it sees every patch.
+    """Export the DeCo checkpoint SRC to the llava-hf checkpoint DST. LLaVA does not pool: it sees every patch.
 
     \b
     deco export deco-7b llava-7b

@@ -12,7 +12,7 @@ _ROLES = {"source": "LLaVA checkpoint", "base_model": "Language model", "vision_
 
 
 def build_card(checkpoint: LlavaCheckpoint, version: str) -> ModelCard:
-    """Names what the checkpoint was made from, under which licence, and how it is used."""
+    """The card says what the checkpoint was made from, under which licences, and how to use it."""
     config, source = checkpoint.config, checkpoint.sources["source"]
     on_hub = [origin.name for origin in checkpoint.sources.values() if origin.revision]
     origins = "\n".join(
@@ -23,10 +23,10 @@ def build_card(checkpoint: LlavaCheckpoint, version: str) -> ModelCard:
     )
     rows, cols = config.patch_grid
     if checkpoint.is_trained_pooled:
-        trained = "It was trained with pooling; another grid than that of its training may need fine-tuning."
+        trained = "It was trained with pooling; a grid other than that of its training may need fine-tuning."
     else:
         trained = (
-            f"At {rows} x {cols} its logits are LLaVA's. It has not been trained at a smaller grid, where it is a "
+            f"At {rows} x {cols} its logits are LLaVA's. It has not been trained at a smaller grid: there it is a "
             f"starting point for fine-tuning."
         )
     about = f"""\
@@ -49,4 +49,4 @@ The licences of all of these apply. Converted by modeling-deco {version}; `conve
 
 def _licence_name(source: Source) -> str:
     name = source.licence.get("license_name") or source.licence.get("license") or "not stated there"
-    return " ".join(name.split())  # what follows a line break would be said by this card
+    return " ".join(name.split())  # text after a line break would look like text of this card

@@ -21,7 +21,7 @@ from ..utils.files import read_settings, value_errors
 
 
 def load_chat_template(folder, tokenizer) -> str | None:
-    """The chat template of a checkpoint: its processor's if it has one of its own, else its tokenizer's."""
+    """The chat template of a checkpoint: that of its processor, or otherwise that of its tokenizer."""
     folder = Path(folder)
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -33,20 +33,20 @@ def load_chat_template(folder, tokenizer) -> str | None:
 
 
 def choose_chat_template(template, tokenizer=None, model_type="llama", use_im_start_end=False) -> tuple[str, str]:
-    """The chat template of a converted checkpoint, and where it is from: `"source"`, `"adapted"` or `"vicuna"`.
+    """The chat template of a converted checkpoint, and its origin: `"source"`, `"adapted"` or `"vicuna"`.
 
-    The source's is kept where it shows images and is another format than Vicuna's. Of Vicuna's own, ours is taken: it
-    marks for the loss what the assistant has to write, its end included, which llava-hf's leaves out. Questions are
-    asked as the source asks them: without the system prompt where it has none. A template that knows text alone is
-    adapted. Without a template the format is recognized by the tokenizer's special tokens; a Llama whose format is not
-    recognized gets Vicuna's.
+    A template of the source that renders images is kept, unless its format is Vicuna's. In that case this package's
+    template for Vicuna is used: it marks the assistant's text for the loss, with the end of the answer, which the one
+    of llava-hf lacks. The system prompt is omitted if the source has none. A template for text only is adapted.
+    Without a template, the special tokens of the tokenizer show the format; a Llama with an unknown format gets
+    Vicuna's.
 
     Args:
         template: the source's: Jinja, several by name, or None.
         tokenizer: the language model's.
         model_type: the language model's.
-        use_im_start_end: images stand between `<im_start>` and `<im_end>`, as the original's `mm_use_im_start_end`
-            says.
+        use_im_start_end: an image is placed between `<im_start>` and `<im_end>`, as by `mm_use_im_start_end` in the
+            original code's config.
 
     Raises:
         ConversionError: the format is not recognized.
@@ -69,7 +69,7 @@ def choose_chat_template(template, tokenizer=None, model_type="llama", use_im_st
     else:
         raise ConversionError(
             f"The chat format of a {model_type!r} language model is not recognized: its tokenizer has "
-            f"{'a chat template that cannot show images' if template else 'no chat template'}. Name the format by "
+            f"{'a chat template that cannot show images' if template else 'no chat template'}. Choose the format with "
             f"--chat-template: {', '.join(CHAT_TEMPLATES)}, or a Jinja file."
         )
     return _between_marks(chosen, use_im_start_end), origin
@@ -83,7 +83,7 @@ def named_chat_template(name_or_path: str, use_im_start_end=False) -> str:
     """The template that `--chat-template` names.
 
     Raises:
-        ConversionError: there is none, or it shows no images.
+        ConversionError: there is no such template, or it does not render images.
     """
     with value_errors():
         template = read_chat_template(name_or_path)

@@ -14,8 +14,8 @@ from ..utils.errors import ConversionError
 from ..utils.files import refusing, value_errors
 from .layouts import TIED, UNUSED_HEAD, UNUSED_LAYER, Layout, layer_index
 from .sources import Source
+from .stored import StoredTensor
 from .tensors import MergedLora
-from .weights import StoredTensor
 from .writing import digest_of
 
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
@@ -25,9 +25,18 @@ EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 class LlavaCheckpoint:
     """A LLaVA checkpoint under DeCo's names.
 
-    `tensors` has a tensor for each parameter of the model, `dropped` the keys that were left behind and why, `files`
-    are the weight files they lie in. `sources` are the folders by role, of which "source" is the checkpoint itself;
-    `tokenizer` and `image_processor` are the ones that have those files.
+    Attributes:
+        format: the name of its format, for messages and the report.
+        config: DeCo's config of it.
+        sources: the folders that it is read from, by role; "source" is the checkpoint itself.
+        tensors: a tensor for each parameter of the model.
+        dropped: keys that the model does not need, with the reason.
+        tokenizer: the source that has the tokenizer.
+        image_processor: the source that has the image processor.
+        files: the weight files of the tensors.
+        is_trained_pooled: it was trained with average pooling, so it is a DeCo.
+        image_aspect_ratio: that of the original code's config.
+        extra_tokens: tokens that the original code adds to the tokenizer, in its order.
     """
 
     format: str
@@ -54,11 +63,9 @@ def add_tensors(
         if reason is not None:
             checkpoint.dropped[key] = reason
         elif key.endswith("image_newline"):
-            raise ConversionError(f"{key!r} in {where} belongs to anyres (LLaVA-1.6), which DeCo does not have.")
+            raise ConversionError(f"{key!r} in {where} belongs to anyres (LLaVA-1.6), which DeCo does not support.")
         elif name is None and re.search(r"projector|resampler", key):
-            raise ConversionError(
-                f"{key!r} in {where}: the projector{named} is not Linear-GELU-Linear, which DeCo's is."
-            )
+            raise ConversionError(f"{key!r} in {where}: the projector{named} is not Linear-GELU-Linear, as DeCo's is.")
         elif name is None:
             raise ConversionError(f"{key!r} in {where} is an unknown key.")
         elif name in added or (name in checkpoint.tensors and not may_replace):
@@ -82,17 +89,17 @@ def build_config(pooled_grid_size, grid_name="--pooled-grid-size", **fields) -> 
 
 
 def check_complete(checkpoint: LlavaCheckpoint) -> None:
-    """Leave behind what the model does not have, and check that all else is there, in the model's shapes."""
+    """Drop tensors that the model does not have, and check that all others are there, in the model's shapes."""
     config, tensors, source = checkpoint.config, checkpoint.tensors, checkpoint.sources["source"]
     model_type = config.vision_config.model_type
     if model_type.startswith("dinov2"):
-        raise ConversionError(f"The vision tower of {source.name} is a {model_type}; CLIP and SigLIP are convertible.")
+        raise ConversionError(f"The vision tower of {source.name} is a {model_type}; use a CLIP or a SigLIP.")
     for part, part_config in (("vision_tower", config.vision_config), ("language_model", config.text_config)):
         num_layers = len({layer_index(name, part) for name in tensors} - {None})
-        if part_config.num_hidden_layers > num_layers:  # found before a model of a million layers is built
+        if part_config.num_hidden_layers > num_layers:  # checked before a model of a million layers is built
             raise ConversionError(
-                f"{source.name} is not complete: its config has {part_config.num_hidden_layers} "
-                f"layers of the {part}, layers.0 and on, and its weights {num_layers}; some are missing."
+                f"{source.name} is not complete: its config has {part_config.num_hidden_layers} layers of the {part}, "
+                f"and its weights have {num_layers}: layers.{num_layers} or an earlier one is missing."
             )
     if config.tie_word_embeddings and not _is_tied(tensors):
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
@@ -112,7 +119,7 @@ def check_complete(checkpoint: LlavaCheckpoint) -> None:
 
 
 def _is_tied(tensors: dict) -> bool:
-    """Whether the head is the embeddings, as the config says: transformers believes the weights where both are."""
+    """Whether `lm_head` is the embeddings, as the config says. If both are stored, transformers takes both."""
     embeddings, head = (tensors.get(name) for name in EMBEDDINGS)
     return embeddings is None or head is None or digest_of(embeddings) == digest_of(head)
 
@@ -128,7 +135,7 @@ def parameter_shapes(config: DecoConfig, source: Source) -> dict[str, tuple[int,
 
 
 def check_shapes(tensors: dict, shapes: dict[str, tuple[int, ...]], sources: dict[str, Source]) -> None:
-    """Refuse a checkpoint that lacks a parameter, or has one in another shape; both shapes are named."""
+    """Refuse a checkpoint that lacks a parameter or has one in another shape. The message has both shapes."""
     name_of_source = sources["source"].name
     missing = sorted(shapes.keys() - tensors.keys())
     if missing:
@@ -138,8 +145,8 @@ def check_shapes(tensors: dict, shapes: dict[str, tuple[int, ...]], sources: dic
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
             role = next(role for role, source in sources.items() if source.folder == tensor.path.parent)
-            mend = "" if role == "source" else f"; name the right one by --{role.replace('_', '-')}"
+            hint = "" if role == "source" else f"; name the right one by --{role.replace('_', '-')}"
             raise ConversionError(
                 f"{tensor.key!r} in {tensor.path} has the shape {tensor.shape}, and the config of {name_of_source} "
-                f"wants {shapes[name]}{mend}."
+                f"wants {shapes[name]}{hint}."
             )

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from .. import __version__
 from ..configuration_deco import parse_grid
+from ..processing_deco import DecoProcessor
 from ..utils.errors import ConversionError
 from ..utils.files import refusing, value_errors
 from ..utils.staging import check_destination
@@ -44,44 +46,36 @@ def convert(
     check_logits: bool = False,
     chat_template: str | None = None,
 ) -> dict:
-    """Make a DeCo checkpoint of a LLaVA checkpoint of any format.
+    """Convert a LLaVA checkpoint of any format to a DeCo checkpoint.
 
     Args:
-        source: folder or Hub id of transformers' or the original code's LLaVA-1.5, whole, stage 1 or LoRA, or of one
-            with the DeCo authors' `AvgPoolProjector`.
-        destination: folder to make; it appears when all is written and verified.
-        pooled_grid_size: DeCo's grid, an int or `[rows, cols]`. Default: the grid the checkpoint was trained with
-            where it is a DeCo, else 12 x 12, or the patch grid where that is smaller.
-        vision_tower: folder or Hub id of the vision tower, in place of the one that an original config names.
-        base_model: folder or Hub id of the language model under a projector or LoRA adapters.
+        source: folder or Hub id of a LLaVA-1.5: of transformers, or of the original code (a whole model, stage 1 or
+            LoRA), also with the `AvgPoolProjector` of DeCo's authors.
+        destination: folder to create. It appears when everything is written and verified.
+        pooled_grid_size: DeCo's grid, an int or `[rows, cols]`. Default: for a checkpoint with the authors' projector
+            the grid of its training; otherwise 12 x 12, or the patch grid if that is smaller.
+        vision_tower: folder or Hub id of the vision tower; replaces the one that an original config names.
+        base_model: folder or Hub id of the language model, for a projector (stage 1) or LoRA adapters.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`. Default: each tensor keeps its type.
         revision: branch, tag or commit of `source` on the Hub.
-        overwrite: replace a model that `destination` holds.
-        push_to_hub: repository to upload the result to.
-        check_logits: also load both models, one after the other in float32, and compare their logits; for llava-hf.
-        chat_template: a name of `chat_templates.CHAT_TEMPLATES` or a Jinja file. Default: the source's format.
+        overwrite: replace the model in `destination`.
+        push_to_hub: repository that the result is uploaded to.
+        check_logits: also load both models, one after the other in float32, and compare their logits; llava-hf only.
+        chat_template: a name of `chat_templates.CHAT_TEMPLATES` or a Jinja file. Default: the format of the source.
 
     Returns:
-        What `conversion_report.json` in the destination holds.
+        The content of `conversion_report.json` in the destination.
 
     Raises:
-        ConversionError: in one line, what is wrong and what to do; nothing is written then.
+        ConversionError: says in one line what is wrong and what to do. Nothing is written then.
     """
     destination = Path(destination)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConversionError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
-    folders = [Path(name) for name in (source, vision_tower, base_model) if name is not None and Path(name).exists()]
-    check_destination(destination, overwrite, folders)
-    if pooled_grid_size is not None:
-        with value_errors():
-            parse_grid(pooled_grid_size)
-    if push_to_hub:
-        check_login(push_to_hub)
+    _check_arguments(destination, overwrite, [source, vision_tower, base_model], pooled_grid_size, dtype, push_to_hub)
     source = open_source(source, revision)
     checkpoint = read_checkpoint(source, pooled_grid_size, vision_tower, base_model)
     if check_logits and checkpoint.format != "llava-hf":
         raise ConversionError(
-            f"--check-logits compares with transformers' LLaVA; {source.name} is {checkpoint.format}, leave it out."
+            f"--check-logits compares with transformers' LLaVA; {source.name} is {checkpoint.format}: omit the option."
         )
     config = checkpoint.config
     with refusing(f"The tokenizer or the image processor of {source.name}"):
@@ -89,12 +83,7 @@ def convert(
     tensors = _output_tensors(checkpoint, dtype)
     config.dtype = tensors[EMBEDDINGS[0]].dtype
     config.architectures = ["DecoForConditionalGeneration"]
-    has_own = (source.folder / "generation_config.json").exists()  # else the base model's, if it has one
-    generation_folder = source.folder if has_own else checkpoint.tokenizer.folder
-    with refusing(f"generation_config.json of {generation_folder}"):
-        generation_config = load_generation_config(generation_folder, getattr(processor, "tokenizer", None))
-        suppressed = [*(generation_config.suppress_tokens or []), config.image_token_id]  # an answer has no image
-        generation_config.suppress_tokens = list(dict.fromkeys(suppressed))
+    generation_config = _generation_config(checkpoint, processor)
 
     def write_small_files(folder: Path) -> None:
         (rows, cols), num_tokens = config.patch_grid, config.num_image_tokens
@@ -130,21 +119,45 @@ def convert(
     return report
 
 
+def _check_arguments(destination, overwrite, sources, pooled_grid_size, dtype, push_to_hub) -> None:
+    """Refuse what can be refused before a source is opened."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConversionError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+    folders = [Path(name) for name in sources if name is not None and Path(name).exists()]
+    check_destination(destination, overwrite, folders)
+    if pooled_grid_size is not None:
+        with value_errors():
+            parse_grid(pooled_grid_size)
+    if push_to_hub:
+        check_login(push_to_hub)
+
+
+def _generation_config(checkpoint: LlavaCheckpoint, processor: DecoProcessor | None) -> GenerationConfig:
+    """The generation config of the source or, if it has none, of its base model. Image tokens are never generated."""
+    has_own = (checkpoint.sources["source"].folder / "generation_config.json").exists()
+    folder = (checkpoint.sources["source"] if has_own else checkpoint.tokenizer).folder
+    with refusing(f"generation_config.json of {folder}"):
+        generation_config = load_generation_config(folder, getattr(processor, "tokenizer", None))
+        suppressed = [*(generation_config.suppress_tokens or []), checkpoint.config.image_token_id]
+        generation_config.suppress_tokens = list(dict.fromkeys(suppressed))
+    return generation_config
+
+
 def _licence_files(source: Source) -> list[Path]:
-    """Those in the source's own folder: a link in a folder may lead anywhere, on the Hub it leads to the cache."""
+    """The licence files in the folder. Links are skipped, as they may lead anywhere; the Hub's lead to its cache."""
     files = [path for pattern in _LICENCE_FILES for path in source.folder.glob(pattern) if path.is_file()]
     return [path for path in files if source.revision or not path.is_symlink()]
 
 
 def _output_tensors(checkpoint: LlavaCheckpoint, dtype: str | None) -> dict:
-    """The tensors in the order of their bytes on the disk, with rows for new tokens, and cast to `dtype` if given."""
+    """The tensors in the order of their positions in the files, with rows for new tokens, cast to `dtype` if given."""
     num_rows = checkpoint.config.text_config.vocab_size
     tensors = {}
     for name, tensor in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].path, item[1].offset or 0)):
         if name in EMBEDDINGS and tensor.shape[0] < num_rows:
             tensor = Extended(tensor, num_rows)
         if dtype is not None and tensor.dtype != getattr(torch, dtype):
-            if isinstance(tensor, MergedLora):  # its sum is float32: one rounding, and not two
+            if isinstance(tensor, MergedLora):  # its sum is float32, so it is rounded once
                 tensor = replace(tensor, dtype=getattr(torch, dtype))
             else:
                 tensor = Cast(tensor, getattr(torch, dtype))

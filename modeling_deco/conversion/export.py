@@ -20,7 +20,7 @@ from .sources import open_source
 
 logger = logging.getLogger(__name__)
 
-# The names of llava-hf on the Hub, which every version of transformers reads.
+# to the names of llava-hf on the Hub, which every version of transformers reads
 _RENAMES = (
     (r"model\.vision_tower\.(.+)", r"vision_tower.vision_model.\1"),
     (r"model\.multi_modal_projector\.(.+)", r"multi_modal_projector.\1"),
@@ -30,20 +30,20 @@ _RENAMES = (
 
 
 def export(source: str | Path, destination: str | Path, overwrite: bool = False) -> dict:
-    """Make a llava-hf checkpoint of a DeCo checkpoint, for what knows LLaVA only.
+    """Export a DeCo checkpoint as a llava-hf checkpoint, for programs that know LLaVA only.
 
-    LLaVA does not pool: the language model gets all patches, and answers as DeCo does at the grid of the patches.
+    LLaVA does not pool: its language model gets all patches, and it answers as DeCo does at the patch grid.
 
     Args:
-        source: folder or Hub id of a DeCo whose projector is `avg_pool` or `mlp`, of two layers.
-        destination: folder to make; it appears when all is written and verified.
-        overwrite: replace a model that `destination` holds.
+        source: folder or Hub id of a DeCo with an `avg_pool` or `mlp` projector of two layers.
+        destination: folder to create. It appears when everything is written and verified.
+        overwrite: replace the model in `destination`.
 
     Returns:
-        What `conversion_report.json` in the destination holds.
+        The content of `conversion_report.json` in the destination.
 
     Raises:
-        ConversionError: in one line, what is wrong and what to do; nothing is written then.
+        ConversionError: says in one line what is wrong and what to do. Nothing is written then.
     """
     destination = Path(destination)
     check_destination(destination, overwrite, [Path(source)] if Path(source).exists() else [])
@@ -52,7 +52,7 @@ def export(source: str | Path, destination: str | Path, overwrite: bool = False)
     stored = source.read_weights()
     shapes = parameter_shapes(config, source)
     for key in stored.keys() - shapes.keys():
-        raise ConversionError(f"{key!r} in {stored[key].path} is an unknown key: the DeCo of its config has none.")
+        raise ConversionError(f"{key!r} in {stored[key].path} is an unknown key: the model of its config has none.")
     check_shapes(stored, shapes, {"source": source})
     tensors = {_llava_name(key): tensor for key, tensor in stored.items()}
     llava_config = _llava_config(config)
@@ -82,9 +82,7 @@ def _read_config(source) -> DecoConfig:
     with value_errors():
         check_is_deco(raw_config.get("model_type"), source.name)
     if raw_config.get("quantization_config"):
-        raise ConversionError(
-            f"config.json of {source.name} has a quantization_config; export the float checkpoint of before."
-        )
+        raise ConversionError(f"config.json of {source.name} has a quantization_config; export the float checkpoint.")
     with refusing(f"config.json of {source.name}"):
         config = DecoConfig.from_dict(raw_config)
     if config.projector_type not in ("avg_pool", "mlp"):
@@ -123,7 +121,7 @@ def _llava_config(config: DecoConfig) -> LlavaConfig:
 
 
 def _select_strategy(config: DecoConfig) -> str:
-    """LLaVA's "default" cuts one token whether or not it is a CLS; "full" cuts none."""
+    """LLaVA's "default" drops the first token, whether or not it is a CLS token; "full" drops none."""
     return "default" if config.num_prefix_tokens == 1 else "full"
 
 

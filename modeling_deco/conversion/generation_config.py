@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from ..utils.errors import ConversionError, one_line
 from ..utils.files import read_settings
 
-# Settings that act only where sampling or beams are on; transformers refuses to save them elsewhere.
+# Settings that have an effect only with sampling or with beams. Without these, transformers refuses to save them.
 _SAMPLING_SETTINGS = (
     "temperature",
     "top_k",
@@ -24,21 +24,21 @@ _BEAM_SETTINGS = ("early_stopping", "length_penalty")
 
 
 def load_generation_config(folder, tokenizer) -> GenerationConfig:
-    """The settings of generation in `generation_config.json`, or fresh ones; what they do not say about special tokens
-    is the tokenizer's, if there is one, and so is the padding token.
+    """The settings in `generation_config.json`, or new ones without the file.
 
-    Vicuna's file has a temperature without sampling, which transformers does not save: settings without effect are
-    left out, and generation is what it was.
+    Special tokens that the file does not set are those of the tokenizer, if there is one; so is the padding token.
+    Settings without effect, such as the temperature without sampling in Vicuna's file, are left out: transformers does
+    not save them.
 
     Raises:
-        ConversionError: the file has settings that contradict each other.
+        ConversionError: settings in the file contradict each other.
     """
     path = Path(folder) / "generation_config.json"
     settings = read_settings(path)
     if tokenizer is not None:
         settings = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, **settings}
         settings["pad_token_id"] = tokenizer.pad_token_id
-    idle = ["transformers_version", "_from_model_config"]  # of the file's writer
+    idle = ["transformers_version", "_from_model_config"]  # of the program that wrote the file
     if not settings.get("do_sample"):
         idle += _SAMPLING_SETTINGS
     if settings.get("num_beams", 1) == 1:
@@ -47,5 +47,5 @@ def load_generation_config(folder, tokenizer) -> GenerationConfig:
         config = GenerationConfig(**{name: value for name, value in settings.items() if name not in idle})
         config.validate(strict=True)
     except (ValueError, TypeError) as error:
-        raise ConversionError(f"{path} is not valid ({one_line(error)}); mend it or remove it.") from error
+        raise ConversionError(f"{path} is not valid ({one_line(error)}); fix it or remove it.") from error
     return config

@@ -15,11 +15,11 @@ def load_image_processor(folder, image_aspect_ratio=None):
 
     Args:
         folder: with a `preprocessor_config.json`, or a `processor_config.json` that has an image processor in it.
-        image_aspect_ratio: the original LLaVA's. `"pad"` makes it LLaVA's image processor, which first pads an image
-            to a square in the mean colour; `"square"` and None leave it as it is.
+        image_aspect_ratio: the setting of the original LLaVA. `"pad"` turns it into LLaVA's image processor, which
+            first pads an image to a square with the mean colour; `"square"` and None change nothing.
 
     Raises:
-        ConversionError: there is none, it cannot be read, or the aspect ratio is another.
+        ConversionError: there is no image processor, it cannot be built, or the aspect ratio has another value.
     """
     folder = Path(folder)
     if image_aspect_ratio not in (None, "square", "pad"):
@@ -30,7 +30,7 @@ def load_image_processor(folder, image_aspect_ratio=None):
     if kind is None:
         raise ConversionError(
             f"{folder} names no image processor: neither preprocessor_config.json nor processor_config.json has an "
-            f"image_processor_type; name the folder of the vision tower."
+            f"image_processor_type; pass the folder of the vision tower."
         )
     try:
         processor = build_image_processor(kind.replace("FeatureExtractor", "ImageProcessor"), settings)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of parameters in LLaVA's checkpoint layouts, and DeCo's names for them.
 
-Each layout is a table: keys that are left behind (pattern, reason), and keys that are renamed (pattern, DeCo's name).
-Patterns match whole keys, and a key that no line matches is unknown.
+Each layout is a table of keys that are dropped (pattern, reason) and of keys that are renamed (pattern, DeCo's name).
+A pattern matches a whole key; a key that no pattern matches is unknown.
 """
 
 import re
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 BUFFER = "a buffer, computed from the config"
-COPIED_TOWER = "of a frozen vision tower: the one that the config names is taken, as by the original code"
+COPIED_TOWER = "a copy of the frozen vision tower: like the original code, the one that the config names is used"
 TIED = "tied to the embeddings"
-UNUSED_HEAD = "the vision tower's attention pooling, which is not read"
-UNUSED_LAYER = "above the vision layer that is read"
+UNUSED_HEAD = "the vision tower's attention pooling, which DeCo does not use"
+UNUSED_LAYER = "above the vision layer that DeCo uses"
 _OTHER_HALF = "not a part of the vision tower"
 
 
@@ -24,8 +24,7 @@ class Layout:
     renames: tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 
     def rename(self, key: str) -> tuple[str | None, str | None]:
-        """`(DeCo's name, None)`, or `(None, reason)` for a key that is left behind, or `(None, None)` for an unknown
-        one."""
+        """`(DeCo's name, None)`, `(None, reason)` for a key that is dropped, or `(None, None)` for an unknown key."""
         for pattern, reason in self.drops:
             if re.fullmatch(pattern, key):
                 return None, reason
@@ -36,7 +35,7 @@ class Layout:
 
 
 def _linear(match: re.Match) -> str:
-    """Members 0, 2, 4 of an `nn.Sequential` with activations between are linear_1, linear_2, linear_3."""
+    """Modules 0, 2 and 4 of an `nn.Sequential` with activations in between are linear_1, linear_2 and linear_3."""
     return f"model.multi_modal_projector.linear_{int(match['index']) // 2 + 1}.{match['kind']}"
 
 
@@ -44,7 +43,7 @@ _TEXT = r"model.language_model.\1"
 _VISION = r"model.vision_tower.\1"
 _BUFFERS = ((r".*\.rotary_emb\.inv_freq", BUFFER), (r".*embeddings\.position_ids", BUFFER))
 
-# transformers: what it writes, what the Hub has from before version 5, and the names in memory
+# transformers: the names that it writes, the older ones on the Hub, and those in memory
 LLAVA_HF = Layout(
     drops=_BUFFERS,
     renames=(
@@ -55,7 +54,7 @@ LLAVA_HF = Layout(
     ),
 )
 
-# haotian-liu/LLaVA with its own projector or the DeCo authors', and plain language models, its base
+# haotian-liu/LLaVA with its own projector or that of DeCo's authors, and its base: plain language models
 ORIGINAL = Layout(
     drops=_BUFFERS,
     renames=(
@@ -66,7 +65,7 @@ ORIGINAL = Layout(
     ),
 )
 
-# a vision tower's own folder: CLIP or SigLIP with or without their text halves, DINOv2
+# a folder of a vision tower: CLIP or SigLIP, with or without their text halves, and DINOv2
 VISION_TOWER = Layout(
     drops=(*_BUFFERS, (r"(?:text_model|text_projection|visual_projection|logit_scale|logit_bias)\b.*", _OTHER_HALF)),
     renames=((r"(?:vision_model\.)?(.+)", _VISION),),
@@ -74,6 +73,6 @@ VISION_TOWER = Layout(
 
 
 def layer_index(name: str, part: str) -> int | None:
-    """Index of the layer of `part`, "vision_tower" or "language_model", that a parameter by DeCo's name belongs to."""
+    """The index of the layer that a parameter belongs to; `part` is "vision_tower" or "language_model"."""
     match = re.match(rf"model\.{part}\.(?:encoder\.)?layers?\.(\d+)\.", name)
     return int(match[1]) if match else None

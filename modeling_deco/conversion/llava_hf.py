@@ -11,10 +11,11 @@ from .sources import Source
 
 
 def read_llava_hf(source: Source, raw_config: dict, pooled_grid_size) -> LlavaCheckpoint:
+    """Read a checkpoint of transformers' LLaVA. The arguments are those of `read_checkpoint`."""
     layer = raw_config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise ConversionError(
-            f"vision_feature_layer {layer} in config.json of {source.name} joins several layers; DeCo reads one."
+            f"vision_feature_layer {layer} in config.json of {source.name} is not one layer; DeCo reads one."
         )
     llava_config = LlavaConfig.from_dict(raw_config)
     checkpoint = LlavaCheckpoint("llava-hf", None, {"source": source}, {}, {}, source, source)

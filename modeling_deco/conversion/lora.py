@@ -12,7 +12,7 @@ from .sources import Source
 from .tensors import MergedLora
 from .weights import read_weight_file
 
-# what fields of PEFT's LoraConfig are where the weight is W + B A * alpha / r
+# The fields of PEFT's LoraConfig have these values if the merged weight is W + B A * alpha / r.
 _UNSET = (None, False, [], {})
 _PLAIN_LORA = {
     "use_dora": _UNSET,
@@ -23,12 +23,12 @@ _PLAIN_LORA = {
     "fan_in_fan_out": _UNSET,
     "layer_replication": _UNSET,
     "lora_bias": _UNSET,
-    "init_lora_weights": (*_UNSET, True, "gaussian"),  # others change W itself
+    "init_lora_weights": (*_UNSET, True, "gaussian"),  # other values change W itself
 }
 
 
 def read_adapters(source: Source, adapter_config: dict):
-    """LoRA's pairs of matrices by the module they belong to, and the tensors that were trained as a whole."""
+    """The pairs of LoRA matrices by module, and the tensors that were trained without LoRA."""
     if adapter_config.get("peft_type", "LORA") != "LORA":
         raise ConversionError(
             f"peft_type {adapter_config['peft_type']!r} in adapter_config.json of {source.name} is not 'LORA'."
@@ -41,12 +41,15 @@ def read_adapters(source: Source, adapter_config: dict):
             )
     rank, alpha = adapter_config.get("r"), adapter_config.get("lora_alpha")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ConversionError(f"adapter_config.json of {source.name} has r={rank!r} and lora_alpha={alpha!r}.")
+        raise ConversionError(
+            f"adapter_config.json of {source.name} has r={rank!r} and lora_alpha={alpha!r}; they must be numbers, "
+            f"and r at least 1."
+        )
     folder = source.folder
     names = ("adapter_model.safetensors", "adapter_model.bin")
     file = next((name for name in names if (folder / name).exists()), None)
     if file is None:
-        raise ConversionError(f"{source.name} has adapter_config.json, and no adapter_model.safetensors or .bin.")
+        raise ConversionError(f"{source.name} has adapter_config.json, but no adapter_model.safetensors or .bin.")
     adapters, trained = {}, read_weight_file(folder / "non_lora_trainables.bin")
     for key, tensor in read_weight_file(folder / file).items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
@@ -69,16 +72,17 @@ def read_adapters(source: Source, adapter_config: dict):
 
 
 def merge_adapters(checkpoint: LlavaCheckpoint, adapters: dict) -> None:
+    """Replace the weights that have adapters by the merged ones."""
     for module, matrices in adapters.items():
         name, _ = ORIGINAL.rename(f"{module}.weight")
         weight = checkpoint.tensors.get(name)
         if weight is None:
-            raise ConversionError(f"The LoRA adapters belong to {module!r}, which the base model does not have.")
+            raise ConversionError(f"The LoRA adapters are for {module!r}, which the base model does not have.")
         shape = (matrices["lora_b"].shape[0], matrices["lora_a"].shape[1])
         if weight.shape != shape:
             raise ConversionError(
-                f"The LoRA adapters of {module!r} are for a weight of shape {shape}, and the base model "
-                f"{weight.path.parent}'s is {weight.shape}; name the right one by --base-model."
+                f"The LoRA adapters of {module!r} are for a weight of shape {shape}, and that of the base model "
+                f"{weight.path.parent} is {weight.shape}; pass the right --base-model."
             )
         checkpoint.files.add(matrices["lora_a"].path)
         checkpoint.tensors[name] = MergedLora(weight, **matrices, dtype=weight.dtype)

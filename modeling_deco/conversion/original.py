@@ -19,9 +19,9 @@ from .sources import Source, open_source
 from .vision_tower import read_vision_config, read_vision_tower
 from .weights import read_weight_file, weight_entry
 
-# model types of the original code, and the language models in them
+# model types of the original code, and those of their language models
 TEXT_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
-# what the original code adds to a language model's config, and what belongs to a file and not to a model
+# fields that the original code adds to the config of a language model, and fields of the file itself
 _NOT_TEXT_FIELD = (
     r"(mm|tune_mm|freeze_mm|unfreeze_mm|use_mm|image|s2)_.*|.*query_num|tokenizer_(model_max_length|padding_side)|"
     r"model_type|architectures|auto_map|_name_or_path|transformers_version|use_cache|s2"
@@ -29,13 +29,14 @@ _NOT_TEXT_FIELD = (
 
 
 def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tower, base_model) -> LlavaCheckpoint:
+    """Read a checkpoint of the original code. The arguments are those of `read_checkpoint`."""
     checkpoint = LlavaCheckpoint("original", None, {"source": source}, {}, {}, source, source)
     _read_tensors(checkpoint, raw_config, base_model)
     projector_num_layers = count_layers(checkpoint, raw_config)
 
     tower = vision_tower or raw_config.get("mm_vision_tower") or raw_config.get("vision_tower")
     if not isinstance(tower, str | Path) or not tower:
-        raise ConversionError(f"config.json of {source.name} names no mm_vision_tower; name it by --vision-tower.")
+        raise ConversionError(f"config.json of {source.name} names no mm_vision_tower; pass --vision-tower.")
     tower = open_source(tower, what="--vision-tower")
     checkpoint.sources["vision_tower"] = checkpoint.image_processor = tower
     read_vision_tower(checkpoint, tower, is_trained=bool(raw_config.get("unfreeze_mm_vision_tower")))
@@ -48,7 +49,7 @@ def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tow
             grid_name = f"The grid of query_num in config.json of {source.name}"
             pooled_grid_size = grid_of_query_num(raw_config, source)
     checkpoint.image_aspect_ratio = raw_config.get("image_aspect_ratio")
-    if raw_config.get("mm_use_im_patch_token"):  # in the order in which the original code adds them
+    if raw_config.get("mm_use_im_patch_token"):  # the original code adds the tokens in this order
         checkpoint.extra_tokens += ["<im_patch>"]
     if raw_config.get("mm_use_im_start_end"):
         checkpoint.extra_tokens += ["<im_start>", "<im_end>"]
@@ -58,7 +59,7 @@ def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tow
         grid_name,
         vision_config=read_vision_config(tower),
         text_config=_text_config(raw_config, checkpoint),
-        image_token_id=0,  # until the tokenizer has one
+        image_token_id=0,  # `build_processor` sets it
         projector_num_layers=projector_num_layers,
         vision_feature_layer=raw_config.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}.get(select_feature, select_feature),
@@ -67,14 +68,14 @@ def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tow
 
 
 def _read_tensors(checkpoint: LlavaCheckpoint, raw_config: dict, base_model) -> None:
-    """A whole model's tensors, or a base model's with what was trained over it."""
+    """Add the tensors of a whole model, or those of a base model and of what was trained on top of it."""
     source, projector_type = checkpoint.sources["source"], raw_config.get("mm_projector_type")
     adapter_config, stage_1 = source.folder / "adapter_config.json", source.folder / "mm_projector.bin"
     is_lora, is_stage_1 = adapter_config.exists(), stage_1.exists()
-    # of a whole model on the Hub only the index is fetched yet, if it has one
+    # from the Hub, only the index of a whole model has been fetched so far, if there is one
     is_whole = weight_entry(source.folder) is not None or (source.revision and not is_lora and not is_stage_1)
     if is_whole and is_lora:
-        raise ConversionError(f"{source.name} holds a whole model and adapter_config.json; remove what is not meant.")
+        raise ConversionError(f"{source.name} holds a whole model and adapter_config.json; remove one of them.")
     if is_whole or not (is_lora or is_stage_1):
         add_tensors(checkpoint, source.read_weights(), ORIGINAL, projector_type)
         return
@@ -89,7 +90,7 @@ def _read_tensors(checkpoint: LlavaCheckpoint, raw_config: dict, base_model) -> 
         checkpoint.format = "original stage 1"
         trained = read_weight_file(stage_1)
     if not base_name:
-        raise ConversionError(f"{source.name} does not say what it was trained from; name it by --base-model.")
+        raise ConversionError(f"{source.name} does not name its language model; pass --base-model.")
     base = checkpoint.sources["base_model"] = open_source(base_name, what="--base-model")
     add_tensors(checkpoint, base.read_weights(), ORIGINAL)
     trained = {key.removeprefix("base_model.model."): tensor for key, tensor in trained.items()}
@@ -100,8 +101,9 @@ def _read_tensors(checkpoint: LlavaCheckpoint, raw_config: dict, base_model) -> 
 
 
 def _text_config(raw_config: dict, checkpoint: LlavaCheckpoint) -> dict:
+    """The config of the language model: that of the checkpoint without the fields of the original code."""
     fields = {name: value for name, value in raw_config.items() if not re.fullmatch(_NOT_TEXT_FIELD, name)}
     embeddings = checkpoint.tensors.get(EMBEDDINGS[0])
-    if embeddings is not None:  # the tokenizer may have grown since
+    if embeddings is not None:  # the embeddings may have grown after the config was written
         fields["vocab_size"] = embeddings.shape[0] if embeddings.shape else 0
     return {"model_type": TEXT_MODELS[raw_config["model_type"]], **fields}

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Is the converted model's function the source's? At the grid of the patches the logits are LLaVA's, bit for bit."""
+"""Compare the logits of a converted model with LLaVA's: at the patch grid they are equal, bit for bit."""
 
 from pathlib import Path
 
@@ -15,16 +15,16 @@ _NUM_WORDS = 16
 
 @torch.inference_mode()
 def compare_logits(source: Path, converted: Path, is_cast: bool) -> dict:
-    """Run transformers' LLaVA on the source and DeCo on what it was converted to, on a random picture and words, in
-    float32, one after the other.
+    """Run transformers' LLaVA on the source and DeCo on the converted folder, one after the other in float32, with a
+    random image and random words.
 
     Args:
         source: a llava-hf folder.
         converted: the DeCo folder.
-        is_cast: its weights were cast, so that a difference is reported and not refused.
+        is_cast: the weights were cast, so a difference is no error.
 
     Returns:
-        `max_abs_difference` of the logits, and `num_logits` compared.
+        `max_abs_difference` of the logits, and their number, `num_logits`.
 
     Raises:
         ConversionError: the logits differ.
@@ -32,7 +32,7 @@ def compare_logits(source: Path, converted: Path, is_cast: bool) -> dict:
     model = DecoForConditionalGeneration.from_pretrained(converted, dtype=torch.float32).eval()
     inputs = _random_inputs(model.config)
     logits = {"deco": model(**inputs, pooled_grid_sizes=torch.tensor([model.config.patch_grid])).logits}
-    del model  # memory for one of them is enough
+    del model  # so that only one of them needs memory
     model = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
     logits["llava"] = model(**inputs).logits
     num_rows = logits["llava"].shape[-1]  # DeCo's vocabulary may have grown

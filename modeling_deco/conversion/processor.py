@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> tuple[DecoProcessor | None, str | None]:
-    """The processor and where its chat template is from. The config learns the tokenizer's ids."""
+    """The processor and the origin of its chat template. The ids of the tokenizer are set in the config."""
     config, source = checkpoint.config, checkpoint.sources["source"]
     if checkpoint.format == "llava-hf" and not _has_processor_files(source.folder):
         logger.warning(
-            f"{source.name} has no tokenizer or no image processor, so the converted folder has no processor; put the "
-            f"source's files there and convert again, or save a DecoProcessor into it."
+            f"{source.name} has no tokenizer or no image processor, so the converted folder has no processor. Add the "
+            f"files to the source and convert again, or save a DecoProcessor to the converted folder."
         )
         return None, None
     tokenizer = load_tokenizer(checkpoint.tokenizer.folder, checkpoint.extra_tokens)
@@ -34,8 +34,8 @@ def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> t
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     if checkpoint.format == "llava-hf" and image_token_id != config.image_token_id:
         raise ConversionError(
-            f"image_token_index is {config.image_token_id} in config.json of {source.name}, and '<image>' is "
-            f"{image_token_id} in its tokenizer; they must be the same."
+            f"image_token_index is {config.image_token_id} in config.json of {source.name}, and the id of '<image>' "
+            f"in its tokenizer is {image_token_id}; they must be equal."
         )
     num_rows = checkpoint.tensors[EMBEDDINGS[0]].shape[0]
     if len(tokenizer) > num_rows:
@@ -51,7 +51,7 @@ def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> t
         with value_errors():
             run_within_limits(choose, f"The chat template of {source.name}")
         template, origin = choose()
-    tokenizer.chat_template = template  # in place of several by name, maybe
+    tokenizer.chat_template = template  # it may replace several named templates
     patch_size = config.vision_config.patch_size
     processor = DecoProcessor(image_processor, tokenizer, config.pooled_grid_size, template, patch_size=patch_size)
     with value_errors():

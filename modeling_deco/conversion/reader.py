@@ -15,17 +15,17 @@ from .sources import Source
 
 
 def read_checkpoint(source: Source, pooled_grid_size=None, vision_tower=None, base_model=None) -> LlavaCheckpoint:
-    """Read a LLaVA checkpoint: all that can be known without reading a tensor's values.
+    """Read a LLaVA checkpoint: its config, and the names, types and shapes of its tensors.
 
     Args:
         source: the checkpoint.
-        pooled_grid_size: DeCo's grid, an int or `[rows, cols]`; default: the one the checkpoint was trained with
-            where it is a DeCo, else 12 x 12 or the patch grid where that is smaller.
-        vision_tower: folder or Hub id of the tower, in place of the one that the config names.
+        pooled_grid_size: DeCo's grid, an int or `[rows, cols]`. Default: for a checkpoint with the authors'
+            projector the grid of its training; otherwise 12 x 12, or the patch grid if that is smaller.
+        vision_tower: folder or Hub id of the vision tower; replaces the one that the config names.
         base_model: folder or Hub id of the language model under a projector or LoRA adapters.
 
     Raises:
-        ConversionError: it is no LLaVA checkpoint that a DeCo can be made of, or it is incomplete or inconsistent.
+        ConversionError: it is no LLaVA checkpoint that can be converted, or it is incomplete or inconsistent.
     """
     with refusing(f"config.json of {source.name}"):
         raw_config = source.read_config()
@@ -41,26 +41,26 @@ def read_checkpoint(source: Source, pooled_grid_size=None, vision_tower=None, ba
 def _check_architecture(raw_config: dict, source: Source) -> None:
     model_type, where = raw_config.get("model_type"), f"config.json of {source.name}"
     if model_type == "deco":
-        raise ConversionError(f"{source.name} is a DeCo checkpoint already; nothing is left to convert.")
+        raise ConversionError(f"{source.name} is a DeCo checkpoint already; there is nothing to convert.")
     if not isinstance(model_type, str) or model_type not in TEXT_MODELS:
         raise ConversionError(
-            f"model_type {model_type!r} in {where} is not LLaVA-1.5's; convertible are {', '.join(TEXT_MODELS)}."
+            f"model_type {model_type!r} in {where} is not LLaVA-1.5's; {', '.join(TEXT_MODELS)} can be converted."
         )
     if raw_config.get("quantization_config"):
         raise ConversionError(
-            f"{where} has a quantization_config: quantized weights cannot be converted; use the float checkpoint "
-            f"that they were made from."
+            f"{where} has a quantization_config: quantized weights cannot be converted; convert the float "
+            f"checkpoint that they were made from."
         )
     if raw_config.get("s2") or raw_config.get("mm_vision_s2"):
-        raise ConversionError(f"s2 in {where}: DeCo has no multi-scale (S2) features.")
+        raise ConversionError(f"s2 in {where}: DeCo does not support multi-scale (S2) features.")
     aspect_ratio = raw_config.get("image_aspect_ratio") or "square"
     if aspect_ratio not in ("square", "pad"):
         raise ConversionError(
-            f"image_aspect_ratio {aspect_ratio!r} in {where}: DeCo sees one view of an image ('pad' or 'square'), no "
-            f"anyres."
+            f"image_aspect_ratio {aspect_ratio!r} in {where}: DeCo supports one view of an image ('pad' or "
+            f"'square'), and not anyres."
         )
     merge_type = raw_config.get("mm_patch_merge_type") or "flat"
     if merge_type != "flat":
-        raise ConversionError(f"mm_patch_merge_type {merge_type!r} in {where}: DeCo has 'flat' only, no anyres.")
+        raise ConversionError(f"mm_patch_merge_type {merge_type!r} in {where}: DeCo supports 'flat', and not anyres.")
     if raw_config.get("mm_resampler_type"):
         raise ConversionError(f"mm_resampler_type {raw_config['mm_resampler_type']!r} in {where}: DeCo has none.")

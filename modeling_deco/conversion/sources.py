@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Where checkpoints come from: a folder, or a repository on the Hub at one revision."""
+"""The source of a checkpoint: a folder, or a repository on the Hub at one revision."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,10 @@ from ..inference.folders import check_folder
 from ..inference.lookup import checkpoint_name
 from ..utils.errors import ConversionError, one_line
 from ..utils.files import read_json
-from .weights import StoredTensor, read_weight_map, read_weights, weight_entry
+from .stored import StoredTensor
+from .weights import read_weight_map, read_weights, weight_entry
 
-# All but the weights of a whole model, which may be there twice, as safetensors and as pickles.
+# All files but the weights of a whole model, which a repository may have twice, as safetensors and as pickles.
 _SMALL_FILES = [
     "*.json",
     "*.jinja",
@@ -32,10 +33,13 @@ _SMALL_FILES = [
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that is read.
+    """A checkpoint to read.
 
-    `name` is as the user gave it, by the option `what`; `revision` is the commit of a repository on the Hub, None for
-    a folder.
+    Attributes:
+        name: as the user gave it.
+        folder: where its files are on this machine.
+        what: the option that `name` was given by.
+        revision: the commit of a repository on the Hub; None for a folder.
     """
 
     name: str
@@ -45,14 +49,14 @@ class Source:
 
     @property
     def title(self) -> str:
-        """Its name where others read it: no path of this machine."""
+        """Its name for a model card, without a path of this machine."""
         return self.name if self.revision else self.folder.resolve().name
 
     def read_config(self) -> dict:
         return read_json(self.folder / "config.json")
 
     def read_weights(self) -> dict[str, StoredTensor]:
-        """The tensors of a whole model; fetches them first where the source is on the Hub."""
+        """The tensors of a whole model. They are downloaded first if the source is on the Hub."""
         if self.revision:
             for name in ("model.safetensors", "pytorch_model.bin"):
                 index = self.folder / f"{name}.index.json"
@@ -65,10 +69,10 @@ class Source:
 
     @property
     def licence(self) -> dict[str, str]:
-        """`license`, `license_name` and `license_link` of its model card, those that it has."""
+        """`license`, `license_name` and `license_link` of its model card, if it has them."""
         try:
             card = metadata_load(self.folder / "README.md") or {}
-        except Exception:  # no card, or what YAML makes of a malformed one
+        except Exception:  # no card, or a malformed one
             card = {}
         return {
             name: card[name] for name in ("license", "license_name", "license_link") if isinstance(card.get(name), str)
@@ -76,13 +80,13 @@ class Source:
 
 
 def open_source(name: str | Path, revision: str | None = None, what: str = "SRC") -> Source:
-    """A folder, or else a repository on the Hub, of which all but the weights is fetched.
+    """Open a folder, or a repository on the Hub, of which everything but the weights is downloaded.
 
     Raises:
-        ConversionError: it is neither, or cannot be fetched; `what` names the option in the message.
+        ConversionError: there is no such folder or repository, or the download failed. The message names `what`.
     """
     if not isinstance(name, str | Path) or not str(name):
-        raise ConversionError(f"{what} {name!r} is no name of a folder or a Hub repository.")
+        raise ConversionError(f"{what} {name!r} is not the name of a folder or of a Hub repository.")
     try:
         name = checkpoint_name(name)
         folder = Path(name)
@@ -92,7 +96,7 @@ def open_source(name: str | Path, revision: str | None = None, what: str = "SRC"
         raise ConversionError(f"{what}: {error}") from None
     if folder.is_dir():
         if revision is not None:
-            raise ConversionError(f"--revision {revision!r} is for the Hub, and {what} {name} is a folder.")
+            raise ConversionError(f"--revision {revision!r} is for the Hub, but {what} {name} is a folder.")
         return Source(str(name), folder, what)
     folder = _download(str(name), revision, _SMALL_FILES, what)
     return Source(str(name), folder, what, revision=folder.name)
@@ -102,11 +106,11 @@ def _download(repo_id: str, revision: str | None, files: list[str], what: str) -
     try:
         try:
             return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
-        except OfflineModeIsEnabled:  # huggingface_hub 1 does not look into the cache then for a commit
+        except OfflineModeIsEnabled:  # then huggingface_hub 1 does not look up a commit in the cache
             return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files, local_files_only=True))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
         reason = one_line(error)
         raise ConversionError(
-            f"{what} {repo_id!r}{at} is no folder here, and fetching it from the Hub failed: {reason}"
+            f"{what} {repo_id!r}{at} is not a folder, and its download from the Hub failed: {reason}"
         ) from None

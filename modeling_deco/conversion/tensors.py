@@ -1,9 +1,9 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are computed while they are written: cast, merged with LoRA, given new rows.
+"""Tensors that are computed while they are written: merged with LoRA, extended by rows, cast.
 
-Like `StoredTensor` they have `dtype`, `shape`, `num_bytes` and `read_bytes()`, hold no more than a piece in memory,
-and give the same bytes each time.
+Like `StoredTensor` they have `dtype`, `shape`, `num_bytes` and `read_bytes()`. They hold no more than a piece in
+memory, and `read_bytes()` gives the same bytes each time.
 """
 
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from ..utils.errors import ConversionError
-from .weights import StoredTensor, to_bytes
+from .stored import StoredTensor, to_bytes
 
-_PIECE_BYTES = 16 << 20  # of a sum that is computed at once
+_PIECE_BYTES = 16 << 20  # computed at once, in float32
 
 
 class _Computed:
-    """What is computed from `tensor`, whose key, place and shape it has."""
+    """A tensor that is computed from `tensor`, with its key, file and shape."""
 
     tensor: StoredTensor
     dtype: torch.dtype
@@ -68,8 +68,11 @@ class MergedLora(_Computed):
 
 @dataclass(frozen=True)
 class Extended(_Computed):
-    """Embeddings with rows for new tokens: the mean of the rows there are plus a little noise, as transformers'
-    convert_llava_weights_to_hf.py draws them (covariance times 1e-5), here with a fixed seed and its diagonal only."""
+    """Embeddings with rows for new tokens.
+
+    A new row is the mean of the old rows plus a little noise, as in transformers' convert_llava_weights_to_hf.py
+    (covariance times 1e-5), but with a fixed seed and the diagonal of the covariance only.
+    """
 
     tensor: StoredTensor
     num_rows: int

@@ -17,15 +17,15 @@ from ..utils.files import read_settings
 
 
 def load_tokenizer(folder, extra_tokens=()) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder with a `tokenizer.json`, or with Llama's sentencepiece `tokenizer.model` alone.
+    """The tokenizer of a folder with a `tokenizer.json`, or with only Llama's sentencepiece `tokenizer.model`.
 
-    `extra_tokens`, `"<image>"` and, where no token is there for padding alone, `"<pad>"` are added in this order, each
-    only where it is missing. Padding is on the left, as generation needs.
+    `extra_tokens`, `"<image>"` and, if no token is for padding only, `"<pad>"` are added in this order, unless they
+    exist. Padding is on the left, as generation needs.
 
-    A `tokenizer.model` is converted here and not by transformers (seen in 5.19 to 5.24), which wants protobuf, gives
-    other ids where several spaces stand together, and takes an unset `legacy` for false. The ids are those of the
-    original LLaVA: it cuts a prompt at its images and reads each piece as a text of its own, and Llama begins a text
-    with a space. After other special tokens there is such a space only if the tokenizer is `legacy`.
+    A `tokenizer.model` is converted here and not by transformers (seen in 5.19 to 5.24), which needs protobuf, gives
+    other ids for several spaces in a row, and treats an unset `legacy` as false. The ids are those of the original
+    LLaVA: it splits a prompt at its images and tokenizes each piece as a text of its own, and Llama begins a text with
+    a space. After other special tokens there is such a space only if the tokenizer is `legacy`.
 
     Raises:
         ConversionError: there is no tokenizer, it cannot be read, or sentencepiece is needed and not installed.
@@ -34,14 +34,14 @@ def load_tokenizer(folder, extra_tokens=()) -> PreTrainedTokenizerFast:
     if (folder / "tokenizer.json").is_file():
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, padding_side="left")
-        except Exception as error:  # of many kinds, by tokenizers and by transformers
+        except Exception as error:  # tokenizers and transformers raise many types
             raise ConversionError(f"{folder}: the tokenizer cannot be read: {one_line(error)}") from error
-        tokenizer.init_kwargs.pop("auto_map", None)  # names code, which stays behind
+        tokenizer.init_kwargs.pop("auto_map", None)  # it names code, which is not copied
     elif (folder / "tokenizer.model").is_file():
         tokenizer = _convert_sentencepiece(folder, extra_tokens)
     else:
         raise ConversionError(
-            f"{folder} has no tokenizer.json and no tokenizer.model; name the folder of the right tokenizer."
+            f"{folder} has no tokenizer.json and no tokenizer.model; copy those of its language model there."
         )
     for token in (*extra_tokens, IMAGE_TOKEN):
         _add_token(tokenizer, token)
@@ -75,25 +75,25 @@ def _convert_sentencepiece(folder: Path, extra_tokens) -> PreTrainedTokenizerFas
 
     settings = read_settings(folder / "special_tokens_map.json") | read_settings(folder / "tokenizer_config.json")
     roles = {"unk_token": model.unk_id(), "bos_token": model.bos_id(), "eos_token": model.eos_id()}
-    pieces = {role: model.id_to_piece(index) for role, index in roles.items() if index >= 0}  # -1: it has none
+    pieces = {role: model.id_to_piece(index) for role, index in roles.items() if index >= 0}  # -1: the model has none
     named = {role: _content(settings.get(role)) or piece for role, piece in pieces.items()}
     added = _added_tokens(folder, settings, special=(*named.values(), *extra_tokens))
-    # Tokens that do not cut a text in two: all but those that the original puts between texts.
+    # Tokens that do not split a text in two: all but the image token.
     inline = [token for token in (*named.values(), *added, *extra_tokens) if token != IMAGE_TOKEN]
-    is_legacy = settings.get("legacy", True)  # Llama's slow tokenizer takes unset for true
+    is_legacy = settings.get("legacy", True)  # unset means true to Llama's slow tokenizer
 
     backend = _build_backend(model, [] if is_legacy else inline)
     _check_same_ids(model, backend, path)
     for token in dict.fromkeys([*added, *inline]):
         _, special = added.get(token, (None, True))
-        # A normalized token is looked for after a text has got its first space, which leaves the rest without one.
+        # A normalized token is matched after the first space is added, so the text after it gets none.
         normalized = token in inline and not is_legacy
         backend.add_tokens([AddedToken(token, special=special, normalized=normalized)])
     for token, (index, _) in added.items():
         if backend.token_to_id(token) != index:
             raise ConversionError(
-                f"{folder}: the added token {token!r} should have id {index}, and after the {model.get_piece_size()} "
-                f"of tokenizer.model it gets {backend.token_to_id(token)}; its added tokens are not complete."
+                f"{folder}: the added token {token!r} should have id {index}, but after the {model.get_piece_size()} "
+                f"tokens of tokenizer.model it gets {backend.token_to_id(token)}: an added token is missing."
             )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -107,7 +107,7 @@ def _convert_sentencepiece(folder: Path, extra_tokens) -> PreTrainedTokenizerFas
 
 
 def _added_tokens(folder: Path, settings: dict, special) -> dict[str, tuple[int, bool]]:
-    """`(id, is it special)` of each token that was added to the vocabulary, in the order of ids."""
+    """`(id, is_special)` of each token that was added to the vocabulary, in the order of the ids."""
     special = {*special, *map(_content, settings.get("additional_special_tokens", []))}
     added = {token: (index, token in special) for token, index in read_settings(folder / "added_tokens.json").items()}
     for index, token in settings.get("added_tokens_decoder", {}).items():
@@ -116,7 +116,7 @@ def _added_tokens(folder: Path, settings: dict, special) -> dict[str, tuple[int,
 
 
 def _build_backend(model, inline_tokens) -> Tokenizer:
-    """Byte pairs, merged by the pieces' scores. A text gets a first space, unless an inline token is its beginning."""
+    """Byte pairs, merged by the scores of the pieces. A text that begins with no inline token gets a first space."""
     pieces = [model.id_to_piece(index) for index in range(model.get_piece_size())]
     ids = {piece: index for index, piece in enumerate(pieces)}
     scored_merges = [
@@ -126,7 +126,7 @@ def _build_backend(model, inline_tokens) -> Tokenizer:
         for cut in range(1, len(piece))
         if piece[:cut] in ids and piece[cut:] in ids
     ]
-    # Runs of spaces have one score, the lowest. sentencepiece merges equals from the left: the longer left part first.
+    # All runs of spaces have the lowest score. sentencepiece merges equal scores with the longer left part first.
     scored_merges.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
     merges = [(left, right) for _, left, right in scored_merges]
     unknown = pieces[model.unk_id()]
@@ -147,8 +147,12 @@ def _is_text(model, index: int) -> bool:
 
 
 def _check_same_ids(model, backend: Tokenizer, path: Path) -> None:
-    """Read texts made of the whole vocabulary with both. They differ where a model is not of Llama's kind: a unigram
-    model, one that normalizes, one with symbols of its user's."""
+    """Tokenize texts of the whole vocabulary with both tokenizers.
+
+    Raises:
+        ConversionError: they differ, so the model is not of Llama's kind: it is a unigram model, normalizes, or has
+            user-defined symbols.
+    """
     pieces = [model.id_to_piece(index) for index in range(model.get_piece_size()) if _is_text(model, index)]
     texts = ["".join(pieces[start : start + 16]).replace("▁", " ") for start in range(0, len(pieces), 16)]
     for text in [*texts, "  two  spaces ", "\n\ttab", "Ａ ﬁ é 😀"]:
@@ -160,5 +164,5 @@ def _check_same_ids(model, backend: Tokenizer, path: Path) -> None:
 
 
 def _content(token) -> str | None:
-    """The text of a token as the JSON files have it: a string or an object."""
+    """The text of a token, which is a string or an object in the JSON files."""
     return (token["content"] if isinstance(token, dict) else token) or None

@@ -12,16 +12,16 @@ from ..utils.errors import ConversionError, one_line
 
 
 def check_login(repo_id: str) -> None:
-    """Refuse an upload before the work, and not after it: where nobody is logged in to the Hub, or to no such name."""
+    """Refuse an upload before the work: nobody is logged in to the Hub, or the name is no repository's."""
     try:
         validate_repo_id(repo_id)
         HfApi().whoami()
-    except Exception as error:  # of many kinds, by the network
+    except Exception as error:  # its type depends on how the network failed
         raise ConversionError(f"--push-to-hub {repo_id}: {one_line(error)} (log in by `hf auth login`)") from None
 
 
 def upload(folder: Path, repo_id: str) -> None:
-    """Upload a finished folder to the Hub, where a model card that the repository has stays."""
+    """Upload a finished folder to the Hub. If the repository has a model card, that one is kept."""
     try:
         HfApi().create_repo(repo_id, exist_ok=True)
         HfApi().upload_folder(
@@ -30,7 +30,7 @@ def upload(folder: Path, repo_id: str) -> None:
             commit_message="Convert from LLaVA",
             ignore_patterns=None if load_card(repo_id) is None else "README.md",
         )
-    except Exception as error:  # of many kinds, by the network
+    except Exception as error:  # its type depends on how the network failed
         raise ConversionError(
             f"{folder} is complete, but its upload to {repo_id!r} failed: {one_line(error)} "
             f"Try `hf upload {repo_id} {folder}`."

@@ -1,32 +1,41 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Writing weights: safetensors files piece by piece, each tensor read back and compared with its source."""
+"""Write safetensors files in pieces. Each tensor is read back and compared with its source.
+
+(figure follows)
+"""
 
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
 from xxhash import xxh3_128
 
 from ..utils.errors import ConversionError
-from .weights import CHUNK_BYTES, SAFETENSORS_DTYPES, StoredTensor, read_range, release_files
+from .stored import CHUNK_BYTES, StoredTensor, read_range, release_files
+from .weights import SAFETENSORS_DTYPES
 
 MAX_SHARD_BYTES = 5 * 10**9
-FLUSH_BYTES = 64 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Digests:
-    """XXH3 (128 bits) of the tensors by name, of the files that were written by name, and of the source's by path; and
-    how many values of tensors are NaN or infinite, by name, of those that have such."""
+    """XXH3 digests (128 bits) of what was written and read.
+
+    Attributes:
+        tensors: of the written tensors, by name.
+        files: of the written files, by name.
+        source_files: of the files of the source, by path.
+        nonfinite: the number of NaN and infinite values, by name of the tensors that have such.
+    """
 
     tensors: dict[str, str]
     files: dict[str, str]
@@ -34,21 +43,72 @@ class Digests:
     nonfinite: dict[str, int]
 
 
+def write_weights(tensors: dict, folder: Path, source_files: list[Path], progress: Callable[[int], None]) -> Digests:
+    """Write tensors to safetensors files of at most 5 GB, and an index if there are several files.
+
+    A second thread reads everything back while the first one writes.
+
+    Args:
+        tensors: `StoredTensor`, `MergedLora`, `Extended` and `Cast`, by name.
+        folder: an existing folder.
+        source_files: files whose digests are wanted.
+        progress: called with the number of bytes after each piece.
+
+    Raises:
+        ConversionError: a tensor was read back with other bytes, or was computed again with another result.
+    """
+    shards = _shards(tensors)
+    written, files, read_back, recomputed = {}, {}, {}, {}
+    reader, stop = ThreadPoolExecutor(max_workers=1), Event()
+    try:
+        sources = {
+            path: reader.submit(_digest, read_range(path, 0, path.stat().st_size), stop) for path in source_files
+        }
+        for name, shard in shards.items():
+            header, offsets = _header(shard)
+            hasher = xxh3_128(header)
+            with open(folder / name, "wb", buffering=0) as file:
+                _write(file, header)
+                for key, tensor in shard.items():
+                    written[key] = _write_tensor(file, hasher, tensor, progress)
+                    written_bytes = read_range(folder / name, offsets[key], tensor.num_bytes)
+                    read_back[key] = reader.submit(_digest_and_nonfinite, written_bytes, tensor.dtype, stop)
+                    if not isinstance(tensor, StoredTensor):
+                        recomputed[key] = reader.submit(_digest, tensor.read_bytes(), stop)
+            files[name] = hasher.hexdigest()
+        nonfinite = _check(written, read_back, recomputed)
+        digests = Digests(written, files, {path: result.result() for path, result in sources.items()}, nonfinite)
+    finally:
+        stop.set()
+        reader.shutdown(cancel_futures=True)
+        release_files()
+    for name, shard in shards.items():
+        with safe_open(folder / name, framework="pt") as file:
+            if set(file.keys()) != set(shard):
+                raise ConversionError(f"{name} was read back with other keys than were written; try again.")
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in shards.items() for key in shard}
+        total_size = sum(tensor.num_bytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return digests
+
+
 def digest_of(tensor) -> str:
     """XXH3 (128 bits) of a tensor's bytes."""
-    return _digest(tensor.read_bytes())
+    return _digest(tensor.read_bytes(), Event())
 
 
-def _digest(pieces: Iterable, stop: Event | None = None) -> str:
+def _digest(pieces: Iterable, stop: Event) -> str:
     hasher = xxh3_128()
     for piece in pieces:
-        if stop is not None and stop.is_set():
+        if stop.is_set():
             break
         hasher.update(piece)
     return hasher.hexdigest()
 
 
-def _digest_written(pieces: Iterable, dtype: torch.dtype, stop: Event) -> tuple[str, int]:
+def _digest_and_nonfinite(pieces: Iterable, dtype: torch.dtype, stop: Event) -> tuple[str, int]:
     """The digest of a tensor's bytes, and the number of its values that are NaN or infinite."""
     hasher, num_nonfinite = xxh3_128(), 0
     for piece in pieces:
@@ -59,114 +119,41 @@ def _digest_written(pieces: Iterable, dtype: torch.dtype, stop: Event) -> tuple[
     return hasher.hexdigest(), num_nonfinite
 
 
-def write_weights(tensors: dict, folder: Path, source_files: list[Path], progress: Callable[[int], None]) -> Digests:
-    """Write tensors to safetensors files of at most 5 GB, with an index where there are several.
-
-    Args:
-        tensors: of `StoredTensor`, `MergedLora`, `Extended` and `Cast`, by name.
-        folder: where to.
-        source_files: files whose digests are wanted; they are read meanwhile.
-        progress: called with numbers of bytes as they are written.
-
-    Raises:
-        ConversionError: what is read back is not what was written, or a value is not the same when computed again.
-    """
-    shards = _shards(tensors)
-    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
-    written, files, read_back, recomputed = {}, {}, {}, {}
-    reader, flusher, stop = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1), Event()
-    try:
-        sources = {
-            path: reader.submit(_digest, read_range(path, 0, path.stat().st_size), stop) for path in source_files
-        }
-        for name, shard in zip(names, shards, strict=True):
-            header, offsets = _header(shard)
-            with _HashedFile(folder / name, flusher) as file:
-                file.write(header)
-                for key, tensor in shard.items():
-                    written[key] = _write_tensor(file, tensor, progress)
-                    written_bytes = read_range(folder / name, offsets[key], tensor.num_bytes)
-                    read_back[key] = reader.submit(_digest_written, written_bytes, tensor.dtype, stop)
-                    if not isinstance(tensor, StoredTensor):
-                        recomputed[key] = reader.submit(_digest, tensor.read_bytes(), stop)
-            files[name] = file.hasher.hexdigest()
-        nonfinite = {}
-        for key, result in read_back.items():
-            digest, num_nonfinite = result.result()
-            if num_nonfinite:
-                nonfinite[key] = num_nonfinite
-            if digest != written[key]:
-                raise ConversionError(f"{key!r} was read back with other bytes than were written; try again.")
-        for key, result in recomputed.items():
-            if result.result() != written[key]:
-                raise ConversionError(f"{key!r} was computed twice with different results; try again.")
-        digests = Digests(written, files, {path: result.result() for path, result in sources.items()}, nonfinite)
-    finally:
-        stop.set()
-        for executor in (reader, flusher):
-            executor.shutdown(cancel_futures=True)
-        release_files()
-    for name, shard in zip(names, shards, strict=True):
-        with safe_open(folder / name, framework="pt") as file:
-            if set(file.keys()) != set(shard):
-                raise ConversionError(f"{name} was read back with other keys than were written; try again.")
-    if len(shards) > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total_size = sum(tensor.num_bytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return digests
+def _check(written: dict[str, str], read_back: dict[str, Future], recomputed: dict[str, Future]) -> dict[str, int]:
+    """Compare the digests of what was written with those of what was read; returns the numbers of nonfinite values."""
+    nonfinite = {}
+    for key, result in read_back.items():
+        digest, num_nonfinite = result.result()
+        if digest != written[key]:
+            raise ConversionError(f"{key!r} was read back with other bytes than were written; try again.")
+        if num_nonfinite:
+            nonfinite[key] = num_nonfinite
+    for key, result in recomputed.items():
+        if result.result() != written[key]:
+            raise ConversionError(f"{key!r} was computed twice with different results; try again.")
+    return nonfinite
 
 
-class _HashedFile:
-    """A new file that is hashed as it is written, and is on the disk when it is closed.
-
-    Another thread flushes it all the while: the disk works beside the copying, and the kernel never stops the writer
-    for having too much to write later.
-    """
-
-    def __init__(self, path: Path, flusher: Executor):
-        self.file = open(path, "wb", buffering=0)
-        self.hasher = xxh3_128()
-        self.flusher, self.flushes, self.num_unflushed = flusher, [], 0
-
-    def __enter__(self):
-        return self
-
-    def write(self, data) -> None:
-        self.hasher.update(data)
-        self.num_unflushed += len(data)
-        while data:
-            data = data[self.file.write(data) :]
-        if self.num_unflushed >= FLUSH_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        self.flushes.append(self.flusher.submit(os.fsync, self.file.fileno()))
-        self.num_unflushed = 0
-
-    def __exit__(self, *exception) -> None:
-        self.flush()
-        errors = [flush.exception() for flush in self.flushes]  # an error is reported to one of them only
-        self.file.close()
-        if exception[0] is None and any(errors):
-            raise next(filter(None, errors))
-
-
-def _write_tensor(file: _HashedFile, tensor, progress: Callable[[int], None]) -> str:
-    """Write a tensor; its digest is of the bytes as they came from the source."""
+def _write_tensor(file: BinaryIO, file_hasher: xxh3_128, tensor, progress: Callable[[int], None]) -> str:
+    """Write a tensor; returns the digest of its bytes, as they came from the source."""
     hasher = xxh3_128()
     for piece in tensor.read_bytes():
         for start in range(0, len(piece), CHUNK_BYTES):
             chunk = piece[start : start + CHUNK_BYTES]
             hasher.update(chunk)
-            file.write(chunk)
+            file_hasher.update(chunk)
+            _write(file, chunk)
         progress(len(piece))
     return hasher.hexdigest()
 
 
-def _shards(tensors: dict) -> list[dict]:
+def _write(file: BinaryIO, data) -> None:
+    while data:  # an unbuffered file may take only a part
+        data = data[file.write(data) :]
+
+
+def _shards(tensors: dict) -> dict[str, dict]:
+    """The tensors of each file, by its name."""
     shards, size = [{}], 0
     for key, tensor in tensors.items():
         if shards[-1] and size + tensor.num_bytes > MAX_SHARD_BYTES:
@@ -175,11 +162,14 @@ def _shards(tensors: dict) -> list[dict]:
         shards[-1][key] = tensor
         size += tensor.num_bytes
     # wider types first, so that each tensor is aligned to its type
-    return [dict(sorted(shard.items(), key=lambda item: -item[1].dtype.itemsize)) for shard in shards]
+    shards = [dict(sorted(shard.items(), key=lambda item: -item[1].dtype.itemsize)) for shard in shards]
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05}-of-{len(shards):05}.safetensors": shard for n, shard in enumerate(shards, start=1)}
 
 
 def _header(shard: dict) -> tuple[bytes, dict[str, int]]:
-    """A safetensors header, and where in the file each tensor begins."""
+    """A safetensors header, and the position of each tensor in the file."""
     entries, end = {"__metadata__": {"format": "pt"}}, 0
     for key, tensor in shard.items():
         begin, end = end, end + tensor.num_bytes

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import tiny
-from fresh_process import FreshProcesses
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import (
@@ -159,52 +158,26 @@ def original_ids(model: bytes, text: str, legacy: bool, image_token_id: int) -> 
 # --- tokenizer: ids --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_sentencepiece_model_gives_the_ids_that_the_original_gives(legacy, text, llama, llama_model):
+def test_a_sentencepiece_model_gives_the_ids_that_the_original_gives(legacy, llama, llama_model, tmp_path):
     write_json(llama / "tokenizer_config.json", legacy=legacy)
-    expected = original_ids(llama_model, text, legacy, image_token_id=NUM_PIECES)
-    assert load_tokenizer(llama)(text)["input_ids"] == expected
+    tokenizer = load_tokenizer(llama)
+    assert tokenizer.is_fast
+    runs = ["red" + " " * number + "the" + " " * number for number in range(1, 20)]
+    for text in [*TEXTS, *runs]:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == original_ids(llama_model, text, legacy, image_token_id=NUM_PIECES), text
+    for text in ("What is this?", "two  dogs\n", "café 😀"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer.tokenize("red  the")[-2:] == ["▁", "▁the"]  # a space goes to its word, not to a run of spaces
+    assert tokenizer.tokenize("<image>\nWhat")[:3] == ["<image>", "▁", "<0x0A>"]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
 
 
 def test_an_unset_legacy_is_legacy(llama):
     tokens = load_tokenizer(llama).tokenize("cat</s>USER")
     assert tokens[-1] == "▁USER"
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-def test_the_text_after_an_image_begins_with_a_space(legacy, llama):
-    write_json(llama / "tokenizer_config.json", legacy=legacy)
-    assert load_tokenizer(llama).tokenize("<image>\nWhat")[:3] == ["<image>", "▁", "<0x0A>"]
-
-
-@pytest.mark.parametrize("number", range(1, 20))
-def test_runs_of_spaces_are_cut_as_the_original_cuts_them(number, llama, llama_model):
-    text = "red" + " " * number + "the" + " " * number
-    assert load_tokenizer(llama)(text)["input_ids"] == original_ids(llama_model, text, True, NUM_PIECES)
-
-
-def test_a_space_goes_to_its_word_and_not_to_a_run_of_spaces(llama):
-    assert load_tokenizer(llama).tokenize("red  the")[-2:] == ["▁", "▁the"]
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-def test_saved_and_loaded_again_it_gives_the_same_ids(legacy, llama, tmp_path):
-    write_json(llama / "tokenizer_config.json", legacy=legacy)
-    tokenizer = load_tokenizer(llama)
-    tokenizer.save_pretrained(tmp_path / "saved")
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert loaded(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
-
-
-@pytest.mark.parametrize("text", ["What is this?", "two  dogs\n", "café 😀"])
-def test_ids_decode_to_their_text(text, llama):
-    tokenizer = load_tokenizer(llama)
-    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-
-
-def test_a_tokenizer_is_fast_whatever_it_is_made_of(llama):
-    assert load_tokenizer(llama).is_fast
 
 
 def test_texts_are_padded_on_the_left(llama):
@@ -214,16 +187,14 @@ def test_texts_are_padded_on_the_left(llama):
     assert ids[1][0] == tokenizer.bos_token_id
 
 
-@pytest.mark.parametrize(("add_bos", "add_eos"), [(True, False), (False, False), (True, True)])
-def test_the_config_says_which_tokens_begin_and_end_a_text(add_bos, add_eos, llama):
-    write_json(llama / "tokenizer_config.json", add_bos_token=add_bos, add_eos_token=add_eos)
-    ids = load_tokenizer(llama)("cat")["input_ids"]
-    assert (ids[0] == 1, ids[-1] == 2) == (add_bos, add_eos)
-
-
-def test_the_length_limit_is_kept(llama):
-    write_json(llama / "tokenizer_config.json", model_max_length=2048)
-    assert load_tokenizer(llama).model_max_length == 2048
+def test_the_config_says_which_tokens_begin_and_end_a_text_and_its_longest_length(llama):
+    for add_bos, add_eos in ((True, False), (False, False), (True, True)):
+        settings = {"add_bos_token": add_bos, "add_eos_token": add_eos, "model_max_length": 2048}
+        write_json(llama / "tokenizer_config.json", **settings)
+        tokenizer = load_tokenizer(llama)
+        ids = tokenizer("cat")["input_ids"]
+        assert (ids[0] == 1, ids[-1] == 2) == (add_bos, add_eos)
+        assert tokenizer.model_max_length == 2048
 
 
 def test_a_tokenizer_json_is_taken_as_it_is(llama, tmp_path):
@@ -257,11 +228,11 @@ def test_the_image_token_is_special_and_never_normalized(llama):
     assert (token.content, token.special, token.normalized) == ("<image>", True, False)
 
 
-@pytest.mark.parametrize("pad", [None, "<unk>", "</s>", "<s>", {"content": "<unk>", "lstrip": False}])
-def test_a_token_of_another_use_is_not_the_padding_token(pad, llama):
-    write_json(llama / "tokenizer_config.json", pad_token=pad)
-    tokenizer = load_tokenizer(llama)
-    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", NUM_PIECES + 1)
+def test_a_token_of_another_use_is_not_the_padding_token(llama):
+    for pad in (None, "<unk>", "</s>", "<s>", {"content": "<unk>", "lstrip": False}):
+        write_json(llama / "tokenizer_config.json", pad_token=pad)
+        tokenizer = load_tokenizer(llama)
+        assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", NUM_PIECES + 1), pad
 
 
 def test_a_padding_token_of_its_own_is_kept(llama):
@@ -311,57 +282,32 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"\x00" * 99])
-def test_a_file_that_is_no_sentencepiece_model_is_named(content, llama):
-    (llama / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ConversionError, match=r"tokenizer.model is not a sentencepiece model .*; download it again"):
-        load_tokenizer(llama)
+def test_a_file_that_is_no_sentencepiece_model_is_named(llama, llama_model):
+    lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    for content in (b"", lfs, b"\x00" * 99, llama_model[: len(llama_model) // 2]):
+        (llama / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ConversionError, match=r"tokenizer.model is not a sentencepiece model .*; download it"):
+            load_tokenizer(llama)
 
 
-def test_half_a_sentencepiece_model_is_refused(llama, llama_model):
-    (llama / "tokenizer.model").write_bytes(llama_model[: len(llama_model) // 2])
-    with pytest.raises(ConversionError, match="is not a sentencepiece model"):
-        load_tokenizer(llama)
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
+def test_a_sentencepiece_model_that_a_fast_tokenizer_would_read_otherwise_is_refused(llama):
+    kinds = [
         {"model_type": "unigram"},
         {"user_defined_symbols": ["[INST]"]},
         {"normalization_rule_name": "nmt_nfkc"},
         {"add_dummy_prefix": False},
         {"remove_extra_whitespaces": True},
-    ],
-    ids=str,
-)
-def test_a_sentencepiece_model_that_a_fast_tokenizer_would_read_otherwise_is_refused(kwargs, llama):
-    (llama / "tokenizer.model").write_bytes(train_sentencepiece(**kwargs))
-    with pytest.raises(ConversionError, match="is not of Llama's kind .*put a tokenizer.json beside it"):
-        load_tokenizer(llama)
+    ]
+    for kind in kinds:
+        (llama / "tokenizer.model").write_bytes(train_sentencepiece(**kind))
+        with pytest.raises(ConversionError, match="is not of Llama's kind .*put a tokenizer.json beside it"):
+            load_tokenizer(llama)
 
 
 def test_without_sentencepiece_the_user_hears_what_to_install(llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ConversionError, match="reading it takes sentencepiece: pip install sentencepiece$"):
         load_tokenizer(llama)
-
-
-def test_a_tokenizer_json_needs_no_sentencepiece(llama, tmp_path):
-    def length(folder):
-        import sys
-
-        sys.modules["sentencepiece"] = None  # before transformers looks for it
-        from modeling_deco.conversion.tokenizer import load_tokenizer
-
-        return len(load_tokenizer(folder))
-
-    load_tokenizer(llama).save_pretrained(tmp_path / "fast")
-    processes = FreshProcesses()
-    try:
-        assert processes.run(length, tmp_path / "fast") == NUM_PIECES + 2
-    finally:
-        processes.close()
 
 
 def test_a_tokenizer_json_that_cannot_be_read_is_named(tmp_path):
@@ -462,18 +408,6 @@ def test_the_answers_and_their_ends_are_what_the_assistant_writes(legacy, llama)
     assert tokenizer.decode(written) == "a red cat</s> the dogs</s>"
 
 
-def test_a_rendered_prompt_has_one_first_token(processor):
-    text = processor.apply_chat_template([QUESTION], add_generation_prompt=True)
-    ids = processor(images=PICTURE["image"], text=text)["input_ids"][0]
-    assert (ids[0], ids.count(1)) == (1, 1)
-
-
-def test_a_tokenized_conversation_has_one_first_token(processor):
-    inputs = processor.apply_chat_template([QUESTION], add_generation_prompt=True, tokenize=True, return_dict=True)
-    ids = inputs["input_ids"][0]
-    assert (ids[0], ids.count(1)) == (1, 1)
-
-
 def test_a_tokenized_conversation_has_the_original_ids(processor, llama_model):
     inputs = processor.apply_chat_template(
         [QUESTION], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -481,6 +415,8 @@ def test_a_tokenized_conversation_has_the_original_ids(processor, llama_model):
     prompt = original_prompt("<image>\nWhat is this?", None)
     expected = original_ids(llama_model, prompt.replace("<image>", "<image>" * 4), True, processor.image_token_id)
     assert inputs["input_ids"].tolist() == [expected]
+    text = processor.apply_chat_template([QUESTION], add_generation_prompt=True)
+    assert processor(images=PICTURE["image"], text=text)["input_ids"][0] == expected
     assert inputs["pixel_values"].shape == (1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
 
 
@@ -501,31 +437,19 @@ def test_the_default_among_named_templates_counts():
     assert choose_chat_template({"tool_use": "", "default": CHATML}) == (CHATML, "source")
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        None,
-        "",
-        {"tool_use": CHATML},
-        CHATML.replace("<image>", "<img>"),
-        "<image>{% for",
-        "<image>{{ raise_exception('no images here') }}",
-        "<image>{{ messages[0]['content'] + 'text' }}",
-        "<image>{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    ],
-    ids=[
-        "none",
-        "empty",
-        "no default",
-        "another image token",
-        "not Jinja",
-        "raises",
-        "adds lists to strings",
-        "leaves the sandbox",
-    ],
-)
-def test_vicunas_is_chosen_in_place_of(template):
-    assert choose_chat_template(template) == (VICUNA_CHAT_TEMPLATE, "vicuna")
+def test_vicunas_is_chosen_in_place_of_what_shows_no_images():
+    templates = {
+        "none": None,
+        "empty": "",
+        "no default": {"tool_use": CHATML},
+        "another image token": CHATML.replace("<image>", "<img>"),
+        "not Jinja": "<image>{% for",
+        "raises": "<image>{{ raise_exception('no images here') }}",
+        "adds lists to strings": "<image>{{ messages[0]['content'] + 'text' }}",
+        "leaves the sandbox": "<image>{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    }
+    for name, template in templates.items():
+        assert choose_chat_template(template) == (VICUNA_CHAT_TEMPLATE, "vicuna"), name
 
 
 MODELS_OWN = (
@@ -584,22 +508,14 @@ def test_a_source_in_vicunas_format_keeps_its_questions_and_gets_our_answers():
     assert rendered == "USER: Hi ASSISTANT: Ho</s>"
 
 
-def test_the_template_of_a_processor_goes_before_its_tokenizers(tmp_path, llama):
+def test_a_template_file_goes_before_a_processors_and_that_before_a_tokenizers(tmp_path, llama):
+    write_json(llama / "tokenizer_config.json", chat_template="the tokenizer's")
     tokenizer = load_tokenizer(llama)
-    tokenizer.chat_template = "the tokenizer's"
+    assert load_chat_template(tmp_path, tokenizer) == "the tokenizer's"
     write_json(tmp_path / "chat_template.json", chat_template="the processor's")
     assert load_chat_template(tmp_path, tokenizer) == "the processor's"
-
-
-def test_a_template_file_goes_before_all(tmp_path, llama):
-    write_json(tmp_path / "chat_template.json", chat_template="the processor's")
     (tmp_path / "chat_template.jinja").write_text("the file's")
-    assert load_chat_template(tmp_path, load_tokenizer(llama)) == "the file's"
-
-
-def test_the_template_of_a_tokenizer_is_read(tmp_path, llama):
-    write_json(llama / "tokenizer_config.json", chat_template="the tokenizer's")
-    assert load_chat_template(tmp_path, load_tokenizer(llama)) == "the tokenizer's"
+    assert load_chat_template(tmp_path, tokenizer) == "the file's"
 
 
 # --- image processor -------------------------------------------------------------------------------------------------
@@ -620,22 +536,18 @@ def expand_to_square(image, color):
     return square
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("source", [CLIP, SIGLIP, DINOV2], ids=["clip", "siglip", "dinov2"])
-def test_padding_gives_the_pixels_that_the_original_gives(source, size, tmp_path):
+def test_padding_gives_the_pixels_that_the_original_gives(source, tmp_path):
     source.save_pretrained(tmp_path)
-    image = tiny.picture(3, 100, 100).resize(size)
-    square = expand_to_square(image, tuple(int(value * 255) for value in source.image_mean))
-    expected = source(square, return_tensors="np")["pixel_values"]
-    pixels = load_image_processor(tmp_path, "pad")(image, return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(pixels, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("source", [CLIP, SIGLIP, DINOV2], ids=["clip", "siglip", "dinov2"])
-@pytest.mark.parametrize("image_aspect_ratio", [None, "square"])
-def test_without_padding_an_image_processor_is_what_it_was(image_aspect_ratio, source, tmp_path):
-    source.save_pretrained(tmp_path)
-    assert load_image_processor(tmp_path, image_aspect_ratio).to_dict() == source.to_dict()
+    for image_aspect_ratio in (None, "square"):
+        assert load_image_processor(tmp_path, image_aspect_ratio).to_dict() == source.to_dict()
+    processor = load_image_processor(tmp_path, "pad")
+    for size in SIZES:
+        image = tiny.picture(3, 100, 100).resize(size)
+        square = expand_to_square(image, tuple(int(value * 255) for value in source.image_mean))
+        expected = source(square, return_tensors="np")["pixel_values"]
+        pixels = processor(image, return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(pixels, expected, atol=1e-5, err_msg=str(size))
 
 
 @pytest.mark.parametrize("image_aspect_ratio", [None, "pad"])
@@ -777,7 +689,7 @@ def loaded(llama, tmp_path):
     return processor, AutoProcessor.from_pretrained(folder)
 
 
-def test_a_loaded_processor_gives_the_same_inputs(loaded):
+def test_a_loaded_processor_is_the_saved_one(loaded, tmp_path):
     given, found = [
         processor.apply_chat_template(
             CONVERSATION, tokenize=True, return_dict=True, processor_kwargs={"return_tensors": "pt"}
@@ -787,26 +699,12 @@ def test_a_loaded_processor_gives_the_same_inputs(loaded):
     assert {name: tensor.tolist() for name, tensor in given.items()} == {
         name: tensor.tolist() for name, tensor in found.items()
     }
-
-
-def test_a_loaded_processor_has_the_chat_template(loaded):
-    assert loaded[1].chat_template == VICUNA_CHAT_TEMPLATE
-
-
-def test_a_loaded_processor_pads_images_to_squares(loaded):
-    assert loaded[1].image_processor.do_pad
-
-
-def test_a_loaded_processor_has_the_special_tokens(loaded):
-    given, found = [processor.tokenizer for processor in loaded]
-    assert found.special_tokens_map == given.special_tokens_map
-    assert found.get_added_vocab() == given.get_added_vocab()
-
-
-def test_the_tokenizer_of_a_saved_processor_can_be_loaded_alone(loaded, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "deco")
-    assert tokenizer(TEXTS)["input_ids"] == loaded[0].tokenizer(TEXTS)["input_ids"]
-
-
-def test_the_image_processor_of_a_saved_processor_can_be_loaded_alone(loaded, tmp_path):
-    assert AutoImageProcessor.from_pretrained(tmp_path / "deco").to_dict() == loaded[0].image_processor.to_dict()
+    given, found = loaded
+    assert found.chat_template == VICUNA_CHAT_TEMPLATE
+    assert found.image_processor.do_pad
+    assert found.tokenizer.special_tokens_map == given.tokenizer.special_tokens_map
+    assert found.tokenizer.get_added_vocab() == given.tokenizer.get_added_vocab()
+    alone = AutoTokenizer.from_pretrained(tmp_path / "deco")
+    assert alone(TEXTS)["input_ids"] == given.tokenizer(TEXTS)["input_ids"]
+    alone = AutoImageProcessor.from_pretrained(tmp_path / "deco")
+    assert alone.to_dict() == given.image_processor.to_dict()
