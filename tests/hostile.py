@@ -354,12 +354,12 @@ def assert_refused(place: Place, match: str, with_times: bool = False, **changes
         with_times: nothing may have been written and removed again, either.
         changes: of the arguments; None takes one out.
     """
-    from modeling_deco.conversion import ConversionError, convert
+    from modeling_deco.conversion import InputError, convert
 
     arguments = {"source": place.source, "destination": place.destination, **place.options, **changes}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     before = snapshot(place.root, with_times)
-    with pytest.raises(ConversionError) as raised:
+    with pytest.raises(InputError) as raised:
         convert(**arguments)
     message = str(raised.value)
     assert len(message.splitlines()) == 1, message

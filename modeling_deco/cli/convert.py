@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..utils.errors import InputError, as_input_errors
 from ..utils.options import parse_grid_option
 from ..utils.program import print_error
 from .common import Revision, quiet_transformers, report
@@ -31,7 +32,7 @@ def _conversion(command: str) -> Iterator[None]:
     logger.addHandler(handler)
     try:
         yield
-    except (conversion.ConversionError, OSError) as error:
+    except (InputError, OSError) as error:
         report(command, error)
         raise typer.Exit(2) from None
     finally:
@@ -95,13 +96,10 @@ def convert(
     deco convert deco-finetune/ deco-7b --pooled-grid-size 12
     """
     with _conversion("convert"):
-        from ..conversion import ConversionError
         from ..conversion import convert as run
 
-        try:
+        with as_input_errors():
             grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
-        except ValueError as error:
-            raise ConversionError(str(error)) from None
         options = (dtype, revision, overwrite, push_to_hub, check_logits, chat_template)
         run(source, destination, grid, vision_tower, base_model, *options)
     typer.echo(destination)

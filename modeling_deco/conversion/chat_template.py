@@ -16,8 +16,8 @@ from ..chat_templates import (
     render,
     shows_images,
 )
-from ..utils.errors import ConversionError
-from ..utils.files import read_settings, value_errors
+from ..utils.errors import InputError, as_input_errors
+from ..utils.files import read_settings
 
 
 def load_chat_template(folder, tokenizer) -> str | None:
@@ -49,7 +49,7 @@ def choose_chat_template(template, tokenizer=None, model_type="llama", use_im_st
             original code's config.
 
     Raises:
-        ConversionError: the format is not recognized.
+        InputError: the format is not recognized.
     """
     if isinstance(template, dict):
         template = template.get("default")
@@ -67,7 +67,7 @@ def choose_chat_template(template, tokenizer=None, model_type="llama", use_im_st
     elif model_type == "llama":
         chosen, origin = VICUNA_CHAT_TEMPLATE, "vicuna"
     else:
-        raise ConversionError(
+        raise InputError(
             f"The chat format of a {model_type!r} language model is not recognized: its tokenizer has "
             f"{'a chat template that cannot show images' if template else 'no chat template'}. Choose the format with "
             f"--chat-template: {', '.join(CHAT_TEMPLATES)}, or a Jinja file."
@@ -83,12 +83,12 @@ def named_chat_template(name_or_path: str, use_im_start_end=False) -> str:
     """The template that `--chat-template` names.
 
     Raises:
-        ConversionError: there is no such template, or it does not render images.
+        InputError: there is no such template, or it does not render images.
     """
-    with value_errors():
+    with as_input_errors():
         template = read_chat_template(name_or_path)
     if name_or_path in CHAT_TEMPLATES:
         return _between_marks(template, use_im_start_end)
     if not shows_images(template, bos_token="<s>", eos_token="</s>"):  # noqa: S106
-        raise ConversionError(f"The chat template {name_or_path} does not write <image> for an image of a message.")
+        raise InputError(f"The chat template {name_or_path} does not write <image> for an image of a message.")
     return template

@@ -10,8 +10,7 @@ import torch
 
 from ..configuration_deco import DecoConfig, check_grid, fit_grid
 from ..modeling_deco import DecoForConditionalGeneration
-from ..utils.errors import ConversionError
-from ..utils.files import refusing, value_errors
+from ..utils.errors import InputError, as_input_errors, wrap_errors
 from .layouts import TIED, UNUSED_HEAD, UNUSED_LAYER, Layout, layer_index
 from .sources import Source
 from .stored import StoredTensor
@@ -63,16 +62,16 @@ def add_tensors(
         if reason is not None:
             checkpoint.dropped[key] = reason
         elif key.endswith("image_newline"):
-            raise ConversionError(f"{key!r} in {where} belongs to anyres (LLaVA-1.6), which DeCo does not support.")
+            raise InputError(f"{key!r} in {where} belongs to anyres (LLaVA-1.6), which DeCo does not support.")
         elif name is None and re.search(r"projector|resampler", key):
-            raise ConversionError(f"{key!r} in {where}: the projector{named} is not Linear-GELU-Linear, as DeCo's is.")
+            raise InputError(f"{key!r} in {where}: the projector{named} is not Linear-GELU-Linear, as DeCo's is.")
         elif name is None:
-            raise ConversionError(f"{key!r} in {where} is an unknown key.")
+            raise InputError(f"{key!r} in {where} is an unknown key.")
         elif name in added or (name in checkpoint.tensors and not may_replace):
             other = added.get(name) or checkpoint.tensors[name]
-            raise ConversionError(f"{key!r} in {where} is a duplicate of {other.key!r}: both are {name!r}.")
+            raise InputError(f"{key!r} in {where} is a duplicate of {other.key!r}: both are {name!r}.")
         elif not tensor.dtype.is_floating_point:
-            raise ConversionError(f"{key!r} in {where} is {tensor.dtype}; weights must be float.")
+            raise InputError(f"{key!r} in {where} is {tensor.dtype}; weights must be float.")
         else:
             added[name] = tensor
     checkpoint.tensors |= added
@@ -83,7 +82,7 @@ def build_config(pooled_grid_size, grid_name="--pooled-grid-size", **fields) -> 
     if pooled_grid_size is None:
         rows, cols = fit_grid((12, 12), patch_grid)
     else:
-        with value_errors():
+        with as_input_errors():
             rows, cols = check_grid(pooled_grid_size, patch_grid, name=grid_name)
     return DecoConfig(**fields, pooled_grid_size=rows if rows == cols else [rows, cols])
 
@@ -93,11 +92,11 @@ def check_complete(checkpoint: LlavaCheckpoint) -> None:
     config, tensors, source = checkpoint.config, checkpoint.tensors, checkpoint.sources["source"]
     model_type = config.vision_config.model_type
     if model_type.startswith("dinov2"):
-        raise ConversionError(f"The vision tower of {source.name} is a {model_type}; use a CLIP or a SigLIP.")
+        raise InputError(f"The vision tower of {source.name} is a {model_type}; use a CLIP or a SigLIP.")
     for part, part_config in (("vision_tower", config.vision_config), ("language_model", config.text_config)):
         num_layers = len({layer_index(name, part) for name in tensors} - {None})
         if part_config.num_hidden_layers > num_layers:  # checked before a model of a million layers is built
-            raise ConversionError(
+            raise InputError(
                 f"{source.name} is not complete: its config has {part_config.num_hidden_layers} layers of the {part}, "
                 f"and its weights have {num_layers}: layers.{num_layers} or an earlier one is missing."
             )
@@ -113,7 +112,7 @@ def check_complete(checkpoint: LlavaCheckpoint) -> None:
         elif name == "lm_head.weight":
             checkpoint.dropped[key] = TIED
         else:
-            raise ConversionError(f"{key!r} in {tensors[name].path} is an unknown key: the model has no {name!r}.")
+            raise InputError(f"{key!r} in {tensors[name].path} is an unknown key: the model has no {name!r}.")
         del tensors[name]
     check_shapes(tensors, shapes, checkpoint.sources)
 
@@ -126,7 +125,7 @@ def _is_tied(tensors: dict) -> bool:
 
 def parameter_shapes(config: DecoConfig, source: Source) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters that a checkpoint of the config has."""
-    with refusing(f"config.json of {source.name}"), torch.device("meta"):
+    with wrap_errors(f"config.json of {source.name}"), torch.device("meta"):
         model = DecoForConditionalGeneration(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     if config.tie_word_embeddings:
@@ -139,14 +138,14 @@ def check_shapes(tensors: dict, shapes: dict[str, tuple[int, ...]], sources: dic
     name_of_source = sources["source"].name
     missing = sorted(shapes.keys() - tensors.keys())
     if missing:
-        raise ConversionError(
+        raise InputError(
             f"{name_of_source} is not complete: {len(missing)} parameters are missing, such as {missing[0]!r}."
         )
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
             role = next(role for role, source in sources.items() if source.folder == tensor.path.parent)
             hint = "" if role == "source" else f"; name the right one by --{role.replace('_', '-')}"
-            raise ConversionError(
+            raise InputError(
                 f"{tensor.key!r} in {tensor.path} has the shape {tensor.shape}, and the config of {name_of_source} "
                 f"wants {shapes[name]}{hint}."
             )

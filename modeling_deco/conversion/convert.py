@@ -13,8 +13,7 @@ from transformers import GenerationConfig
 from .. import __version__
 from ..configuration_deco import parse_grid
 from ..processing_deco import DecoProcessor
-from ..utils.errors import ConversionError
-from ..utils.files import refusing, value_errors
+from ..utils.errors import InputError, as_input_errors, wrap_errors
 from ..utils.staging import check_destination
 from .card import build_card
 from .checkpoints import EMBEDDINGS, LlavaCheckpoint
@@ -67,18 +66,18 @@ def convert(
         The content of `conversion_report.json` in the destination.
 
     Raises:
-        ConversionError: says in one line what is wrong and what to do. Nothing is written then.
+        InputError: says in one line what is wrong and what to do. Nothing is written then.
     """
     destination = Path(destination)
     _check_arguments(destination, overwrite, [source, vision_tower, base_model], pooled_grid_size, dtype, push_to_hub)
     source = open_source(source, revision)
     checkpoint = read_checkpoint(source, pooled_grid_size, vision_tower, base_model)
     if check_logits and checkpoint.format != "llava-hf":
-        raise ConversionError(
+        raise InputError(
             f"--check-logits compares with transformers' LLaVA; {source.name} is {checkpoint.format}: omit the option."
         )
     config = checkpoint.config
-    with refusing(f"The tokenizer or the image processor of {source.name}"):
+    with wrap_errors(f"The tokenizer or the image processor of {source.name}"):
         processor, origin = build_processor(checkpoint, chat_template)
     tensors = _output_tensors(checkpoint, dtype)
     config.dtype = tensors[EMBEDDINGS[0]].dtype
@@ -122,11 +121,11 @@ def convert(
 def _check_arguments(destination, overwrite, sources, pooled_grid_size, dtype, push_to_hub) -> None:
     """Refuse what can be refused before a source is opened."""
     if dtype is not None and dtype not in DTYPES:
-        raise ConversionError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+        raise InputError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
     folders = [Path(name) for name in sources if name is not None and Path(name).exists()]
     check_destination(destination, overwrite, folders)
     if pooled_grid_size is not None:
-        with value_errors():
+        with as_input_errors():
             parse_grid(pooled_grid_size)
     if push_to_hub:
         check_login(push_to_hub)
@@ -136,7 +135,7 @@ def _generation_config(checkpoint: LlavaCheckpoint, processor: DecoProcessor | N
     """The generation config of the source or, if it has none, of its base model. Image tokens are never generated."""
     has_own = (checkpoint.sources["source"].folder / "generation_config.json").exists()
     folder = (checkpoint.sources["source"] if has_own else checkpoint.tokenizer).folder
-    with refusing(f"generation_config.json of {folder}"):
+    with wrap_errors(f"generation_config.json of {folder}"):
         generation_config = load_generation_config(folder, getattr(processor, "tokenizer", None))
         suppressed = [*(generation_config.suppress_tokens or []), checkpoint.config.image_token_id]
         generation_config.suppress_tokens = list(dict.fromkeys(suppressed))

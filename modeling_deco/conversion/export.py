@@ -11,8 +11,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 from ..configuration_deco import DecoConfig
 from ..inference.loading import check_is_deco
 from ..processing_deco import DecoProcessor
-from ..utils.errors import ConversionError
-from ..utils.files import refusing, value_errors
+from ..utils.errors import InputError, as_input_errors, wrap_errors
 from ..utils.staging import check_destination
 from .checkpoints import check_shapes, parameter_shapes
 from .output import write_checkpoint
@@ -43,7 +42,7 @@ def export(source: str | Path, destination: str | Path, overwrite: bool = False)
         The content of `conversion_report.json` in the destination.
 
     Raises:
-        ConversionError: says in one line what is wrong and what to do. Nothing is written then.
+        InputError: says in one line what is wrong and what to do. Nothing is written then.
     """
     destination = Path(destination)
     check_destination(destination, overwrite, [Path(source)] if Path(source).exists() else [])
@@ -52,11 +51,11 @@ def export(source: str | Path, destination: str | Path, overwrite: bool = False)
     stored = source.read_weights()
     shapes = parameter_shapes(config, source)
     for key in stored.keys() - shapes.keys():
-        raise ConversionError(f"{key!r} in {stored[key].path} is an unknown key: the model of its config has none.")
+        raise InputError(f"{key!r} in {stored[key].path} is an unknown key: the model of its config has none.")
     check_shapes(stored, shapes, {"source": source})
     tensors = {_llava_name(key): tensor for key, tensor in stored.items()}
     llava_config = _llava_config(config)
-    with refusing(f"The processor of {source.name}"):
+    with wrap_errors(f"The processor of {source.name}"):
         processor = _llava_processor(source, config)
     generation_config = source.folder / "generation_config.json"
 
@@ -79,27 +78,27 @@ def _llava_name(key: str) -> str:
 
 def _read_config(source) -> DecoConfig:
     raw_config = source.read_config()
-    with value_errors():
+    with as_input_errors():
         check_is_deco(raw_config.get("model_type"), source.name)
     if raw_config.get("quantization_config"):
-        raise ConversionError(f"config.json of {source.name} has a quantization_config; export the float checkpoint.")
-    with refusing(f"config.json of {source.name}"):
+        raise InputError(f"config.json of {source.name} has a quantization_config; export the float checkpoint.")
+    with wrap_errors(f"config.json of {source.name}"):
         config = DecoConfig.from_dict(raw_config)
     if config.projector_type not in ("avg_pool", "mlp"):
-        raise ConversionError(
+        raise InputError(
             f"projector_type={config.projector_type!r} in config.json of {source.name}: LLaVA has no such projector; "
             f"avg_pool and mlp can be exported."
         )
     if config.projector_num_layers != 2:
-        raise ConversionError(
+        raise InputError(
             f"projector_num_layers={config.projector_num_layers} in config.json of {source.name}: LLaVA's projector "
             f"has 2 linear layers."
         )
     if config.lm_head_bias:
-        raise ConversionError(f"lm_head_bias in config.json of {source.name}: LLaVA's lm_head has no bias.")
+        raise InputError(f"lm_head_bias in config.json of {source.name}: LLaVA's lm_head has no bias.")
     model_type = config.vision_config.model_type
     if model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise ConversionError(f"The vision tower of {source.name} is a {model_type}; CLIP and SigLIP can be exported.")
+        raise InputError(f"The vision tower of {source.name} is a {model_type}; CLIP and SigLIP can be exported.")
     return config
 
 

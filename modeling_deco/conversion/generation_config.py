@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from ..utils.errors import ConversionError, one_line
+from ..utils.errors import InputError, one_line
 from ..utils.files import read_settings
 
 # Settings that have an effect only with sampling or with beams. Without these, transformers refuses to save them.
@@ -31,7 +31,7 @@ def load_generation_config(folder, tokenizer) -> GenerationConfig:
     not save them.
 
     Raises:
-        ConversionError: settings in the file contradict each other.
+        InputError: settings in the file contradict each other.
     """
     path = Path(folder) / "generation_config.json"
     settings = read_settings(path)
@@ -47,5 +47,5 @@ def load_generation_config(folder, tokenizer) -> GenerationConfig:
         config = GenerationConfig(**{name: value for name, value in settings.items() if name not in idle})
         config.validate(strict=True)
     except (ValueError, TypeError) as error:
-        raise ConversionError(f"{path} is not valid ({one_line(error)}); fix it or remove it.") from error
+        raise InputError(f"{path} is not valid ({one_line(error)}); fix it or remove it.") from error
     return config

@@ -5,7 +5,7 @@ code."""
 
 from pathlib import Path
 
-from ..utils.errors import ConversionError, one_line
+from ..utils.errors import InputError, one_line
 from ..utils.files import read_settings
 from ..utils.image_processors import build_image_processor, pad_to_square
 
@@ -19,16 +19,16 @@ def load_image_processor(folder, image_aspect_ratio=None):
             first pads an image to a square with the mean colour; `"square"` and None change nothing.
 
     Raises:
-        ConversionError: there is no image processor, it cannot be built, or the aspect ratio has another value.
+        InputError: there is no image processor, it cannot be built, or the aspect ratio has another value.
     """
     folder = Path(folder)
     if image_aspect_ratio not in (None, "square", "pad"):
-        raise ConversionError(f"image_aspect_ratio must be 'pad' or 'square', got {image_aspect_ratio!r}.")
+        raise InputError(f"image_aspect_ratio must be 'pad' or 'square', got {image_aspect_ratio!r}.")
     settings = read_settings(folder / "processor_config.json").get("image_processor")
     settings = settings or read_settings(folder / "preprocessor_config.json")
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type")
     if kind is None:
-        raise ConversionError(
+        raise InputError(
             f"{folder} names no image processor: neither preprocessor_config.json nor processor_config.json has an "
             f"image_processor_type; pass the folder of the vision tower."
         )
@@ -37,5 +37,5 @@ def load_image_processor(folder, image_aspect_ratio=None):
         if image_aspect_ratio == "pad":
             processor = pad_to_square(processor)
     except (ValueError, TypeError, OSError) as error:
-        raise ConversionError(f"{folder}: the image processor {kind!r} cannot be built: {one_line(error)}") from error
+        raise InputError(f"{folder}: the image processor {kind!r} cannot be built: {one_line(error)}") from error
     return processor

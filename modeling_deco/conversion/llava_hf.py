@@ -4,7 +4,7 @@
 
 from transformers import LlavaConfig
 
-from ..utils.errors import ConversionError
+from ..utils.errors import InputError
 from .checkpoints import LlavaCheckpoint, add_tensors, build_config
 from .layouts import LLAVA_HF
 from .sources import Source
@@ -14,7 +14,7 @@ def read_llava_hf(source: Source, raw_config: dict, pooled_grid_size) -> LlavaCh
     """Read a checkpoint of transformers' LLaVA. The arguments are those of `read_checkpoint`."""
     layer = raw_config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
-        raise ConversionError(
+        raise InputError(
             f"vision_feature_layer {layer} in config.json of {source.name} is not one layer; DeCo reads one."
         )
     llava_config = LlavaConfig.from_dict(raw_config)

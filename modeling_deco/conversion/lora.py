@@ -5,7 +5,7 @@
 import math
 import re
 
-from ..utils.errors import ConversionError
+from ..utils.errors import InputError
 from .checkpoints import LlavaCheckpoint
 from .layouts import ORIGINAL
 from .sources import Source
@@ -30,18 +30,18 @@ _PLAIN_LORA = {
 def read_adapters(source: Source, adapter_config: dict):
     """The pairs of LoRA matrices by module, and the tensors that were trained without LoRA."""
     if adapter_config.get("peft_type", "LORA") != "LORA":
-        raise ConversionError(
+        raise InputError(
             f"peft_type {adapter_config['peft_type']!r} in adapter_config.json of {source.name} is not 'LORA'."
         )
     for name, values in _PLAIN_LORA.items():
         if adapter_config.get(name) not in values:
-            raise ConversionError(
+            raise InputError(
                 f"{name}={adapter_config[name]!r} in adapter_config.json of {source.name} is not what LLaVA's "
                 f"training writes; merge the adapters with PEFT first."
             )
     rank, alpha = adapter_config.get("r"), adapter_config.get("lora_alpha")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ConversionError(
+        raise InputError(
             f"adapter_config.json of {source.name} has r={rank!r} and lora_alpha={alpha!r}; they must be numbers, "
             f"and r at least 1."
         )
@@ -49,7 +49,7 @@ def read_adapters(source: Source, adapter_config: dict):
     names = ("adapter_model.safetensors", "adapter_model.bin")
     file = next((name for name in names if (folder / name).exists()), None)
     if file is None:
-        raise ConversionError(f"{source.name} has adapter_config.json, but no adapter_model.safetensors or .bin.")
+        raise InputError(f"{source.name} has adapter_config.json, but no adapter_model.safetensors or .bin.")
     adapters, trained = {}, read_weight_file(folder / "non_lora_trainables.bin")
     for key, tensor in read_weight_file(folder / file).items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
@@ -58,13 +58,13 @@ def read_adapters(source: Source, adapter_config: dict):
         else:
             trained[key] = tensor
     if not adapters:
-        raise ConversionError(f"{file} of {source.name} holds no LoRA matrices.")
+        raise InputError(f"{file} of {source.name} holds no LoRA matrices.")
     for module, adapter in adapters.items():
         if adapter.keys() != {"scale", "lora_a", "lora_b"}:
-            raise ConversionError(f"{file} of {source.name} has only one of lora_A and lora_B for {module!r}.")
+            raise InputError(f"{file} of {source.name} has only one of lora_A and lora_B for {module!r}.")
         shape_a, shape_b = adapter["lora_a"].shape, adapter["lora_b"].shape
         if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != rank or shape_b[1] != rank:
-            raise ConversionError(
+            raise InputError(
                 f"{module!r} in {file} of {source.name}: lora_A {shape_a} and lora_B {shape_b} are not matrices of "
                 f"rank r={rank}."
             )
@@ -77,10 +77,10 @@ def merge_adapters(checkpoint: LlavaCheckpoint, adapters: dict) -> None:
         name, _ = ORIGINAL.rename(f"{module}.weight")
         weight = checkpoint.tensors.get(name)
         if weight is None:
-            raise ConversionError(f"The LoRA adapters are for {module!r}, which the base model does not have.")
+            raise InputError(f"The LoRA adapters are for {module!r}, which the base model does not have.")
         shape = (matrices["lora_b"].shape[0], matrices["lora_a"].shape[1])
         if weight.shape != shape:
-            raise ConversionError(
+            raise InputError(
                 f"The LoRA adapters of {module!r} are for a weight of shape {shape}, and that of the base model "
                 f"{weight.path.parent} is {weight.shape}; pass the right --base-model."
             )

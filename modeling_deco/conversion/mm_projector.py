@@ -5,7 +5,7 @@
 import math
 import re
 
-from ..utils.errors import ConversionError
+from ..utils.errors import InputError
 from .checkpoints import LlavaCheckpoint
 from .sources import Source
 from .stored import StoredTensor
@@ -27,7 +27,7 @@ def count_layers(checkpoint: LlavaCheckpoint, raw_config: dict) -> int:
     projector_type = raw_config.get("mm_projector_type", "linear")
     match = re.fullmatch(r"mlp(\d+)x_gelu", str(projector_type))
     if not is_average_pooling(checkpoint) and match is None:
-        raise ConversionError(
+        raise InputError(
             f"mm_projector_type {projector_type!r} in config.json of {source.name} is not Linear-GELU-Linear "
             f"('mlp2x_gelu'), as DeCo's projector is."
         )
@@ -39,7 +39,7 @@ def count_layers(checkpoint: LlavaCheckpoint, raw_config: dict) -> int:
     }
     if not projector or projector.keys() != expected or (match and int(match[1]) != num_layers):
         keys = sorted(tensor.key for tensor in projector.values())
-        raise ConversionError(
+        raise InputError(
             f"The projector of {source.name} is not a {projector_type} (Linear-GELU-Linear): it has the keys {keys}."
         )
     return num_layers
@@ -49,13 +49,13 @@ def grid_of_query_num(raw_config: dict, source: Source) -> int:
     """The grid that the authors' AvgPoolProjector was trained with, from its number of image tokens."""
     name = next((name for name in raw_config if name.endswith("query_num")), None)
     if name is None:
-        raise ConversionError(
+        raise InputError(
             f"{source.name} has the DeCo authors' AvgPoolProjector, and its config.json has no query_num; pass "
             f"--pooled-grid-size (12 if query_num was 144)."
         )
     query_num = raw_config[name]
     if not isinstance(query_num, int) or query_num < 1 or math.isqrt(query_num) ** 2 != query_num:
-        raise ConversionError(
+        raise InputError(
             f"{name}={query_num!r} in config.json of {source.name} is not a square number; pass --pooled-grid-size."
         )
     return math.isqrt(query_num)

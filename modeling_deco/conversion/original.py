@@ -9,7 +9,7 @@ of its own.
 import re
 from pathlib import Path
 
-from ..utils.errors import ConversionError
+from ..utils.errors import InputError
 from ..utils.files import read_json
 from .checkpoints import EMBEDDINGS, LlavaCheckpoint, add_tensors, build_config
 from .layouts import ORIGINAL
@@ -36,7 +36,7 @@ def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tow
 
     tower = vision_tower or raw_config.get("mm_vision_tower") or raw_config.get("vision_tower")
     if not isinstance(tower, str | Path) or not tower:
-        raise ConversionError(f"config.json of {source.name} names no mm_vision_tower; pass --vision-tower.")
+        raise InputError(f"config.json of {source.name} names no mm_vision_tower; pass --vision-tower.")
     tower = open_source(tower, what="--vision-tower")
     checkpoint.sources["vision_tower"] = checkpoint.image_processor = tower
     read_vision_tower(checkpoint, tower, is_trained=bool(raw_config.get("unfreeze_mm_vision_tower")))
@@ -75,7 +75,7 @@ def _read_tensors(checkpoint: LlavaCheckpoint, raw_config: dict, base_model) -> 
     # from the Hub, only the index of a whole model has been fetched so far, if there is one
     is_whole = weight_entry(source.folder) is not None or (source.revision and not is_lora and not is_stage_1)
     if is_whole and is_lora:
-        raise ConversionError(f"{source.name} holds a whole model and adapter_config.json; remove one of them.")
+        raise InputError(f"{source.name} holds a whole model and adapter_config.json; remove one of them.")
     if is_whole or not (is_lora or is_stage_1):
         add_tensors(checkpoint, source.read_weights(), ORIGINAL, projector_type)
         return
@@ -90,7 +90,7 @@ def _read_tensors(checkpoint: LlavaCheckpoint, raw_config: dict, base_model) -> 
         checkpoint.format = "original stage 1"
         trained = read_weight_file(stage_1)
     if not base_name:
-        raise ConversionError(f"{source.name} does not name its language model; pass --base-model.")
+        raise InputError(f"{source.name} does not name its language model; pass --base-model.")
     base = checkpoint.sources["base_model"] = open_source(base_name, what="--base-model")
     add_tensors(checkpoint, base.read_weights(), ORIGINAL)
     trained = {key.removeprefix("base_model.model."): tensor for key, tensor in trained.items()}

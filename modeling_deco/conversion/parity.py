@@ -8,7 +8,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from ..modeling_deco import DecoForConditionalGeneration
-from ..utils.errors import ConversionError
+from ..utils.errors import InputError
 
 _NUM_WORDS = 16
 
@@ -27,7 +27,7 @@ def compare_logits(source: Path, converted: Path, is_cast: bool) -> dict:
         `max_abs_difference` of the logits, and their number, `num_logits`.
 
     Raises:
-        ConversionError: the logits differ.
+        InputError: the logits differ.
     """
     model = DecoForConditionalGeneration.from_pretrained(converted, dtype=torch.float32).eval()
     inputs = _random_inputs(model.config)
@@ -38,7 +38,7 @@ def compare_logits(source: Path, converted: Path, is_cast: bool) -> dict:
     num_rows = logits["llava"].shape[-1]  # DeCo's vocabulary may have grown
     difference = (logits["deco"][..., :num_rows] - logits["llava"]).abs().max().item()
     if not difference <= 0 and not is_cast:  # NaN is a difference too
-        raise ConversionError(f"The logits of {converted} differ from LLaVA's on {source} by up to {difference:.3g}.")
+        raise InputError(f"The logits of {converted} differ from LLaVA's on {source} by up to {difference:.3g}.")
     return {"max_abs_difference": difference, "num_logits": logits["llava"].numel()}
 
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import torch
 
-from ..utils.errors import ConversionError, one_line
+from ..utils.errors import InputError, one_line
 from .stored import MAX_HEADER_BYTES, StoredTensor, is_zip, load_pickle, load_tensor, release_files
 
 
@@ -32,22 +32,22 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
         for key, value in state.items()
     )
     if not is_state_dict:
-        raise ConversionError(f"{path} holds a {type(state).__name__} that is not a flat dict of names and tensors.")
+        raise InputError(f"{path} holds a {type(state).__name__} that is not a flat dict of names and tensors.")
     tensors = {}
     for key, tensor in state.items():
         if tensor.is_quantized:
-            raise ConversionError(f"{key!r} in {path} is quantized; use the float checkpoint that it was made from.")
+            raise InputError(f"{key!r} in {path} is quantized; use the float checkpoint that it was made from.")
         start, storage_bytes = _storage_offset(tensor), tensor.untyped_storage().nbytes()
         if start is not None and start not in record_ends:  # torch computes the position that it would have chosen
-            raise ConversionError(f"{path} was packed by another program; load it with torch.load and save it again.")
+            raise InputError(f"{path} was packed by another program; load it with torch.load and save it again.")
         is_past_end = start is not None and start + storage_bytes > record_ends[start]
         if is_past_end or tensor.nbytes > storage_bytes:  # an expanded tensor, whose values share memory
-            raise ConversionError(f"{key!r} in {path} reaches past the end of its data; download the file again.")
+            raise InputError(f"{key!r} in {path} reaches past the end of its data; download the file again.")
         offset = None
         if start is not None and tensor.is_contiguous() and not tensor.is_neg():
             offset = start + tensor.storage_offset() * tensor.dtype.itemsize
         elif load_tensor(path, key).device.type != "cpu":
-            raise ConversionError(f"{key!r} in {path} was saved without its values.")
+            raise InputError(f"{key!r} in {path} was saved without its values.")
         tensors[key] = StoredTensor(path, key, tensor.dtype, tuple(tensor.shape), offset)
     return tensors
 
@@ -64,7 +64,7 @@ def _check_zip(path: Path) -> dict[int, int]:
     reader looks for it: otherwise torch might read another one than is checked here.
 
     Raises:
-        ConversionError: the file breaks one of these rules.
+        InputError: the file breaks one of these rules.
     """
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
@@ -95,12 +95,12 @@ def _check_zip(path: Path) -> dict[int, int]:
                         raise ValueError(f"the record {info.filename} has {info.file_size:,} bytes")
                     _check_pickles(archive.read(info), 1)
                 if info.filename.endswith("/byteorder") and archive.read(info) != b"little":
-                    raise ConversionError(f"{path} was written on a big-endian machine; save it again on this one.")
+                    raise InputError(f"{path} was written on a big-endian machine; save it again on this one.")
     # zipfile raises NotImplementedError for a compression or a version that it does not support
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        if isinstance(error, ConversionError):
+        if isinstance(error, InputError):
             raise
-        raise ConversionError(
+        raise InputError(
             f"{path} is not as torch.save writes it: {one_line(error)}; it was not loaded. If you trust the file, "
             f"load it with torch.load and save it again."
         ) from None
@@ -154,9 +154,7 @@ def _check_legacy(path: Path) -> dict[int, int]:
     try:
         _check_pickles(head, 5)
     except ValueError as error:
-        raise ConversionError(
-            f"{path} cannot be read: it is truncated or no PyTorch file: {one_line(error)}"
-        ) from None
+        raise InputError(f"{path} cannot be read: it is truncated or no PyTorch file: {one_line(error)}") from None
     return {}
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from ..inference.folders import check_processor
 from ..processing_deco import DecoProcessor
 from ..utils.child_process import run_within_limits
-from ..utils.errors import ConversionError
-from ..utils.files import value_errors
+from ..utils.errors import InputError, as_input_errors
 from .chat_template import choose_chat_template, load_chat_template, named_chat_template
 from .checkpoints import EMBEDDINGS, LlavaCheckpoint
 from .image_processor import load_image_processor
@@ -33,7 +32,7 @@ def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> t
     image_processor = load_image_processor(checkpoint.image_processor.folder, checkpoint.image_aspect_ratio)
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     if checkpoint.format == "llava-hf" and image_token_id != config.image_token_id:
-        raise ConversionError(
+        raise InputError(
             f"image_token_index is {config.image_token_id} in config.json of {source.name}, and the id of '<image>' "
             f"in its tokenizer is {image_token_id}; they must be equal."
         )
@@ -48,13 +47,13 @@ def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> t
     else:
         template = load_chat_template(checkpoint.tokenizer.folder, tokenizer)
         choose = partial(choose_chat_template, template, tokenizer, config.text_config.model_type, use_im_start_end)
-        with value_errors():
+        with as_input_errors():
             run_within_limits(choose, f"The chat template of {source.name}")
         template, origin = choose()
     tokenizer.chat_template = template  # it may replace several named templates
     patch_size = config.vision_config.patch_size
     processor = DecoProcessor(image_processor, tokenizer, config.pooled_grid_size, template, patch_size=patch_size)
-    with value_errors():
+    with as_input_errors():
         check_processor(processor, source.name)
     return processor, origin
 

@@ -6,8 +6,7 @@ The files of a checkpoint show its format: the config of transformers' LLaVA has
 `text_config`; the config of the original code has `mm_*` fields.
 """
 
-from ..utils.errors import ConversionError
-from ..utils.files import refusing
+from ..utils.errors import InputError, wrap_errors
 from .checkpoints import LlavaCheckpoint, check_complete
 from .llava_hf import read_llava_hf
 from .original import TEXT_MODELS, read_original
@@ -25,9 +24,9 @@ def read_checkpoint(source: Source, pooled_grid_size=None, vision_tower=None, ba
         base_model: folder or Hub id of the language model under a projector or LoRA adapters.
 
     Raises:
-        ConversionError: it is no LLaVA checkpoint that can be converted, or it is incomplete or inconsistent.
+        InputError: it is no LLaVA checkpoint that can be converted, or it is incomplete or inconsistent.
     """
-    with refusing(f"config.json of {source.name}"):
+    with wrap_errors(f"config.json of {source.name}"):
         raw_config = source.read_config()
         _check_architecture(raw_config, source)
         if "vision_config" in raw_config or "text_config" in raw_config:
@@ -41,26 +40,26 @@ def read_checkpoint(source: Source, pooled_grid_size=None, vision_tower=None, ba
 def _check_architecture(raw_config: dict, source: Source) -> None:
     model_type, where = raw_config.get("model_type"), f"config.json of {source.name}"
     if model_type == "deco":
-        raise ConversionError(f"{source.name} is a DeCo checkpoint already; there is nothing to convert.")
+        raise InputError(f"{source.name} is a DeCo checkpoint already; there is nothing to convert.")
     if not isinstance(model_type, str) or model_type not in TEXT_MODELS:
-        raise ConversionError(
+        raise InputError(
             f"model_type {model_type!r} in {where} is not LLaVA-1.5's; {', '.join(TEXT_MODELS)} can be converted."
         )
     if raw_config.get("quantization_config"):
-        raise ConversionError(
+        raise InputError(
             f"{where} has a quantization_config: quantized weights cannot be converted; convert the float "
             f"checkpoint that they were made from."
         )
     if raw_config.get("s2") or raw_config.get("mm_vision_s2"):
-        raise ConversionError(f"s2 in {where}: DeCo does not support multi-scale (S2) features.")
+        raise InputError(f"s2 in {where}: DeCo does not support multi-scale (S2) features.")
     aspect_ratio = raw_config.get("image_aspect_ratio") or "square"
     if aspect_ratio not in ("square", "pad"):
-        raise ConversionError(
+        raise InputError(
             f"image_aspect_ratio {aspect_ratio!r} in {where}: DeCo supports one view of an image ('pad' or "
             f"'square'), and not anyres."
         )
     merge_type = raw_config.get("mm_patch_merge_type") or "flat"
     if merge_type != "flat":
-        raise ConversionError(f"mm_patch_merge_type {merge_type!r} in {where}: DeCo supports 'flat', and not anyres.")
+        raise InputError(f"mm_patch_merge_type {merge_type!r} in {where}: DeCo supports 'flat', and not anyres.")
     if raw_config.get("mm_resampler_type"):
-        raise ConversionError(f"mm_resampler_type {raw_config['mm_resampler_type']!r} in {where}: DeCo has none.")
+        raise InputError(f"mm_resampler_type {raw_config['mm_resampler_type']!r} in {where}: DeCo has none.")

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ..inference.folders import check_folder
 from ..inference.lookup import checkpoint_name
-from ..utils.errors import ConversionError, one_line
+from ..utils.errors import InputError, one_line
 from ..utils.files import read_json
 from .stored import StoredTensor
 from .weights import read_weight_map, read_weights, weight_entry
@@ -83,20 +83,20 @@ def open_source(name: str | Path, revision: str | None = None, what: str = "SRC"
     """Open a folder, or a repository on the Hub, of which everything but the weights is downloaded.
 
     Raises:
-        ConversionError: there is no such folder or repository, or the download failed. The message names `what`.
+        InputError: there is no such folder or repository, or the download failed. The message names `what`.
     """
     if not isinstance(name, str | Path) or not str(name):
-        raise ConversionError(f"{what} {name!r} is not the name of a folder or of a Hub repository.")
+        raise InputError(f"{what} {name!r} is not the name of a folder or of a Hub repository.")
     try:
         name = checkpoint_name(name)
         folder = Path(name)
         if folder.is_dir():
             check_folder(folder)
     except ValueError as error:
-        raise ConversionError(f"{what}: {error}") from None
+        raise InputError(f"{what}: {error}") from None
     if folder.is_dir():
         if revision is not None:
-            raise ConversionError(f"--revision {revision!r} is for the Hub, but {what} {name} is a folder.")
+            raise InputError(f"--revision {revision!r} is for the Hub, but {what} {name} is a folder.")
         return Source(str(name), folder, what)
     folder = _download(str(name), revision, _SMALL_FILES, what)
     return Source(str(name), folder, what, revision=folder.name)
@@ -111,6 +111,6 @@ def _download(repo_id: str, revision: str | None, files: list[str], what: str) -
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
         reason = one_line(error)
-        raise ConversionError(
+        raise InputError(
             f"{what} {repo_id!r}{at} is not a folder, and its download from the Hub failed: {reason}"
         ) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..utils.errors import ConversionError, one_line
+from ..utils.errors import InputError, one_line
 
 MAX_HEADER_BYTES = 16 << 20  # of a header or a pickle; that of a model of 13 billion parameters has 0.1 MB
 CHUNK_BYTES = 256 << 10  # a piece stays in the processor's cache while it is read, hashed and written
@@ -73,7 +73,7 @@ def _read_into(file, piece: memoryview) -> None:
     while filled < len(piece):
         num_read = file.readinto(piece[filled:])
         if not num_read:
-            raise ConversionError(
+            raise InputError(
                 f"{Path(file.name).name} became shorter while it was read; does another program write it?"
             )
         filled += num_read
@@ -95,11 +95,9 @@ def load_pickle(path: Path, **kwargs):
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"would run code when it is unpickled ({match[1]})" if match else f"is refused: {one_line(error)}"
-        raise ConversionError(f"{path} {what}; it was not loaded.") from None
+        raise InputError(f"{path} {what}; it was not loaded.") from None
     except Exception as error:  # its type depends on what is broken in the file
-        raise ConversionError(
-            f"{path} cannot be read: it is truncated or no PyTorch file: {one_line(error)}"
-        ) from None
+        raise InputError(f"{path} cannot be read: it is truncated or no PyTorch file: {one_line(error)}") from None
 
 
 def release_files() -> None:

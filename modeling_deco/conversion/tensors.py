@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..utils.errors import ConversionError
+from ..utils.errors import InputError
 from .stored import StoredTensor, to_bytes
 
 _PIECE_BYTES = 16 << 20  # computed at once, in float32
@@ -125,5 +125,5 @@ class Cast(_Computed):
 def _cast(values: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
     cast = values.to(dtype)
     if cast.isinf().sum() > values.isinf().sum():
-        raise ConversionError(f"A value of {key!r} does not fit {dtype}; choose --dtype bfloat16 or float32.")
+        raise InputError(f"A value of {key!r} does not fit {dtype}; choose --dtype bfloat16 or float32.")
     return cast

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from ..chat_templates import IMAGE_TOKEN
-from ..utils.errors import ConversionError, one_line
+from ..utils.errors import InputError, one_line
 from ..utils.files import read_settings
 
 
@@ -28,19 +28,19 @@ def load_tokenizer(folder, extra_tokens=()) -> PreTrainedTokenizerFast:
     a space. After other special tokens there is such a space only if the tokenizer is `legacy`.
 
     Raises:
-        ConversionError: there is no tokenizer, it cannot be read, or sentencepiece is needed and not installed.
+        InputError: there is no tokenizer, it cannot be read, or sentencepiece is needed and not installed.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, padding_side="left")
         except Exception as error:  # tokenizers and transformers raise many types
-            raise ConversionError(f"{folder}: the tokenizer cannot be read: {one_line(error)}") from error
+            raise InputError(f"{folder}: the tokenizer cannot be read: {one_line(error)}") from error
         tokenizer.init_kwargs.pop("auto_map", None)  # it names code, which is not copied
     elif (folder / "tokenizer.model").is_file():
         tokenizer = _convert_sentencepiece(folder, extra_tokens)
     else:
-        raise ConversionError(
+        raise InputError(
             f"{folder} has no tokenizer.json and no tokenizer.model; copy those of its language model there."
         )
     for token in (*extra_tokens, IMAGE_TOKEN):
@@ -62,16 +62,14 @@ def _convert_sentencepiece(folder: Path, extra_tokens) -> PreTrainedTokenizerFas
     try:
         import sentencepiece  # optional: only these checkpoints need it
     except ImportError:
-        raise ConversionError(
+        raise InputError(
             f"{folder} has a tokenizer.model and no tokenizer.json; reading it takes sentencepiece: "
             f"pip install sentencepiece"
         ) from None
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise ConversionError(
-            f"{path} is not a sentencepiece model ({one_line(error)}); download it again."
-        ) from error
+        raise InputError(f"{path} is not a sentencepiece model ({one_line(error)}); download it again.") from error
 
     settings = read_settings(folder / "special_tokens_map.json") | read_settings(folder / "tokenizer_config.json")
     roles = {"unk_token": model.unk_id(), "bos_token": model.bos_id(), "eos_token": model.eos_id()}
@@ -91,7 +89,7 @@ def _convert_sentencepiece(folder: Path, extra_tokens) -> PreTrainedTokenizerFas
         backend.add_tokens([AddedToken(token, special=special, normalized=normalized)])
     for token, (index, _) in added.items():
         if backend.token_to_id(token) != index:
-            raise ConversionError(
+            raise InputError(
                 f"{folder}: the added token {token!r} should have id {index}, but after the {model.get_piece_size()} "
                 f"tokens of tokenizer.model it gets {backend.token_to_id(token)}: an added token is missing."
             )
@@ -150,14 +148,14 @@ def _check_same_ids(model, backend: Tokenizer, path: Path) -> None:
     """Tokenize texts of the whole vocabulary with both tokenizers.
 
     Raises:
-        ConversionError: they differ, so the model is not of Llama's kind: it is a unigram model, normalizes, or has
+        InputError: they differ, so the model is not of Llama's kind: it is a unigram model, normalizes, or has
             user-defined symbols.
     """
     pieces = [model.id_to_piece(index) for index in range(model.get_piece_size()) if _is_text(model, index)]
     texts = ["".join(pieces[start : start + 16]).replace("▁", " ") for start in range(0, len(pieces), 16)]
     for text in [*texts, "  two  spaces ", "\n\ttab", "Ａ ﬁ é 😀"]:
         if backend.encode(text).ids != model.encode(text):
-            raise ConversionError(
+            raise InputError(
                 f"{path} is not of Llama's kind (byte pairs, no normalization): a fast tokenizer made of it gives "
                 f"other ids for {text[:40]!r}; put a tokenizer.json beside it."
             )

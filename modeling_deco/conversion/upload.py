@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from ..hub import load_card
-from ..utils.errors import ConversionError, one_line
+from ..utils.errors import InputError, one_line
 
 
 def check_login(repo_id: str) -> None:
@@ -17,7 +17,7 @@ def check_login(repo_id: str) -> None:
         validate_repo_id(repo_id)
         HfApi().whoami()
     except Exception as error:  # its type depends on how the network failed
-        raise ConversionError(f"--push-to-hub {repo_id}: {one_line(error)} (log in by `hf auth login`)") from None
+        raise InputError(f"--push-to-hub {repo_id}: {one_line(error)} (log in by `hf auth login`)") from None
 
 
 def upload(folder: Path, repo_id: str) -> None:
@@ -31,7 +31,7 @@ def upload(folder: Path, repo_id: str) -> None:
             ignore_patterns=None if load_card(repo_id) is None else "README.md",
         )
     except Exception as error:  # its type depends on how the network failed
-        raise ConversionError(
+        raise InputError(
             f"{folder} is complete, but its upload to {repo_id!r} failed: {one_line(error)} "
             f"Try `hf upload {repo_id} {folder}`."
         ) from None

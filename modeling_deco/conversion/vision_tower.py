@@ -5,8 +5,7 @@
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..utils.errors import ConversionError
-from ..utils.files import refusing
+from ..utils.errors import InputError, wrap_errors
 from .checkpoints import LlavaCheckpoint, add_tensors
 from .layouts import COPIED_TOWER, VISION_TOWER
 from .sources import Source
@@ -26,7 +25,7 @@ def read_vision_tower(checkpoint: LlavaCheckpoint, tower: Source, is_trained: bo
     is_whole = "model.vision_tower.embeddings.patch_embedding.weight" in inside  # LoRA may train its biases alone
     try:
         add_tensors(named, tower.read_weights(), VISION_TOWER)
-    except ConversionError:
+    except InputError:
         if is_whole:  # then the copy is the only tower
             return
         raise
@@ -46,7 +45,7 @@ def _is_rounded(tensor: StoredTensor, original: StoredTensor | None) -> bool:
 
 def read_vision_config(tower: Source) -> PreTrainedConfig:
     """The vision config in a folder of a vision tower alone, or of a whole CLIP or SigLIP."""
-    with refusing(f"config.json of --vision-tower {tower.name}"):
+    with wrap_errors(f"config.json of --vision-tower {tower.name}"):
         config = AutoConfig.from_pretrained(tower.folder, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
     config.name_or_path = ""  # it may be a path of this machine

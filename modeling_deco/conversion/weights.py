@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..utils.errors import ConversionError, one_line
+from ..utils.errors import InputError, one_line
 from ..utils.files import read_json, without_duplicates
 from .pickles import read_pickle
 from .stored import MAX_HEADER_BYTES, StoredTensor
@@ -37,13 +37,13 @@ def read_weight_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file or of one written by `torch.save`.
 
     Raises:
-        ConversionError: the file is missing, truncated, inconsistent, or would run code if it were unpickled.
+        InputError: the file is missing, truncated, inconsistent, or would run code if it were unpickled.
     """
     if not path.is_file():
-        raise ConversionError(f"{path.name} is missing in {path.parent}; download or copy it again.")
+        raise InputError(f"{path.name} is missing in {path.parent}; download or copy it again.")
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
-            raise ConversionError(f"{path} is a Git LFS pointer and not the weights; run `git lfs pull` there.")
+            raise InputError(f"{path} is a Git LFS pointer and not the weights; run `git lfs pull` there.")
     return _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
 
 
@@ -57,12 +57,12 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
                 pass
             header = json.loads(file.read(header_bytes), object_pairs_hook=without_duplicates)
     except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
-        raise ConversionError(f"{path} is not a whole safetensors file: {one_line(error)}") from None
+        raise InputError(f"{path} is not a whole safetensors file: {one_line(error)}") from None
     header.pop("__metadata__", None)
     tensors = {}
     for key, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise ConversionError(
+            raise InputError(
                 f"{key!r} in {path} has the type {entry['dtype']}: quantized weights cannot be converted; use the "
                 f"float checkpoint that they were made from."
             )
@@ -76,14 +76,14 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """The name of the shard of each key, from an index file.
 
     Raises:
-        ConversionError: the map is malformed, or a shard's name would leave the folder.
+        InputError: the map is malformed, or a shard's name would leave the folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ConversionError(f"weight_map in {index} is not an object of keys and file names.")
+        raise InputError(f"weight_map in {index} is not an object of keys and file names.")
     for name in weight_map.values():
         if not re.fullmatch(r"[^/\\:\0]+\.(safetensors|bin)", name):
-            raise ConversionError(f"{index} names the shard {name!r}; shards must be files in the same folder.")
+            raise InputError(f"{index} names the shard {name!r}; shards must be files in the same folder.")
     return weight_map
 
 
@@ -98,11 +98,11 @@ def read_weights(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of all shards of a model folder.
 
     Raises:
-        ConversionError: a shard is missing or broken, index and shards disagree, or two shards have one key.
+        InputError: a shard is missing or broken, index and shards disagree, or two shards have one key.
     """
     index = weight_entry(folder)
     if index is None:
-        raise ConversionError(
+        raise InputError(
             f"{folder} holds no weights: no model.safetensors or pytorch_model.bin, whole or in shards, and no "
             f"mm_projector.bin or adapter_config.json of LLaVA's code."
         )
@@ -113,12 +113,12 @@ def read_weights(folder: Path) -> dict[str, StoredTensor]:
     for shard in sorted(set(weight_map.values())):
         for key, tensor in read_weight_file(folder / shard).items():
             if key in tensors:
-                raise ConversionError(f"{key!r} is a duplicate: it is in {tensors[key].path.name} and in {shard}.")
+                raise InputError(f"{key!r} is a duplicate: it is in {tensors[key].path.name} and in {shard}.")
             tensors[key] = tensor
     for key in weight_map.keys() | tensors.keys():
         listed, held = weight_map.get(key), tensors[key].path.name if key in tensors else None
         if listed != held:
-            raise ConversionError(
+            raise InputError(
                 f"{index.name} and the shards disagree about {key!r}: {listed or 'not listed'} in the index, "
                 f"{f'held by {held}' if held else 'in no shard'}."
             )

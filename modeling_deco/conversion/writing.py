@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write safetensors files in pieces. Each tensor is read back and compared with its source.
 
-(figure follows)
+safetensors' own `safe_open` and `save_file` take about as long, and need memory for a shard instead of a piece; see
+`benchmarks/conversion.py`.
 """
 
 import json
@@ -18,7 +19,7 @@ import torch
 from safetensors import safe_open
 from xxhash import xxh3_128
 
-from ..utils.errors import ConversionError
+from ..utils.errors import InputError
 from .stored import CHUNK_BYTES, StoredTensor, read_range, release_files
 from .weights import SAFETENSORS_DTYPES
 
@@ -55,7 +56,7 @@ def write_weights(tensors: dict, folder: Path, source_files: list[Path], progres
         progress: called with the number of bytes after each piece.
 
     Raises:
-        ConversionError: a tensor was read back with other bytes, or was computed again with another result.
+        InputError: a tensor was read back with other bytes, or was computed again with another result.
     """
     shards = _shards(tensors)
     written, files, read_back, recomputed = {}, {}, {}, {}
@@ -85,7 +86,7 @@ def write_weights(tensors: dict, folder: Path, source_files: list[Path], progres
     for name, shard in shards.items():
         with safe_open(folder / name, framework="pt") as file:
             if set(file.keys()) != set(shard):
-                raise ConversionError(f"{name} was read back with other keys than were written; try again.")
+                raise InputError(f"{name} was read back with other keys than were written; try again.")
     if len(shards) > 1:
         weight_map = {key: name for name, shard in shards.items() for key in shard}
         total_size = sum(tensor.num_bytes for tensor in tensors.values())
@@ -125,12 +126,12 @@ def _check(written: dict[str, str], read_back: dict[str, Future], recomputed: di
     for key, result in read_back.items():
         digest, num_nonfinite = result.result()
         if digest != written[key]:
-            raise ConversionError(f"{key!r} was read back with other bytes than were written; try again.")
+            raise InputError(f"{key!r} was read back with other bytes than were written; try again.")
         if num_nonfinite:
             nonfinite[key] = num_nonfinite
     for key, result in recomputed.items():
         if result.result() != written[key]:
-            raise ConversionError(f"{key!r} was computed twice with different results; try again.")
+            raise InputError(f"{key!r} was computed twice with different results; try again.")
     return nonfinite
 
 

@@ -40,6 +40,3 @@ def wrap_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{what} cannot be used: {type(error).__name__}: {one_line(error)}") from error
-
-
-ConversionError = InputError  # until conversion/ says InputError

@@ -5,7 +5,7 @@
 import json
 from pathlib import Path
 
-from .errors import InputError, as_input_errors, one_line, wrap_errors
+from .errors import InputError, one_line
 
 
 def read_json(path: Path) -> dict:
@@ -38,6 +38,3 @@ def without_duplicates(pairs: list[tuple]) -> dict:
             raise ValueError(f"duplicate key {name!r}")
         names.add(name)
     return dict(pairs)
-
-
-refusing, value_errors = wrap_errors, as_input_errors  # until conversion/ says so

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modeling_deco.conversion import ConversionError, convert, export, pickles, sources, weights
+from modeling_deco.conversion import InputError, convert, export, pickles, sources, weights
 
 
 def archive(values=None) -> bytes:
@@ -223,7 +223,7 @@ def test_an_archive_that_lies_is_not_loaded(tmp_path):
     path = tmp_path / "weights.bin"
     for kind, (make, match) in HOSTILE.items():
         path.write_bytes(make())
-        with pytest.raises(ConversionError) as raised:
+        with pytest.raises(InputError) as raised:
             weights.read_weight_file(path)
         message = str(raised.value)
         assert re.search(match, message), f"{kind}: {message}"
@@ -236,14 +236,14 @@ def test_an_archive_that_lies_is_not_loaded(tmp_path):
 def test_what_is_parsed_of_an_archive_is_bounded(limit, match, tmp_path, monkeypatch):
     monkeypatch.setattr(pickles, "MAX_HEADER_BYTES", limit)
     torch.save({"a" * 10_000: torch.ones(1)}, tmp_path / "weights.bin")
-    with pytest.raises(ConversionError, match=match):
+    with pytest.raises(InputError, match=match):
         weights.read_weight_file(tmp_path / "weights.bin")
 
 
 def test_a_header_of_safetensors_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "MAX_HEADER_BYTES", 1000)
     save_file({"a" * 1000: torch.ones(1)}, tmp_path / "weights.safetensors")
-    with pytest.raises(ConversionError, match=r"its header has 1,\d+ bytes, of at most 1,000"):
+    with pytest.raises(InputError, match=r"its header has 1,\d+ bytes, of at most 1,000"):
         weights.read_weight_file(tmp_path / "weights.safetensors")
 
 
@@ -252,7 +252,7 @@ def test_a_key_in_two_shards_is_refused_though_the_index_names_the_last(tmp_path
     save_file({"a": torch.ones(1)}, tmp_path / "2.safetensors")
     weight_map = {"a": "2.safetensors", "b": "1.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ConversionError, match=r"'a' is a duplicate: it is in 1\.safetensors and in 2\.safetensors"):
+    with pytest.raises(InputError, match=r"'a' is a duplicate: it is in 1\.safetensors and in 2\.safetensors"):
         weights.read_weights(tmp_path)
 
 
@@ -260,7 +260,7 @@ def test_a_shard_lies_in_its_folder(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for name in ("../1.safetensors", "/1.bin", "below/1.bin", r"..\1.bin", "c:1.bin", "1.bin\0", "1.pt"):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(ConversionError, match="shards must be files in the same folder"):
+        with pytest.raises(InputError, match="shards must be files in the same folder"):
             weights.read_weight_map(index)
 
 
@@ -282,7 +282,7 @@ def test_a_source_with_a_pipe_or_an_exploding_template_is_refused(tmp_path):
     hostile.assert_refused(place, r"^The chat template of .* takes more than 10 seconds or 2 GB")
     (place.source / "chat_template.jinja").unlink()
     os.mkfifo(place.source / "chat_template.jinja")
-    with pytest.raises(ConversionError, match=r"chat_template\.jinja is not a regular file but a pipe or a device"):
+    with pytest.raises(InputError, match=r"chat_template\.jinja is not a regular file but a pipe or a device"):
         convert(place.source, place.destination)
 
 
@@ -310,7 +310,7 @@ def test_a_mistyped_folder_is_said_at_once(tmp_path, monkeypatch):
     }
     for name, match in names.items():
         for direction in (convert, export):
-            with pytest.raises(ConversionError, match=match):
+            with pytest.raises(InputError, match=match):
                 direction(name, tmp_path / "out")
 
 

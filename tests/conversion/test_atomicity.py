@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from modeling_deco.cli import app
-from modeling_deco.conversion import ConversionError, convert, export
+from modeling_deco.conversion import InputError, convert, export
 from modeling_deco.utils.staging import staged_folder
 
 
@@ -323,7 +323,7 @@ def test_after_a_kill_in_the_swap_a_rerun_without_overwrite_finds_no_half(fresh,
         fresh.run(convert_until_change, tiny_sources.second, destination, True, "os.rename", number, "kill")
         try:
             convert(tiny_sources.second, destination)
-        except ConversionError:
+        except InputError:
             assert contents(destination) in (old, new)
         else:
             assert contents(destination) == new
@@ -405,7 +405,7 @@ def convert_both(source, destination, other_source, other_destination, overwrite
     import time
     import traceback
 
-    from modeling_deco.conversion import ConversionError, convert
+    from modeling_deco.conversion import InputError, convert
 
     runs = []
     for arguments in ((source, destination), (other_source, other_destination)):
@@ -415,7 +415,7 @@ def convert_both(source, destination, other_source, other_destination, overwrite
             try:
                 convert(*arguments, overwrite=overwrite == "True")
                 message = "done"
-            except ConversionError as error:
+            except InputError as error:
                 message = f"refused: {error}"
             except BaseException:
                 message = traceback.format_exc()
@@ -517,7 +517,7 @@ def test_a_disk_that_is_too_full_is_refused_with_both_numbers_before_writing(sou
 
     monkeypatch.setattr(shutil, "disk_usage", almost_full)
     before = snapshot(destination.parents[1], with_times=True)
-    with pytest.raises(ConversionError) as raised:
+    with pytest.raises(InputError) as raised:
         convert(sources.first, destination.parent / "new" / "deeper" / "out")
     message = hostile.without_paths(str(raised.value), destination.parents[1])
     numbers = [int(re.sub(r"\D", "", number)) for number in re.findall(r"\d[\d,_ \u202f]*\d", message)]
@@ -652,7 +652,7 @@ def test_the_working_folder_is_a_destination_or_is_refused(tiny_sources, destina
     monkeypatch.chdir(destination)
     try:
         convert(tiny_sources.first, ".")
-    except ConversionError:
+    except InputError:
         assert list(destination.iterdir()) == []
     else:
         assert contents(destination) == tiny_sources.whole[tiny_sources.first]

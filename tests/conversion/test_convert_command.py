@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import modeling_deco.conversion
 from modeling_deco.cli import app
-from modeling_deco.conversion import ConversionError, convert, export
+from modeling_deco.conversion import InputError, convert, export
 from modeling_deco.conversion.parity import compare_logits
 from modeling_deco.conversion.weights import read_weights
 
@@ -117,13 +117,13 @@ def test_logits_of_another_model_are_refused(source, tmp_path):
     tensors = load_file(path)
     tensors["model.multi_modal_projector.linear_1.weight"][0, 0] += 1
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ConversionError, match="The logits of .* differ from LLaVA's on .* by up to"):
+    with pytest.raises(InputError, match="The logits of .* differ from LLaVA's on .* by up to"):
         compare_logits(source, tmp_path / "deco", is_cast=False)
 
 
 def test_check_logits_is_for_llava_hf(tmp_path):
     original = llava_sources.write("original, safetensors", tmp_path / "source")
-    with pytest.raises(ConversionError, match="--check-logits compares with transformers' LLaVA; .* is original"):
+    with pytest.raises(InputError, match="--check-logits compares with transformers' LLaVA; .* is original"):
         convert(original.folder, tmp_path / "deco", **original.arguments, check_logits=True)
     assert not (tmp_path / "deco").exists()
 

@@ -12,7 +12,7 @@ from llava_sources import IMAGE_MARKER, IMAGE_TOKEN_ID, PATCH_GRID, VOCAB_SIZE, 
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from modeling_deco import DecoForConditionalGeneration
-from modeling_deco.conversion import ConversionError, convert, export
+from modeling_deco.conversion import InputError, convert, export
 
 NUM_PATCHES = PATCH_GRID**2
 PROMPT = [1, 20, *[IMAGE_TOKEN_ID] * NUM_PATCHES, 270, 285, 299]
@@ -161,7 +161,7 @@ def test_a_deco_that_was_saved_by_the_model_can_be_exported(tmp_path):
 )
 def test_another_projector_is_refused(changes, match, tmp_path):
     tiny.build_model(**changes).save_pretrained(tmp_path / "deco")
-    with pytest.raises(ConversionError, match=match):
+    with pytest.raises(InputError, match=match):
         export(tmp_path / "deco", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 

@@ -36,7 +36,7 @@ from modeling_deco.conversion.chat_template import (
 from modeling_deco.conversion.generation_config import load_generation_config
 from modeling_deco.conversion.image_processor import load_image_processor
 from modeling_deco.conversion.tokenizer import load_tokenizer
-from modeling_deco.utils.errors import ConversionError
+from modeling_deco.utils.errors import InputError
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -263,7 +263,7 @@ def test_an_image_token_that_was_added_before_is_an_image_token(llama):
 
 def test_a_gap_in_the_added_tokens_is_refused(llama):
     write_json(llama / "added_tokens.json", **{"<im_end>": NUM_PIECES + 5})
-    with pytest.raises(ConversionError, match=f"'<im_end>' should have id {NUM_PIECES + 5}, .* gets {NUM_PIECES}"):
+    with pytest.raises(InputError, match=f"'<im_end>' should have id {NUM_PIECES + 5}, .* gets {NUM_PIECES}"):
         load_tokenizer(llama)
 
 
@@ -278,7 +278,7 @@ def test_added_tokens_that_are_words_are_decoded(llama):
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(ConversionError, match=f"{re.escape(str(tmp_path))} has no tokenizer.json and no tokenizer.m"):
+    with pytest.raises(InputError, match=f"{re.escape(str(tmp_path))} has no tokenizer.json and no tokenizer.m"):
         load_tokenizer(tmp_path)
 
 
@@ -286,7 +286,7 @@ def test_a_file_that_is_no_sentencepiece_model_is_named(llama, llama_model):
     lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
     for content in (b"", lfs, b"\x00" * 99, llama_model[: len(llama_model) // 2]):
         (llama / "tokenizer.model").write_bytes(content)
-        with pytest.raises(ConversionError, match=r"tokenizer.model is not a sentencepiece model .*; download it"):
+        with pytest.raises(InputError, match=r"tokenizer.model is not a sentencepiece model .*; download it"):
             load_tokenizer(llama)
 
 
@@ -300,26 +300,26 @@ def test_a_sentencepiece_model_that_a_fast_tokenizer_would_read_otherwise_is_ref
     ]
     for kind in kinds:
         (llama / "tokenizer.model").write_bytes(train_sentencepiece(**kind))
-        with pytest.raises(ConversionError, match="is not of Llama's kind .*put a tokenizer.json beside it"):
+        with pytest.raises(InputError, match="is not of Llama's kind .*put a tokenizer.json beside it"):
             load_tokenizer(llama)
 
 
 def test_without_sentencepiece_the_user_hears_what_to_install(llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ConversionError, match="reading it takes sentencepiece: pip install sentencepiece$"):
+    with pytest.raises(InputError, match="reading it takes sentencepiece: pip install sentencepiece$"):
         load_tokenizer(llama)
 
 
 def test_a_tokenizer_json_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConversionError, match=re.escape(f"{tmp_path}: the tokenizer cannot be read: ")):
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}: the tokenizer cannot be read: ")):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "is not valid JSON"), ("[]", "holds a JSON list")])
 def test_a_malformed_config_is_named(content, message, llama):
     (llama / "tokenizer_config.json").write_text(content)
-    with pytest.raises(ConversionError, match=f"tokenizer_config.json {message}"):
+    with pytest.raises(InputError, match=f"tokenizer_config.json {message}"):
         load_tokenizer(llama)
 
 
@@ -478,7 +478,7 @@ def test_an_unknown_format_of_another_language_model_is_refused():
         message = (
             rf"of a 'mistral' language model is not recognized: its tokenizer has {reason}\. .* --chat-template: "
         )
-        with pytest.raises(ConversionError, match=message):
+        with pytest.raises(InputError, match=message):
             choose_chat_template(template, model_type="mistral")
 
 
@@ -493,9 +493,9 @@ def test_a_named_template_is_taken(tmp_path):
     (tmp_path / "own.jinja").write_text(CHATML)
     assert named_chat_template(str(tmp_path / "own.jinja")) == CHATML
     (tmp_path / "text.jinja").write_text(MODELS_OWN)
-    with pytest.raises(ConversionError, match=r"text\.jinja does not write <image> for an image"):
+    with pytest.raises(InputError, match=r"text\.jinja does not write <image> for an image"):
         named_chat_template(str(tmp_path / "text.jinja"))
-    with pytest.raises(ConversionError, match="'llama4' is neither the path of a Jinja file nor one of plain, vicuna"):
+    with pytest.raises(InputError, match="'llama4' is neither the path of a Jinja file nor one of plain, vicuna"):
         named_chat_template("llama4")
 
 
@@ -579,18 +579,18 @@ def test_llavas_own_padding_is_kept(tmp_path):
 
 
 def test_another_aspect_ratio_is_refused(tmp_path):
-    with pytest.raises(ConversionError, match="image_aspect_ratio must be 'pad' or 'square', got 'anyres'"):
+    with pytest.raises(InputError, match="image_aspect_ratio must be 'pad' or 'square', got 'anyres'"):
         load_image_processor(tmp_path, "anyres")
 
 
 def test_a_folder_without_an_image_processor_is_named(tmp_path):
-    with pytest.raises(ConversionError, match=re.escape(f"{tmp_path} names no image processor")):
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path} names no image processor")):
         load_image_processor(tmp_path)
 
 
 def test_an_unknown_image_processor_is_named(tmp_path):
     write_json(tmp_path / "preprocessor_config.json", image_processor_type="AnImageProcessor")
-    with pytest.raises(ConversionError, match="the image processor 'AnImageProcessor' cannot be built"):
+    with pytest.raises(InputError, match="the image processor 'AnImageProcessor' cannot be built"):
         load_image_processor(tmp_path)
 
 
@@ -601,7 +601,7 @@ def test_an_image_processor_runs_no_code_of_its_folder(tmp_path):
         image_processor_type="EvilProcessor",
         auto_map={"AutoImageProcessor": "evil.EvilProcessor"},
     )
-    with pytest.raises(ConversionError, match="the image processor 'EvilProcessor' cannot be built"):
+    with pytest.raises(InputError, match="the image processor 'EvilProcessor' cannot be built"):
         load_image_processor(tmp_path)
 
 
@@ -666,7 +666,7 @@ def test_several_ends_of_generation_are_kept(tmp_path, llama):
 @pytest.mark.parametrize("settings", [{"num_return_sequences": 3}, {"output_scores": True}], ids=str)
 def test_settings_that_contradict_each_other_are_named(settings, tmp_path, llama):
     write_json(tmp_path / "generation_config.json", **settings)
-    with pytest.raises(ConversionError, match=rf"generation_config.json is not valid .*{next(iter(settings))}"):
+    with pytest.raises(InputError, match=rf"generation_config.json is not valid .*{next(iter(settings))}"):
         load_generation_config(tmp_path, load_tokenizer(llama))
 
 

@@ -21,7 +21,7 @@ from hostile import assert_all_refused, edit_json, edit_tensors, snapshot
 from typer.testing import CliRunner
 
 from modeling_deco.cli import app
-from modeling_deco.conversion import ConversionError, convert, export
+from modeling_deco.conversion import InputError, convert, export
 from modeling_deco.conversion.sources import Source
 
 LLAMA = "language_model.model."
@@ -251,7 +251,7 @@ def test_remote_code_of_the_source_is_not_run(file, place, tmp_path_factory):
     edit_json(place.source / file, auto_map={**dict.fromkeys(names, "evil.It"), "AutoTokenizer": ["evil.It"] * 2})
     try:
         convert(place.source, place.destination, **place.options)
-    except ConversionError:
+    except InputError:
         assert not place.destination.exists()
     else:
         assert not (place.destination / "evil.py").exists()
@@ -264,7 +264,7 @@ def test_remote_code_of_the_source_is_not_run(file, place, tmp_path_factory):
 
 def assert_not_read(place, match):
     """The weights of the place are refused in one line. `convert` reads them by the same call."""
-    with pytest.raises(ConversionError) as raised:
+    with pytest.raises(InputError) as raised:
         Source("SRC", place.source, "SRC").read_weights()
     message = str(raised.value)
     assert len(message.splitlines()) == 1, message
@@ -874,7 +874,7 @@ def test_a_destination_that_holds_something_is_kept(place, checkpoint):
     hostile.assert_refused(place, r"overwrite")
     hostile.assert_refused(place, r"overwrite", destination=place.root / "link")
     before = snapshot(place.root)
-    with pytest.raises(ConversionError, match=r"overwrite"):
+    with pytest.raises(InputError, match=r"overwrite"):
         export(checkpoint, place.destination)
     assert snapshot(place.root) == before
     folder, file = place.root / "folder", place.root / "a file"
@@ -926,14 +926,14 @@ def convert_without_sentencepiece(source, destination, vision_tower, fast_source
 
     find_spec = PathFinder.find_spec
     PathFinder.find_spec = lambda name, *rest: None if name == "sentencepiece" else find_spec(name, *rest)
-    from modeling_deco.conversion import ConversionError, convert
+    from modeling_deco.conversion import InputError, convert
 
     messages = []
     for arguments in ((source, destination, None, vision_tower), (fast_source, fast_destination)):
         try:
             convert(*arguments)
             messages.append(None)
-        except ConversionError as error:
+        except InputError as error:
             messages.append(str(error))
     return messages
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from modeling_deco.conversion import ConversionError, convert, export, pickles, tensors, weights, writing
+from modeling_deco.conversion import InputError, convert, export, pickles, tensors, weights, writing
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_byte_that_changes_on_the_way_to_the_disk_is_found(llava, tmp_path, mo
         write(file, data)
 
     monkeypatch.setattr(writing, "_write", write_wrong)
-    with pytest.raises(ConversionError, match="was read back with other bytes than were written"):
+    with pytest.raises(InputError, match="was read back with other bytes than were written"):
         convert(llava, tmp_path / "deco")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava"]
 
@@ -78,7 +78,7 @@ def test_a_sum_that_comes_out_different_the_second_time_is_found(tmp_path, monke
             yield memoryview(piece)
 
     monkeypatch.setattr(tensors.MergedLora, "read_bytes", unsteady)
-    with pytest.raises(ConversionError, match="was computed twice with different results"):
+    with pytest.raises(InputError, match="was computed twice with different results"):
         convert(source.folder, tmp_path / "deco", **source.arguments)
 
 
@@ -86,7 +86,7 @@ def test_one_value_among_others_that_float16_does_not_hold_is_refused(llava, tmp
     bias = torch.zeros(40)
     bias[17] = -65520.0  # the smallest that is rounded to infinity
     edit_tensors(llava / "model.safetensors", **{"multi_modal_projector.linear_1.bias": bias})
-    with pytest.raises(ConversionError, match=r"linear_1.bias' does not fit torch.float16"):
+    with pytest.raises(InputError, match=r"linear_1.bias' does not fit torch.float16"):
         convert(llava, tmp_path / "deco", dtype="float16")
     bias[17] = -65519.0
     edit_tensors(llava / "model.safetensors", **{"multi_modal_projector.linear_1.bias": bias})
@@ -100,7 +100,7 @@ def test_a_sum_with_lora_that_float16_does_not_hold_is_refused(tmp_path):
     save_file(weights_of, tmp_path / "a.safetensors")
     stored = weights.read_weight_file(tmp_path / "a.safetensors")
     merged = tensors.MergedLora(stored["w"], stored["a"], stored["b"], scale=1.0, dtype=torch.float16)
-    with pytest.raises(ConversionError, match=r"A value of 'w' does not fit torch.float16"):
+    with pytest.raises(InputError, match=r"A value of 'w' does not fit torch.float16"):
         list(merged.read_bytes())
 
 
@@ -170,7 +170,7 @@ def test_a_pickle_whose_data_is_shorter_than_it_says_is_refused(tmp_path):
         for info in whole.infolist():
             data = whole.read(info)
             short.writestr(info.filename, data[:200] if info.filename.endswith("/data/0") else data)
-    with pytest.raises(ConversionError, match=r"short\.bin"):
+    with pytest.raises(InputError, match=r"short\.bin"):
         weights.read_weight_file(tmp_path / "short.bin")
 
 
@@ -272,7 +272,7 @@ def test_what_comes_to_be_at_the_destination_meanwhile_stays(llava, tmp_path, mo
 
     monkeypatch.setitem(convert.__globals__, "open_source", open_and_make)
     monkeypatch.setitem(convert.__globals__, "check_destination", check_once)
-    with pytest.raises(ConversionError, match="is not empty"):
+    with pytest.raises(InputError, match="is not empty"):
         convert(llava, tmp_path / "deco")
     assert (tmp_path / "deco" / "mine.txt").read_text() == "mine"
 
@@ -280,7 +280,7 @@ def test_what_comes_to_be_at_the_destination_meanwhile_stays(llava, tmp_path, mo
 def test_a_folder_whose_config_is_of_no_model_is_not_overwritten(llava, tmp_path):
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "config.json").write_text('{"name": "my web app"}')
-    with pytest.raises(ConversionError, match="has no config.json of a model and is not overwritten"):
+    with pytest.raises(InputError, match="has no config.json of a model and is not overwritten"):
         convert(llava, tmp_path / "app", overwrite=True)
     assert (tmp_path / "app" / "config.json").exists()
 
@@ -327,7 +327,7 @@ def test_a_deco_whose_files_are_broken_is_not_exported(saved, tmp_path):
     for file, edit, changes, match in cases:
         deco = shutil.copytree(saved / "deco", tmp_path / "deco")
         edit(deco / file, **changes)
-        with pytest.raises(ConversionError, match=match) as refusal:
+        with pytest.raises(InputError, match=match) as refusal:
             export(deco, tmp_path / "back")
         assert "\n" not in str(refusal.value)
         assert not (tmp_path / "back").exists()
@@ -337,7 +337,7 @@ def test_a_deco_whose_files_are_broken_is_not_exported(saved, tmp_path):
 @pytest.mark.parametrize("tower", ["dinov2", "siglip2"])
 def test_a_tower_that_llava_does_not_read_is_not_exported(tower, tmp_path):
     tiny.build_model(tower).save_pretrained(tmp_path / "deco")
-    with pytest.raises(ConversionError, match=rf"is a {tower}.*; CLIP and SigLIP can be exported"):
+    with pytest.raises(InputError, match=rf"is a {tower}.*; CLIP and SigLIP can be exported"):
         export(tmp_path / "deco", tmp_path / "back")
 
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration
-from modeling_deco.conversion import ConversionError
+from modeling_deco.conversion import InputError
 from modeling_deco.conversion import convert as convert_checkpoint
 from modeling_deco.conversion import export as export_checkpoint
 from modeling_deco.inference import describe, load, load_config, load_model
@@ -79,7 +79,7 @@ def test_a_mistyped_source_of_a_conversion_is_said_at_once(here):
         with pytest.raises(ValueError) as said:  # noqa: PT011  its words are what is compared with
             checkpoint_name(name)
         for run in (convert_checkpoint, export_checkpoint):
-            with pytest.raises(ConversionError, match=re.escape(f"SRC: {said.value}")):
+            with pytest.raises(InputError, match=re.escape(f"SRC: {said.value}")):
                 run(name, "out")
 
 
@@ -92,7 +92,7 @@ def test_what_is_no_deco_is_refused_in_the_same_words_by_every_door(fields, tmp_
     for door in (load_config, load, describe):
         with pytest.raises(ValueError, match=words):
             door(str(model))
-    with pytest.raises(ConversionError, match=words):
+    with pytest.raises(InputError, match=words):
         export_checkpoint(model, tmp_path / "exported")
 
 
