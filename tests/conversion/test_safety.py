@@ -280,7 +280,7 @@ def test_what_comes_to_be_at_the_destination_meanwhile_stays(llava, tmp_path, mo
 def test_a_folder_whose_config_is_of_no_model_is_not_overwritten(llava, tmp_path):
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "config.json").write_text('{"name": "my web app"}')
-    with pytest.raises(InputError, match="has no config.json of a model and is not overwritten"):
+    with pytest.raises(InputError, match="is not overwritten: it has no config.json of a model"):
         convert(llava, tmp_path / "app", overwrite=True)
     assert (tmp_path / "app" / "config.json").exists()
 
