@@ -138,9 +138,6 @@ def prepare_cache(
         raise CacheError(str(error)) from None
     cache = FeatureCache(Path(training_args.feature_cache), model.config, names)
     cache.check(fingerprint(model, processor, training_args))
-    logger.info(
-        f"{len(images):,} images, {cache.num_shards} shards; {cache.num_shards - len(missing)} of them are complete"
-    )
     return cache, missing
 
 
@@ -196,6 +193,10 @@ def write_shards(
     The model loses its language model and its projector: nothing needs them, and they may fill the device.
     """
     shards = missing[training_args.process_index :: training_args.world_size]
+    logger.info(
+        f"{len(images):,} images, {cache.num_shards} shards, {cache.num_shards - len(missing)} of them complete; "
+        f"process {training_args.process_index} computes {len(shards)}"
+    )
     names, device = cache.manifest["grids"], training_args.device
     deco = model.base_model
     deco.language_model = None
