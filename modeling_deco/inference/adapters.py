@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT adapters: their base model, and the model with an adapter."""
+"""PEFT adapters: find their base model, and add them to it."""
 
 import os
 import warnings
@@ -25,14 +25,16 @@ class Adapter(NamedTuple):
 
 
 def find_adapter(name: str | os.PathLike, revision: str | None = None) -> Adapter | None:
-    """The adapter that a name leads to, None where it leads to a whole model.
+    """Find the adapter of this name; None if the name is that of a whole model.
 
     Raises:
-        ValueError: there is no such folder or repository, or the adapter's base model is not to be found.
+        ValueError: there is no such folder or repository, or the base model of the adapter is not found.
     """
     if find_file(name, "config.json", revision) is not None:
         if os.path.exists(os.path.join(checkpoint_name(name), "adapter_config.json")):
-            raise ValueError(f"{name} has both a model (config.json) and an adapter (adapter_config.json); part them.")
+            raise ValueError(
+                f"{name} has both a model (config.json) and an adapter (adapter_config.json); separate them."
+            )
         return None
     fields = read_json(name, "adapter_config.json", revision)
     if fields is None:
@@ -42,23 +44,23 @@ def find_adapter(name: str | os.PathLike, revision: str | None = None) -> Adapte
         raise ValueError(f"adapter_config.json of {name} does not name its base model (base_model_name_or_path).")
     folder, base = checkpoint_name(name), os.path.expanduser(base)
     places = [os.path.join(folder, base)]
-    if os.path.isabs(base):  # training saves a base beside its adapter; the folder of both may have moved since
+    if os.path.isabs(base):  # training saves the base beside the adapter, and both may have been moved since
         places += [os.path.join(folder, *up, os.path.basename(base)) for up in ([], [".."])]
     base = next((place for place in places if os.path.isdir(place)), base)
     try:
         checkpoint_name(base)
     except ValueError as error:
         raise ValueError(
-            f"{name} is an adapter, and its base model is not there (base_model_name_or_path in adapter_config.json): "
+            f"{name} is an adapter, and its base model is missing (base_model_name_or_path in adapter_config.json): "
             f"{error}"
         ) from None
     if find_file(base, "config.json", fields.get("revision")) is None:
-        raise ValueError(f"{name} is an adapter of {base}, which is no model: it has no config.json.")
+        raise ValueError(f"{name} is an adapter of {base}, which is not a model: it has no config.json.")
     return Adapter(os.fspath(name), revision, base, fields.get("revision"))
 
 
 def check_adapter(adapter: Adapter) -> None:
-    """Raise a ValueError where PEFT is missing, or the kind of adapter cannot be merged."""
+    """Raise a ValueError if PEFT is not installed, or if this kind of adapter cannot be merged."""
     if find_spec("peft") is None:
         raise ValueError(
             f"{adapter.name} is an adapter, which needs peft: pip install peft. Training with --merge_adapter true "
@@ -73,7 +75,7 @@ def check_adapter(adapter: Adapter) -> None:
 
 
 def add_adapter(model: DecoForConditionalGeneration, adapter: Adapter, reads_weights: bool = True):
-    """The model with an adapter: merged or, on quantized weights, as layers of its own."""
+    """Add an adapter to a model: merged into its weights or, if they are quantized, as separate layers."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     file = find_file(adapter.name, "adapter_model.safetensors", adapter.revision)
@@ -82,10 +84,10 @@ def add_adapter(model: DecoForConditionalGeneration, adapter: Adapter, reads_wei
     path = checkpoint_name(adapter.name)
     names = set(model.state_dict())
     with named_errors(adapter.name), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about weights, which are checked here
+        warnings.simplefilter("ignore")  # they are about weights, which are checked here
         config = PeftConfig.from_pretrained(path, revision=adapter.revision)
         config.inference_mode = True
-        adapted = PeftModel(model, config, low_cpu_mem_usage=True)  # no memory yet for what the config says
+        adapted = PeftModel(model, config, low_cpu_mem_usage=True)  # allocates no memory for the sizes in the config
         with safe_open(file, "pt") as tensors:
             stored = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -107,5 +109,5 @@ def add_adapter(model: DecoForConditionalGeneration, adapter: Adapter, reads_wei
         warnings.simplefilter("ignore")
         adapted.load_adapter(path, "default", revision=adapter.revision, low_cpu_mem_usage=True)
         if getattr(model.config, "quantization_config", None) is not None:
-            return adapted.get_base_model()  # merging would round again
+            return adapted.get_base_model()  # merging would round the weights again
         return adapted.merge_and_unload()

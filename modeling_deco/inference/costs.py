@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a model costs: memory by its config, and the time and memory of an answer as measured."""
+"""What a model and its answers cost: parameters and memory from the config, and measured time and memory."""
 
 import time
 from pathlib import Path
@@ -18,16 +18,15 @@ from .loading import check_checkpoint, load_config
 from .lookup import checkpoint_name
 from .weights import empty_model
 
-# NF4 as `deco ask --4bit` makes it: 4 bits, and a float32 scale for each block of 64 weights.
+# NF4 has 4 bits for each weight and a float32 scale for each block of 64 weights.
 _NF4_BYTES = 0.5 + 4 / 64
-# A card of a megabyte takes YAML's reader half a minute.
+# The YAML reader would take half a minute for a card of a megabyte.
 _CARD_BYTES = 128 << 10
 _SIDES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 def kv_cache_bytes(text_config: PreTrainedConfig, num_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the key-value cache for so many tokens, where every layer attends to all of them: keys and
-    values, `num_key_value_heads` of `head_dim`, in every layer."""
+    """Bytes of the key-value cache for a number of tokens if every layer attends to all tokens."""
     heads = text_config.num_attention_heads
     num_key_value_heads = getattr(text_config, "num_key_value_heads", None) or heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
@@ -35,7 +34,7 @@ def kv_cache_bytes(text_config: PreTrainedConfig, num_tokens: int, dtype: torch.
 
 
 def format_size(num_bytes: float) -> str:
-    """In the largest unit of which there is one, to three digits: `"73.7 kB"`."""
+    """Format bytes to three digits in the largest fitting unit: `"73.7 kB"`."""
     units = ["bytes", "kB", "MB", "GB"]
     while num_bytes >= 1000 and len(units) > 1:
         num_bytes, units = num_bytes / 1000, units[1:]
@@ -43,15 +42,16 @@ def format_size(num_bytes: float) -> str:
 
 
 def describe(model: str, revision: str | None = None) -> dict:
-    """What `describe_config` says of a DeCo checkpoint, and its licence. Its weights are all there, by their names and
-    shapes; they are not read.
+    """Describe a DeCo checkpoint: its licence, and what `describe_config` reads from its config.
+
+    The names and shapes of the weights are compared with the config. The weights are not read.
 
     Args:
-        model: folder or Hub id. Of an adapter it is the base model that is described.
+        model: folder or Hub id. For an adapter, its base model is described.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: there is no such checkpoint, it is not a DeCo, or its weights are not those of its config.
+        ValueError: there is no such checkpoint, it is not a DeCo, or its weights do not fit its config.
     """
     config, adapter = load_config(model, revision), find_adapter(model, revision)
     check_checkpoint(model, revision, config)
@@ -66,12 +66,12 @@ def describe(model: str, revision: str | None = None) -> dict:
 
 
 def describe_config(config: DecoConfig) -> dict:
-    """Token flow, parameters by part, memory by grid and dtype.
+    """Describe a config: token flow, parameters of each part, memory by grid and dtype.
 
     Returns:
-        A dict for JSON. Grids are `[rows, cols]`. Memory is in bytes: `weights` by dtype, where `"4bit"` has the
-        language model's layers in NF4 and the rest in 16 bits, and per grid `kv_cache`, what one image adds to it.
-        Activations come on top of both.
+        A dict for JSON. Grids are `[rows, cols]`. Memory is in bytes: `weights` by dtype, and `kv_cache`, which one
+        image adds, by grid. `"4bit"` has the layers of the language model in NF4 and the rest in 16 bits. Activations
+        need memory in addition.
     """
     empty = empty_model(config)
     in_language_layers = {id(layer.weight) for layer in _linears(empty.model.language_model)}
@@ -125,7 +125,7 @@ def describe_config(config: DecoConfig) -> dict:
 
 
 def _grids(config: DecoConfig) -> list[list[int]]:
-    """The config's grid, and where it is free, squares up to the patch grid and the patch grid itself."""
+    """The config's grid. If the projector takes any grid, also squares up to the patch grid, and the patch grid."""
     grids = {config.pooled_grid}
     if config.takes_any_grid:
         grids |= {(side, side) for side in _SIDES if side <= min(config.patch_grid)} | {config.patch_grid}
@@ -141,8 +141,10 @@ def _count(*modules: nn.Module) -> int:
 
 
 def _read_card(model: str, revision: str | None) -> dict:
-    """What the model card says of licence and base models; nothing where there is none. Other types than text are left
-    out: YAML's references can stand for more than memory holds when they are written out."""
+    """Read the text fields of the model card, such as licence and base models; empty if there is no card.
+
+    Other types are left out: YAML's references can expand to more than fits in memory.
+    """
     model = checkpoint_name(model)
     path = Path(model, "README.md")
     if not Path(model).is_dir():
@@ -154,7 +156,7 @@ def _read_card(model: str, revision: str | None) -> dict:
         return {}
     try:
         card = metadata_load(path) or {}
-    except Exception:  # no card, or what YAML makes of a malformed one
+    except Exception:  # no card, or any error of the YAML reader on a malformed one
         return {}
     return {name: value for name, value in card.items() if _is_text(value)} if isinstance(card, dict) else {}
 
@@ -167,16 +169,16 @@ def _is_text(value) -> bool:
 
 
 class PrefillClock:
-    """Measures the prefill of an answer by hooks: the first forward pass of a model in a `with` block.
+    """Measure the prefill of an answer, which is the first forward pass of a model in a `with` block.
 
     Attributes:
-        seconds: from the pass's inputs to the first token's logits; 0 before they are there.
+        seconds: time from the inputs of the pass to the logits of the first token; 0 until then.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.seconds = 0.0
-        self._start = None
+        self._start: float | None = None
 
     def __enter__(self):
         before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -192,22 +194,22 @@ class PrefillClock:
             self._start = now(kwargs["input_ids"])
 
     def _after(self, model, args, output):
-        if self.seconds == 0:
+        if self.seconds == 0 and self._start is not None:
             self.seconds = now(output.logits) - self._start
 
 
 def now(tensor: torch.Tensor) -> float:
-    """`time.perf_counter`, after the device of a tensor has finished its work."""
+    """`time.perf_counter` after the device of a tensor has finished its work."""
     synchronize(tensor.device)
     return time.perf_counter()
 
 
 def reset_peak_gpu_memory() -> None:
-    """Let `peak_gpu_memory` count from now on."""
+    """Start a new measurement of `peak_gpu_memory`."""
     for device in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_gpu_memory() -> int:
-    """Bytes that tensors took at their most, weights included, summed over GPUs."""
+    """Largest number of bytes that tensors took, including weights, summed over GPUs."""
     return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Decodes untrusted pictures in a process of their own."""
+"""Decode untrusted images in a separate process."""
 
 import json
 import os
@@ -8,13 +8,14 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ..utils.decoding import LENGTH, READY, ImageError
 from .limits import ImageLimits, Stop
 
-# In isolated mode nothing is imported from the working directory before the path is the parent's.
+# In isolated mode nothing is imported from the working directory before the path of the parent is set.
 _DECODE = """
 import json, sys
 sys.path[:], *limits = json.loads(sys.argv[1])
@@ -24,37 +25,38 @@ serve_pictures(*limits)
 
 
 class Decoder:
-    """A process that decodes one picture at a time. Used by one thread."""
+    """A process that decodes one image at a time, for one thread."""
 
     def __init__(self, limits: ImageLimits):
         self.limits = limits
-        self.process = None
+        self.process: Any = None  # a `subprocess.Popen` while it runs
 
     def __del__(self):
         self._end()
 
     def decode(self, encoded: bytes, stop: Stop) -> Image.Image:
-        """
+        """Decode an image.
+
         Raises:
-            ImageError: it cannot be decoded, or not within the limits.
+            ImageError: the image cannot be decoded within the limits.
         """
-        is_whole = False
+        is_complete = False
         try:
-            if self.process is None or self.process.poll() is not None:  # or the system, short of memory, killed it
+            if self.process is None or self.process.poll() is not None:  # the system kills it if memory is short
                 self._end()
                 self._start(stop)
             with stop.ending_by(self.process.kill):
                 answer = self._ask(encoded)
-            is_whole = True
+            is_complete = True
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             if stop.is_set:
                 seconds = f"{self.limits.decode_timeout:g} seconds"
                 raise ImageError(f"it took longer than {seconds} to decode") from error
             if isinstance(error, RuntimeError):
                 raise
-            raise ImageError("it is broken (the decoder crashed)") from error  # or answers what it should not
+            raise ImageError("it is broken (the decoder crashed)") from error  # or its answer is invalid
         finally:
-            if not is_whole:
+            if not is_complete:
                 self._end()
         if isinstance(answer, str):
             raise ImageError(answer)
@@ -67,17 +69,20 @@ class Decoder:
             [sys.executable, "-I", "-c", _DECODE, arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # libtiff and others write there about broken pictures
+            stderr=subprocess.DEVNULL,  # libtiff and others report broken images there
             env=os.environ
-            | {"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"},  # more count against the limit of memory
+            | {
+                "MALLOC_ARENA_MAX": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },  # more threads and arenas count against the memory limit
         )
         with stop.ending_by(self.process.kill):
             is_ready = self.process.stdout.readline(len(READY)) == READY
         if not is_ready:
-            raise RuntimeError(f"Pictures cannot be decoded: {sys.executable!r} could not start a process for it.")
+            raise RuntimeError(f"Images cannot be decoded: {sys.executable!r} could not start a process.")
 
     def _ask(self, encoded: bytes) -> Image.Image | str:
-        """The picture, or why there is none."""
+        """Return the image, or the reason why it cannot be decoded."""
         requests, answers = self.process.stdin, self.process.stdout
         requests.write(LENGTH.pack(len(encoded)))
         requests.write(encoded)
@@ -87,14 +92,14 @@ class Decoder:
             return str(header["error"])
         width, height = header["size"]
         if not 0 < width * height <= self.limits.max_pixels:
-            raise ValueError("no picture that was asked for is so large")
+            raise ValueError("the decoder returned an image that is too large")
         return Image.frombytes("RGB", (width, height), answers.read(3 * width * height))
 
     def _end(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            with suppress(OSError):  # what it has not read cannot be written
+            with suppress(OSError):  # data that the process has not read cannot be flushed
                 self.process.stdin.close()
             self.process.stdout.close()
             self.process = None

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Downloads of pictures: within a time, and from public addresses alone unless others are allowed."""
+"""Download images within a time limit, by default only from public addresses."""
 
 import http.client
 import ipaddress
@@ -43,8 +43,10 @@ def download(url: str, limits: ImageLimits, allow_private: bool, stop: Stop) -> 
 
 
 class _Connector:
-    """Opens sockets, to public addresses alone unless told otherwise, and shuts them down at a stop: the time limit of
-    a socket is about each packet, and a server that sends one byte a second would never reach it."""
+    """Opens sockets, by default only to public addresses, and shuts them down when the download is stopped.
+
+    The timeout of a socket applies to each packet: a server that sends one byte a second would never reach it.
+    """
 
     def __init__(self, allow_private: bool, limits: ImageLimits, stop: Stop):
         self.allow_private = allow_private
@@ -64,10 +66,12 @@ class _Connector:
         for family, kind, protocol, _, place in self._look_up(host, port):
             if not (self.allow_private or _is_public(place[0])):
                 raise ImageError(f"{host!r} is not a public address ({place[0]})")
-            # to this address, and not to the name, which might resolve to another one the next time
+            # connect to the address that was checked: the name may resolve to another one the next time
             connection = socket.socket(family, kind, protocol)
             connection.settimeout(self.limits.connect_timeout)
-            twin = self.connections.enter_context(connection.dup())  # TLS takes the descriptor of what it wraps
+            twin = self.connections.enter_context(
+                connection.dup()
+            )  # TLS takes over the descriptor of the socket that it wraps
             self.connections.enter_context(self.stop.ending_by(partial(twin.shutdown, socket.SHUT_RDWR)))
             try:
                 connection.connect(place)
@@ -76,7 +80,7 @@ class _Connector:
                 seconds = f"{self.limits.connect_timeout:g} seconds"
                 error = OSError(f"no connection in {seconds}") if isinstance(refused, TimeoutError) else refused
                 continue
-            if self.stop.is_set:  # before there was a connection to shut down
+            if self.stop.is_set:  # stopped before there was a connection to shut down
                 connection.close()
                 break
             connection.settimeout(timeout)
@@ -84,8 +88,8 @@ class _Connector:
         raise error
 
     def _look_up(self, host: str, port: int) -> list[tuple]:
-        """`getaddrinfo`, which cannot be stopped, in a thread that can be left alone."""
-        answers = queue.SimpleQueue()
+        """Call `getaddrinfo`, which cannot be stopped, in a thread that can be abandoned."""
+        answers: queue.SimpleQueue = queue.SimpleQueue()
 
         def ask():
             try:
@@ -103,7 +107,7 @@ class _Connector:
 
 # IPv6 prefixes whose last 32 bits are an IPv4 address: IPv4-compatible, IPv4-mapped, NAT64 (RFC 6052)
 _EMBEDDING = [ipaddress.ip_network(prefix) for prefix in ("::/96", "::ffff:0:0/96", "64:ff9b::/96")]
-# tunnels and local NAT64 (RFC 8215), which lead to an IPv4 address that is written elsewhere
+# tunnels and local NAT64 (RFC 8215), which lead to an IPv4 address that is not in these bits
 _TUNNELS = [ipaddress.ip_network(prefix) for prefix in ("2001::/32", "2002::/16", "64:ff9b:1::/48")]
 
 
@@ -118,7 +122,7 @@ def _is_public(ip: str) -> bool:
 
 
 def _opener(connector: _Connector, allow_private: bool) -> urllib.request.OpenerDirector:
-    """urllib without its handlers of files, FTP and data, to which a redirect could lead."""
+    """urllib without its handlers for files, FTP and data, to which a redirect could lead."""
 
     class Http(urllib.request.HTTPHandler):
         def http_open(self, request):
@@ -130,7 +134,7 @@ def _opener(connector: _Connector, allow_private: bool) -> urllib.request.Opener
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         def http_error_302(self, request, response, *answer):
-            response.close()  # or its body would be read to the end, wherever that is
+            response.close()  # otherwise its body would be read to the end, which may never come
             return super().http_error_302(request, response, *answer)
 
         http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -149,7 +153,9 @@ def _opener(connector: _Connector, allow_private: bool) -> urllib.request.Opener
     return opener
 
 
-def _connection_class(base: type, connector: _Connector) -> type:
+def _connection_class(base, connector: _Connector):
+    """A class of connections that are opened by `connector`."""
+
     class Connection(base):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model for answering, and stream its answers: what the command line, the page and the server share."""
+"""Encode conversations and stream answers, for the command line, the page and the server."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 
 
 def encode(processor: ProcessorMixin, messages: list, pooled_grid_size=None) -> BatchFeature:
-    """One conversation, or a list of them as a batch, as the model's inputs up to where it answers. Arguments and
-    errors are those of `stream`."""
+    """Encode one conversation, or a list of conversations as a batch, up to where the model answers.
+
+    Arguments and errors are those of `stream`.
+    """
     for message in chain.from_iterable(messages if isinstance(messages[0], list) else [messages]):
         parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
         for text in (part.get("text") or "" for part in parts):
             if processor.image_token in text:
-                raise ValueError(f"The text holds {processor.image_token!r}, which stands for an image; leave it out.")
+                raise ValueError(f"The text contains {processor.image_token!r}, which marks an image; leave it out.")
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise ValueError(f"The text {one_line(repr(text))} is not valid Unicode; write it in UTF-8.")
     with _template_errors():
@@ -54,42 +56,44 @@ def _template_errors() -> Iterator[None]:
     try:
         yield
     except TemplateError as error:
-        raise ValueError(f"The chat template does not take these messages: {one_line(error)}") from error
+        raise ValueError(f"The chat template rejects these messages: {one_line(error)}") from error
 
 
 def check_length(model: PreTrainedModel, inputs: BatchFeature) -> None:
-    """Raise a ValueError where a prompt leaves no room for an answer: a model goes on beyond its context, and what it
-    writes there means nothing."""
+    """Raise a ValueError if a prompt leaves no room for an answer.
+
+    Beyond its context a model still generates, but the text has no meaning.
+    """
     num_tokens = inputs["input_ids"].shape[-1]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and num_tokens >= context:
         raise ValueError(
-            f"The prompt has {num_tokens} tokens, and the model's context is {context}; shorten it, or choose a "
+            f"The prompt has {num_tokens} tokens, but the model's context is {context}; shorten it, or choose a "
             f"smaller pooled_grid_size."
         )
 
 
 def sampling(temperature: float | None) -> dict:
-    """Arguments of `generate` for a temperature: 0 takes the likeliest token, None is the checkpoint's own choice."""
+    """Arguments of `generate` for a temperature. 0 is greedy; None keeps the settings of the checkpoint."""
     if temperature is None:
         return {}
-    if temperature < 1e-5:  # where logits overflow
+    if temperature < 1e-5:  # smaller temperatures would make logits overflow
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return {"do_sample": True, "temperature": temperature}
 
 
 def with_system(processor: ProcessorMixin, messages: list[dict], system: str | None) -> list[dict]:
-    """A conversation with instructions before it.
+    """Put a system message before a conversation; None changes nothing.
 
     Raises:
-        ValueError: the chat template leaves them out.
+        ValueError: the chat template ignores system messages.
     """
     if system is None:
         return messages
     instructed = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
     with _template_errors():
         if processor.apply_chat_template(instructed) == processor.apply_chat_template(messages):
-            raise ValueError("The chat template has no place for a system message.")
+            raise ValueError("The chat template ignores system messages; leave the system message out.")
     return instructed
 
 
@@ -104,23 +108,23 @@ def stream(
     seed: int | None = None,
     prompt_cache: "PromptCache | None" = None,
 ) -> Iterator[str]:
-    """Answer a conversation, piece by piece.
+    """Answer a conversation and yield the text as it is generated.
 
     Args:
-        messages: transformers' chat messages, whose content is a list of `{"type": "image", "image": ...}` and
-            `{"type": "text", "text": ...}`, the user's last; or what `encode` has made of them.
+        messages: chat messages as in transformers, the last one by the user. Their content is a list of `{"type":
+            "image", "image": ...}` and `{"type": "text", "text": ...}`. Or the result of `encode`.
         pooled_grid_size: token budget of each image, as in `DecoProcessor.__call__`.
-        max_new_tokens: longest answer, in tokens.
+        max_new_tokens: maximum length of the answer.
         temperature: see `sampling`.
-        seed: of sampling. Default: another one each time.
-        prompt_cache: the model's, by which the next question of a conversation is not encoded from its beginning.
+        seed: seed of sampling. Default: a different one each time.
+        prompt_cache: cache of the model, which avoids encoding earlier turns of a conversation again.
 
     Yields:
-        Pieces of the answer's text as they are generated. Closing the iterator stops generation.
+        Pieces of text. Closing the iterator stops generation.
 
     Raises:
-        ValueError: messages, images or grid do not fit the model, the prompt leaves no room for an answer, or the
-            model's logits are no numbers.
+        ValueError: the messages, images or grid do not fit the model, the prompt leaves no room for an answer, or the
+            logits of the model are NaN.
     """
     inputs = messages if isinstance(messages, BatchFeature) else encode(processor, messages, pooled_grid_size)
     inputs = inputs.to(model.device)
@@ -131,14 +135,15 @@ def stream(
 
 
 def stream_call(call: Callable, processor: ProcessorMixin, *, seed: int | None = None) -> Generator[str, None, Any]:
-    """Run a function that generates an answer, in a thread, and yield the pieces of its text.
+    """Run a function that generates an answer in a thread, and yield the text as it is generated.
 
     Args:
-        call: takes `streamer`, `logits_processor`, `stopping_criteria`, `num_beams` and `tokenizer` of `generate`.
-        seed: of sampling. Default: another one each time.
+        call: function that accepts `streamer`, `logits_processor`, `stopping_criteria`, `num_beams` and `tokenizer` of
+            `generate`.
+        seed: seed of sampling. Default: a different one each time.
 
     Returns:
-        What the function returns. Closing the iterator stops generation.
+        The result of the function. Closing the iterator stops generation.
     """
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed, results, errors = Event(), [], []
@@ -151,11 +156,11 @@ def stream_call(call: Callable, processor: ProcessorMixin, *, seed: int | None =
                 streamer=streamer,
                 logits_processor=LogitsProcessorList([RefuseNaN()]),
                 stopping_criteria=StoppingCriteriaList([_StopOn(closed)]),
-                num_beams=1,  # whose answers cannot be written as they come
+                num_beams=1,  # answers of beam search cannot be streamed
                 tokenizer=processor.tokenizer,  # for the `stop_strings` of a checkpoint's generation config
             )
             results.append(result)
-        except BaseException as error:  # to be raised where the answer is read
+        except BaseException as error:  # raised again in the thread that reads the answer
             errors.append(error)
             streamer.end()
 
@@ -172,11 +177,11 @@ def stream_call(call: Callable, processor: ProcessorMixin, *, seed: int | None =
 
 
 class NaNError(ValueError):
-    """A model's logits are NaN."""
+    """The logits of a model are NaN."""
 
 
 class RefuseNaN(LogitsProcessor):
-    """Raises a NaNError where logits are NaN: `generate` would give an empty or meaningless answer."""
+    """Raise a NaNError if logits are NaN, for which `generate` would give an empty or meaningless answer."""
 
     def __call__(self, input_ids, scores):
         if bool(scores.isnan().any()):

@@ -1,9 +1,9 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures from wherever a user has them: paths, URLs, data URLs, standard input, uploads.
+"""Read images from paths, URLs, data URLs, standard input and uploads.
 
-One's own are read by `read_image`, which bounds size and time. What others send or name, to the server or the page, is
-read by a `PictureReader`: in a process that can be killed, from public addresses alone.
+`read_image` is for the images of the user who runs the program. A `PictureReader` is for the images that others send
+to the server or the page: it decodes them in a process that can be killed, and connects only to public addresses.
 """
 
 import base64
@@ -30,19 +30,21 @@ def read_image(
     *,
     limits: ImageLimits = ImageLimits(),  # noqa: B008  frozen
 ) -> Image.Image:
-    """Read a trusted picture. Untrusted pictures and URLs are for a `PictureReader`.
+    """Read a trusted image. Use a `PictureReader` for untrusted images and URLs.
+
+    Files may have any format that Pillow decodes itself, URLs only those of `UNTRUSTED_FORMATS`.
 
     Args:
-        source: path, `file:`, `http:`, `https:` or `data:` URL, an encoded picture as bytes, or an open binary file.
+        source: path, `file:`, `http:`, `https:` or `data:` URL, encoded image as bytes, or open binary file.
         limits: see `ImageLimits`.
 
     Returns:
-        An upright (EXIF) RGB image. Transparent parts are white; 16-bit grey is scaled to 8 bit, and so is floating
-        point, which counts from 0 to 1 or, where it exceeds 1, to 255; of an animation it is the first frame.
+        An RGB image, rotated as its EXIF data say. Transparent parts are white. 16-bit grey is scaled to 8 bits.
+        Floating point is scaled from 0 to 1 or, if a value exceeds 1, from 0 to 255. Of an animation it is the first
+        frame.
 
     Raises:
-        ImageError: it cannot be read, is too large, takes too long, or is not allowed. Files may be of every format
-            that Pillow decodes by itself, URLs lead to those of `UNTRUSTED_FORMATS` alone.
+        ImageError: the image cannot be read, is too large, takes too long, or is not allowed.
     """
     with named(source):
         if isinstance(source, str) and not _is_file(source):
@@ -55,7 +57,7 @@ def read_image(
 def named(source) -> Iterator[None]:
     name = "The image"
     if isinstance(source, str) and source[:5].lower() != "data:":
-        shown = re.sub(r"^(https?://)[^/@]*@", r"\1...@", source, flags=re.IGNORECASE)  # no passwords in logs
+        shown = re.sub(r"^(https?://)[^/@]*@", r"\1...@", source, flags=re.IGNORECASE)  # keeps passwords out of logs
         name = f"The image {shown if len(shown) <= 120 else shown[:117] + '...'!r}"
     elif isinstance(source, Path):
         name = f"The image {str(source)!r}"
@@ -76,7 +78,7 @@ def _is_file(source: str) -> bool:
 
 
 def _own(source: str | Path | bytes | BinaryIO, limits: ImageLimits) -> Path | BinaryIO:
-    """What Pillow opens: a file of any size, or what a pipe or device has, to the limit."""
+    """Return what Pillow can open: a file of any size, or the content of a pipe or device up to the limit."""
     if isinstance(source, str):
         source = _path_of_url(source) if _scheme(source) == "file" else Path(source)
     if isinstance(source, bytes):
@@ -94,7 +96,7 @@ def _own(source: str | Path | bytes | BinaryIO, limits: ImageLimits) -> Path | B
 
 
 def fetch(source: str | bytes, limits: ImageLimits, allow_files: bool, allow_private: bool, stop: Stop) -> bytes:
-    """The encoded bytes of an untrusted picture or URL."""
+    """Return the encoded bytes of an untrusted image or URL."""
     if isinstance(source, bytes):
         return _bounded(source, limits)
     if _scheme(source) == "data":
@@ -104,7 +106,7 @@ def fetch(source: str | bytes, limits: ImageLimits, allow_files: bool, allow_pri
     if not allow_files:
         raise ImageError("only http, https and data URLs are read")
     path = _path_of_url(source) if _scheme(source) == "file" else Path(source)
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe could block
         raise ImageError("there is no such file")
     with path.open("rb") as file:
         return _bounded(file.read(limits.max_bytes + 1), limits)
@@ -121,7 +123,7 @@ def _bounded(encoded: bytes, limits: ImageLimits) -> bytes:
 def _path_of_url(url: str) -> Path:
     parts = urllib.parse.urlsplit(url)
     if parts.netloc not in ("", "localhost"):
-        raise ImageError(f"it is a file of the machine {parts.netloc!r}")
+        raise ImageError(f"it is a file on another machine, {parts.netloc!r}")
     return Path(urllib.request.url2pathname(parts.path))
 
 
@@ -131,7 +133,7 @@ def _data_of_url(url: str, limits: ImageLimits) -> bytes:
         raise ImageError("it is a data URL without data (data:image/png;base64,...)")
     if not header.lower().endswith(";base64"):
         return _unquote(data)
-    if len(data) > limits.max_bytes * 4 // 3 + 4:  # before it is held twice
+    if len(data) > limits.max_bytes * 4 // 3 + 4:  # checked before a second copy is made
         return _bounded(data.encode(), limits)
     try:
         return base64.b64decode(_unquote(data), validate=True)
@@ -140,6 +142,8 @@ def _data_of_url(url: str, limits: ImageLimits) -> bytes:
 
 
 def _unquote(data: str) -> bytes:
-    """Decode %41 and the like, as quoted-printable text, which writes =41. urllib's `unquote_to_bytes` takes a hundred
-    bytes and most of a microsecond for each: gigabytes, for one request."""
+    """Decode percent-encoding such as %41, as quoted-printable text (=41).
+
+    urllib's `unquote_to_bytes` takes a hundred bytes of memory for each of them, which is gigabytes for one request.
+    """
     return binascii.a2b_qp(data.encode(errors="replace").replace(b"=", b"=3D").replace(b"%", b"="))

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How large a picture may be and how long it may take, and what ends a wait at that time."""
+"""Limits on the size of images and on the time to read them, and the means to stop a wait."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """How large a picture may be, and how long it may take.
+    """Limits on the size of an image and on the time to read it.
 
     Attributes:
-        max_bytes: of a download, a data URL, an upload, a pipe; a file of one's own may be larger.
-        max_pixels: width times height. Default: where Pillow sees a bomb.
-        timeout: seconds that a download may take, the look-up of the name and redirects included.
-        connect_timeout: seconds that an address may take to accept a connection, before the next one is tried.
-        decode_timeout: seconds that a picture of others, or those of a request together, may take to be decoded.
+        max_bytes: size of a download, data URL, upload or pipe. Local files that the user names may be larger.
+        max_pixels: width times height. Default: the size that Pillow calls a decompression bomb.
+        timeout: seconds for a download, including name resolution and redirects.
+        connect_timeout: seconds for a connection to one address, before the next address is tried.
+        decode_timeout: seconds to decode an untrusted image, or all images of a request together.
     """
 
     max_bytes: int = 32 * 2**20
@@ -28,16 +28,16 @@ class ImageLimits:
 
     @property
     def decode_memory(self) -> int:
-        """Bytes of address space for a decoder; transparent and floating point pictures take the most for a pixel."""
+        """Bytes of address space for a decoder. Transparent and floating point images need the most for each pixel."""
         return 256 * 2**20 + 3 * self.max_bytes + 32 * self.max_pixels
 
 
-# For what anybody may send to a server: a photograph of 50 megapixels.
+# For images that anybody may send to a server: photographs of up to 50 megapixels.
 UNTRUSTED_LIMITS = ImageLimits(max_pixels=50_000_000)
 
 
 class Stop:
-    """Ends what a thread waits for, from outside: at a time limit, or when nobody waits for the thread any more."""
+    """Ends what a thread waits for, from another thread: at a time limit, or when the result is no longer needed."""
 
     def __init__(self):
         self.is_set = False
@@ -53,7 +53,7 @@ class Stop:
 
     @contextmanager
     def ending_by(self, action: Callable) -> Iterator[None]:
-        """While the block runs, `action` is what ends it."""
+        """Call `action` to end the block when this is stopped."""
         with self._lock:
             self._actions.append(action)
         try:
@@ -66,7 +66,7 @@ class Stop:
 
     @contextmanager
     def after(self, seconds: float) -> Iterator[None]:
-        """Stop what the block does when it has run for so long."""
+        """Stop the block when it has run for so many seconds."""
         timer = threading.Timer(seconds, self)
         timer.daemon = True
         timer.start()

@@ -1,10 +1,11 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Load a checkpoint and its processor: where it computes, in which type, and with which adapter."""
+"""Load a checkpoint and its processor: device, dtype, quantization, adapter."""
 
 import os
 import re
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from transformers import AutoProcessor, ProcessorMixin
@@ -37,31 +38,31 @@ def load(
         model: folder or Hub id.
         revision: branch, tag or commit on the Hub.
         device: `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`. Default: the GPUs, over all of which accelerate spreads the
-            model where it is installed, and else the CPU.
-        dtype: `"float32"`, `"float16"` or `"bfloat16"`; `"auto"` is the checkpoint's own.
+            model if it is installed, or the CPU if there is no GPU.
+        dtype: `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"` for the dtype of the checkpoint.
         attn_implementation: `"sdpa"`, `"flash_attention_2"`, ...; default: transformers' choice.
         in_4bit: quantize the language model's layers to NF4.
-        in_int8: compute in int8 what is not in 4 bits, as `quantize_to_int8` does.
+        in_int8: compute the layers that are not in 4 bits in int8, as `quantize_to_int8` does.
 
     Raises:
-        ValueError: there is no such checkpoint or device, it is not a DeCo, has no chat template, not all its weights,
-            or is broken; one line.
-        ImportError: it needs a library that is not installed.
+        ValueError: there is no such checkpoint or device, or the checkpoint is not a DeCo, is broken, or has no chat
+            template. The message is one line.
+        ImportError: a library that the checkpoint needs is not installed.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"The dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+        raise ValueError(f"The dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     device = _check_device(device)
-    arguments = {"dtype": dtype, "attn_implementation": attn_implementation}
+    arguments: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if in_4bit:
         arguments["quantization_config"] = nf4_config()
     config = load_config(model, revision)
     adapter = find_adapter(model, revision)
     is_quantized = in_4bit or getattr(config, "quantization_config", None) is not None
     if adapter is not None and is_quantized and in_int8:
-        raise ValueError(f"{model} is an adapter, and stays one on a base model in 4 bits: merge it before --int8.")
+        raise ValueError(f"{model} is an adapter, which cannot be merged in 4 bits: merge it before you use --int8.")
     has_accelerate = find_spec("accelerate") is not None
     if has_accelerate and device is not None:
-        arguments["device_map"] = {"": device}  # without a copy in this machine's memory
+        arguments["device_map"] = {"": device}  # without a copy in the memory of the machine
     elif has_accelerate and torch.cuda.is_available():
         arguments["device_map"] = "auto" if torch.cuda.device_count() > 1 else {"": "cuda"}
     processor = load_processor(model, revision)
@@ -74,22 +75,22 @@ def load(
 
 
 def _check_device(name: str | None) -> str | None:
-    """A device's name, which is checked. Raises a ValueError where there is no such device."""
+    """Return the name of a device. Raise a ValueError if there is no such device."""
     if name is None:
         return None
     kind, _, index = name.partition(":")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ValueError(f"The device {name!r} is none of cpu, cuda, cuda:N and mps.")
+        raise ValueError(f"The device must be cpu, cuda, cuda:N or mps, got {name!r}.")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("The device 'mps' is not there: PyTorch finds no GPU of Apple's.")
+        raise ValueError("There is no device 'mps': PyTorch finds no Apple GPU.")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(index or 0) >= num_gpus:
-        raise ValueError(f"The device {name!r} is not there: PyTorch finds {num_gpus} CUDA GPUs.")
+        raise ValueError(f"There is no device {name!r}: PyTorch finds {num_gpus} CUDA GPUs.")
     return name
 
 
 def load_processor(model: str, revision: str | None = None) -> ProcessorMixin:
-    """A checkpoint's processor; of an adapter that was saved without one, its base model's.
+    """Load the processor of a checkpoint. If an adapter has none, load that of its base model.
 
     Raises:
         ValueError: there is no such checkpoint, or its processor is broken or has no chat template.
@@ -108,7 +109,7 @@ def load_processor(model: str, revision: str | None = None) -> ProcessorMixin:
 
 
 def load_config(name: str | os.PathLike, revision: str | None = None) -> DecoConfig:
-    """The config of a DeCo checkpoint, a folder or Hub id; of an adapter, its base model's.
+    """Load the config of a DeCo checkpoint, a folder or Hub id. For an adapter it is that of its base model.
 
     Raises:
         ValueError: there is no such checkpoint, or it is not a DeCo.
@@ -121,15 +122,15 @@ def load_config(name: str | os.PathLike, revision: str | None = None) -> DecoCon
         return load_config(adapter.base, adapter.base_revision)
     fields = read_json(name, "config.json", revision)
     if fields is None:
-        raise ValueError(f"{name} is no model: it has no config.json.")
+        raise ValueError(f"{name} is not a model: it has no config.json.")
     check_fields(fields, f"config.json of {name}")
-    check_is_deco(fields.get("model_type"), name)
+    check_is_deco(fields.get("model_type"), os.fspath(name))
     with named_errors(name):
         return DecoConfig.from_dict(fields)
 
 
 def check_is_deco(model_type: str | None, name: str) -> None:
-    """Raise a ValueError where the `model_type` of a config.json is not DeCo's; `name` is the model's."""
+    """Raise a ValueError if the `model_type` of a config.json is not DeCo's. `name` is that of the model."""
     if model_type != DecoConfig.model_type:
         raise ValueError(
             f"{name} is a {model_type!r} model, not a DeCo. deco convert makes one of a LLaVA; recipes/sft.py joins a "
@@ -138,13 +139,15 @@ def check_is_deco(model_type: str | None, name: str) -> None:
 
 
 def load_model(name: str | os.PathLike, revision: str | None = None, **arguments) -> DecoForConditionalGeneration:
-    """A DeCo checkpoint with all its weights. Of an adapter: its base model with the adapter merged into it or, where
-    the weights are quantized, on top of it.
+    """Load a DeCo checkpoint and check that no weights are missing.
+
+    For an adapter, load its base model and merge the adapter into it. If the weights are quantized, keep the adapter
+    as separate layers.
 
     Args:
         name: folder or Hub id.
         revision: branch, tag or commit on the Hub.
-        arguments: of `DecoForConditionalGeneration.from_pretrained`.
+        arguments: arguments of `DecoForConditionalGeneration.from_pretrained`.
 
     Raises:
         ValueError: there is no such checkpoint, it is not a DeCo, or its weights are not those of its config.
@@ -156,14 +159,14 @@ def load_model(name: str | os.PathLike, revision: str | None = None, **arguments
     config = load_config(name, revision)
     path = checkpoint_name(name)
     if os.path.isdir(path):
-        check_weights(name, revision, config)  # before there is memory for what the config says
+        check_weights(name, revision, config)  # before memory is allocated for the sizes in the config
     with named_errors(name):
         model, info = DecoForConditionalGeneration.from_pretrained(
             path,
             revision=revision or "main",
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # an error below
+            ignore_mismatched_sizes=True,  # reported below
             **arguments,
         )
     is_quantized = getattr(config, "quantization_config", None) is not None

@@ -22,10 +22,10 @@ from ..utils.errors import one_line
 
 
 def checkpoint_name(name: str | os.PathLike) -> str:
-    """What transformers is to load for a model's name: the path of a folder, `~` expanded, or a Hub id.
+    """Check the name of a model, and return a folder's path with `~` expanded, or the Hub id.
 
     Raises:
-        ValueError: there is no such folder, and the name is no Hub id; the Hub is not asked.
+        ValueError: there is no such folder, and the name is not a Hub id. The Hub is not asked.
     """
     name = os.fspath(name)
     path = os.path.expanduser(name)
@@ -46,7 +46,7 @@ def checkpoint_name(name: str | os.PathLike) -> str:
 
 
 def find_file(name: str | os.PathLike, filename: str, revision: str | None) -> str | None:
-    """The path of a checkpoint's file, fetched from the Hub where the checkpoint is there; None where it has none."""
+    """Path of a file of a checkpoint, downloaded if the checkpoint is on the Hub. None if there is no such file."""
     path = checkpoint_name(name)
     if os.path.isdir(path):
         file = os.path.join(path, filename)
@@ -55,7 +55,7 @@ def find_file(name: str | os.PathLike, filename: str, revision: str | None) -> s
         if not is_offline_mode() and not isinstance(
             try_to_load_from_cache(path, "config.json", revision=revision), str
         ):
-            HfApi().model_info(path, revision=revision, timeout=10)  # asks once, where a download tries six times
+            HfApi().model_info(path, revision=revision, timeout=10)  # asks once; a download would try six times
         return hf_hub_download(path, filename, revision=revision)
     except GatedRepoError:
         raise ValueError(f"{name} is gated: ask for access on its page, huggingface.co/{name}, and log in.") from None
@@ -70,7 +70,7 @@ def find_file(name: str | os.PathLike, filename: str, revision: str | None) -> s
         raise ValueError(f"There is no folder {name}, and the Hub cannot be asked for it: {reason}.") from error
     except EntryNotFoundError:
         return None
-    except Exception as error:  # of the Hub, or of the library that asks it, of which huggingface_hub has had several
+    except Exception as error:  # of the Hub or of the HTTP library, which differs between versions of huggingface_hub
         raise ValueError(f"There is no folder {name}, and asking the Hub for it failed: {one_line(error)}") from error
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the pictures that others send or name: to the server, to the page."""
+"""Read untrusted images and URLs, for the server and the page."""
 
 import asyncio
 import threading
@@ -17,21 +17,21 @@ from .limits import UNTRUSTED_LIMITS, ImageLimits, Stop
 
 
 class PictureReader:
-    """Reads untrusted pictures and URLs, within limits of time, memory and number.
+    """Reads untrusted images and URLs within limits on time, memory and number.
 
-    Pictures are decoded by `num_decoders` processes, which are started when first needed. One that a picture crashes,
-    or keeps for longer or makes larger than the limits say, is killed and replaced. (The memory of a process is
-    limited on Linux; elsewhere the limits of time and pixels must do.) Downloads run in threads of their own. What a
-    cancelled task has begun ends at once: connections are closed, a decoder is killed.
+    `num_decoders` processes decode the images. They start when they are first needed. A process that crashes, takes
+    too long or exceeds its memory is killed and replaced. The memory is limited on Linux only; elsewhere the limits on
+    time and pixels apply. Downloads run in separate threads. If a task is cancelled, its connections are closed and
+    its decoder is killed.
 
     Args:
-        limits: of a picture, and of those of a request together; only the time of a download is one picture's.
-        allow_files: whether strings may name files of this machine.
-        allow_private: whether URLs may lead, at once or by redirects, to addresses that are not public: this machine,
-            its network, a cloud's metadata service. Where not, proxies are not used either, since they would connect.
-        num_decoders: processes, and requests whose decoded pictures are in memory at the same time.
-        max_downloads: at the same time; a request has one. As many as there may be requests, so that none waits for
-            the slow host of another.
+        limits: limits for one image, and for all images of a request together. `timeout` applies to each download.
+        allow_files: whether strings may be paths of local files.
+        allow_private: whether URLs and redirects may lead to addresses that are not public: this machine, its network,
+            the metadata service of a cloud. If not, proxies are not used either, because they would connect.
+        num_decoders: number of processes, and of requests whose decoded images are in memory at the same time.
+        max_downloads: number of downloads at the same time, one for each request. Use the number of concurrent
+            requests, so that no request waits for the slow host of another.
     """
 
     def __init__(
@@ -49,22 +49,23 @@ class PictureReader:
         self._places = asyncio.Semaphore(num_decoders)
         self._fetchers = ThreadPoolExecutor(max_downloads, thread_name_prefix="fetch-picture")
         self._decoders = ThreadPoolExecutor(num_decoders, thread_name_prefix="decode-picture")
-        self._of_thread = threading.local()  # each thread of `_decoders` has a process
+        self._of_thread = threading.local()  # each thread of `_decoders` has its own process
         self._stops: set[Stop] = set()
 
     @asynccontextmanager
     async def read_all(self, sources: Sequence[str | bytes]) -> AsyncIterator[list[Image.Image]]:
-        """The pictures of a request, in memory while the block runs: `num_decoders` blocks run at the same time.
+        """Read the images of a request and keep them in memory while the block runs.
+
+        At most `num_decoders` blocks run at the same time.
 
         Args:
-            sources: `http:`, `https:` or `data:` URLs, encoded pictures as bytes, names of files where they are
-                allowed.
+            sources: `http:`, `https:` or `data:` URLs, encoded images as bytes, or paths if files are allowed.
 
         Returns:
-            Images as `read_image` returns them, in the order of the sources.
+            Images as from `read_image`, in the order of the sources.
 
         Raises:
-            ImageError: one of them cannot be read, and which, or all together are too large.
+            ImageError: an image cannot be read (the message names it), or all images together are too large.
         """
         encoded, num_bytes = [], 0
         for position, source in enumerate(sources, 1):
@@ -78,21 +79,17 @@ class PictureReader:
             yield await self._in_thread(self._decoders, self._decode, sources, encoded)
 
     async def read(self, source: str | bytes) -> Image.Image:
-        """One picture, as `read_image` returns it.
-
-        Raises:
-            ImageError: it cannot be read.
-        """
+        """Read one image. Returns and raises what `read_image` does."""
         encoded = await self._in_thread(self._fetchers, self._fetch, source)
         return await self._in_thread(self._decoders, self._decode_one, source, encoded)
 
     def read_sync(self, source: str | bytes) -> Image.Image:
-        """`read` for code that is not asynchronous; it waits for the same processes."""
+        """`read` for synchronous code, with the same processes."""
         encoded = self._fetch(source, Stop())
         return self._decoders.submit(self._decode_one, source, encoded, Stop()).result()
 
     def close(self) -> None:
-        """End what is under way, and the processes."""
+        """Stop all downloads and end the processes."""
         for stop in list(self._stops):
             stop()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
@@ -104,7 +101,7 @@ class PictureReader:
         try:
             return await asyncio.wrap_future(executor.submit(function, *args, stop))
         finally:
-            stop()  # where this task was cancelled; else there is nothing left to end
+            stop()  # if this task was cancelled; otherwise nothing is left to end
             self._stops.discard(stop)
 
     def _fetch(self, source, stop: Stop) -> bytes:

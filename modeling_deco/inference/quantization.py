@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Fewer bits per weight: NF4 for little memory, int8 for speed."""
+"""Quantization: NF4 to save memory, int8 for speed."""
 
 import warnings
 from importlib.util import find_spec
@@ -11,28 +11,28 @@ from transformers import BitsAndBytesConfig
 
 
 def nf4_config() -> BitsAndBytesConfig:
-    """NF4 for bitsandbytes, or a ValueError that says what to install."""
+    """NF4 settings for bitsandbytes. Raise a ValueError if a library is missing."""
     missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
     if missing:
         raise ValueError(f"--4bit needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    # GPUs are fastest in bfloat16, which is far finer than 4-bit weights. A CPU without bfloat16 took 2 to 5 times as
-    # long in it as in float32; on those that have it, bitsandbytes uses it whatever is asked for.
+    # GPUs are fastest in bfloat16, which is much finer than 4-bit weights. A CPU without bfloat16 instructions takes 2
+    # to 5 times as long in it as in float32. On CPUs that have them, bitsandbytes uses bfloat16 in any case.
     compute_dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
 class Int8Linear(nn.Module):
-    """A linear layer on a CPU with int8 weights, one scale per output, and inputs rounded to 7 bits as they come, one
-    scale for all: as PyTorch's `quantize_dynamic`, which is deprecated, by the same kernels (FBGEMM).
+    """A linear layer on a CPU with int8 weights and one scale for each output.
 
-    torchao, its successor, computes these products of bytes on CPUs without VNNI more slowly than in float32. So does
-    PyTorch's `onednn.qlinear`, which needs no quantized tensor, than these kernels (seen in PyTorch 2.13 and 2.14).
+    The inputs of each call are rounded to 7 bits with one scale. It does what PyTorch's deprecated `quantize_dynamic`
+    does, with the same kernels (FBGEMM). On CPUs without VNNI its successor torchao is slower than float32, and
+    PyTorch's `onednn.qlinear` is slower than these kernels (PyTorch 2.13 and 2.14).
 
     Attributes:
-        nbytes: what its weights, scales and bias take.
+        nbytes: size of weights, scales and bias.
 
     Raises:
-        ValueError: PyTorch has no `quantize_per_channel`, whose removal is announced; it says what to install.
+        ValueError: PyTorch has no `quantize_per_channel`; its removal is announced.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -47,7 +47,7 @@ class Int8Linear(nn.Module):
         zeros = torch.zeros(len(weight), dtype=torch.long)
         bias = None if linear.bias is None else linear.bias.detach().float()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*deprecated")  # in favour of torchao, as said above
+            warnings.filterwarnings("ignore", message=".*deprecated")  # in favour of torchao, see above
             weight = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(weight, bias)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -55,17 +55,19 @@ class Int8Linear(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`, in float32."""
-        # 7 bits: without VNNI, two products of 8 bits overflow the 16 bits that they are added in
+        # 7 bits: without VNNI, the sum of two 8-bit products overflows its 16 bits
         return torch.ops.quantized.linear_dynamic(features, self.packed, True)
 
     def _apply(self, fn, recurse=True):  # private, seen in torch 2.13 to 2.14
         moved = fn(torch.empty(0, dtype=torch.float32, device="cpu"))
         if (moved.device.type, moved.dtype) != ("cpu", torch.float32):
-            raise RuntimeError("A model in int8 stays on the CPU and in float32; move it before.")
+            raise RuntimeError("A model in int8 must stay on the CPU and in float32; move it before you quantize it.")
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # private, seen in torch 2.13 to 2.14
-        raise RuntimeError(f"{prefix.rstrip('.')} is in int8, which is for answering only; save the model before.")
+        raise RuntimeError(
+            f"{prefix.rstrip('.')} is in int8 and cannot be saved; save the model before you quantize it."
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
@@ -80,14 +82,14 @@ def quantize_to_int8(model: nn.Module) -> nn.Module:
     large checkpoint may lose more, since a few of its features are far larger than the others (arXiv 2208.07339).
 
     Args:
-        model: a model with its weights loaded, LLaVA or DeCo, changed in place. On a CPU also any part of one.
+        model: a LLaVA or DeCo with its weights loaded, which is changed in place. On a CPU, also a part of a model.
 
     Returns:
-        The model. It can no longer be trained or saved. On a CPU all of it is in float32; on CUDA what was in float32
-        is in bfloat16.
+        The model, which can no longer be trained or saved. On a CPU its other parts are in float32. On CUDA parts that
+        were in float32 are in bfloat16.
 
     Raises:
-        ValueError: on CUDA torchao is missing, or the model is spread over devices.
+        ValueError: torchao is missing on CUDA, or the model is spread over several devices.
     """
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) == 1 and min(devices).startswith("cuda"):
@@ -98,11 +100,11 @@ def quantize_to_int8(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if _is_plain(child):
                 setattr(module, name, Int8Linear(child))
-    return nn.Module.float(model).eval()  # not its own float, which refuses where a part is in 4 bits
+    return nn.Module.float(model).eval()  # the model's own `float` refuses to run if a part is in 4 bits
 
 
 def _is_plain(module, *_) -> bool:
-    # subclasses are others' quantized layers, or compute in another way; torchao's are of weights
+    # subclasses of Linear are quantized already or compute differently; torchao has subclasses of weights
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
@@ -111,10 +113,10 @@ def _quantize_tower_on_cuda(model):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError:
         raise ValueError("int8 on CUDA needs torchao: pip install torchao") from None
-    for parameter in model.parameters():  # not buffers: frequencies of rotary embeddings need float32
+    for parameter in model.parameters():  # not buffers: the frequencies of rotary embeddings need float32
         if parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(torch.bfloat16)
     tower = model.base_model.vision_tower
     quantize_(tower, Int8DynamicActivationInt8WeightConfig(), filter_fn=_is_plain)
-    tower.compile()  # without which each of torchao's steps is a kernel of its own, and slower than bfloat16
+    tower.compile()  # otherwise each step of torchao is a separate kernel, and slower than bfloat16
     return model.eval()

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the stored weights of a checkpoint are those of its config, by names and shapes alone."""
+"""Compare the names and shapes of stored weights with the model of a config, without reading the weights."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from .errors import named_errors
 from .lookup import checkpoint_name, find_file
 
 
-def check_weights(name: str, revision: str | None, config: DecoConfig) -> None:
+def check_weights(name: str | os.PathLike, revision: str | None, config: DecoConfig) -> None:
     """Compare the names and shapes of a checkpoint's weights with the model of its config. No weights are read.
 
     Raises:
@@ -38,7 +38,7 @@ def check_weights(name: str, revision: str | None, config: DecoConfig) -> None:
     expected = model.state_dict()
     renamed, converted = _renamed(model, shapes)
     stored = renamed.keys() | converted
-    names = {}  # of each parameter, which has several where weights are tied
+    names: dict[int, list[str]] = {}  # names of each parameter; tied weights have several
     for key, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(key)
     tied = {key for keys in names.values() for key in keys if not stored.isdisjoint(keys)}
@@ -48,14 +48,14 @@ def check_weights(name: str, revision: str | None, config: DecoConfig) -> None:
         for key, shape in renamed.items()
         if key in expected and tuple(expected[key].shape) != shape
     }
-    if getattr(config, "quantization_config", None) is not None:  # whose method gives tensors names and shapes
+    if getattr(config, "quantization_config", None) is not None:  # quantized tensors have other names and shapes
         modules = {key.rpartition(".")[0] for key in stored}
         missing = {key for key in missing if key.rpartition(".")[0] not in modules}
         mismatched, unexpected = {}, ()
     check_tensors(name, len(expected), missing, mismatched, unexpected)
 
 
-def check_tensors(name, num_tensors, missing, mismatched, unexpected) -> None:
+def check_tensors(name: str | os.PathLike, num_tensors, missing, mismatched, unexpected) -> None:
     if missing:
         raise ValueError(
             f"{name} has no weights for {len(missing)} of the model's {num_tensors} tensors: {first_names(missing)}."
@@ -63,29 +63,29 @@ def check_tensors(name, num_tensors, missing, mismatched, unexpected) -> None:
     if mismatched:
         shapes = [f"{key} is {list(stored)}, not {list(right)}" for key, (stored, right) in mismatched.items()]
         raise ValueError(
-            f"{name} has {len(mismatched)} tensors of another shape than its config.json says: {first_names(shapes)}."
+            f"{name} has {len(mismatched)} tensors whose shape differs from its config.json: {first_names(shapes)}."
         )
-    # a LLaVA's tower may be used as it is: it has layers that DeCo does not read
+    # the unchanged vision tower of a LLaVA has layers that DeCo does not use
     unexpected = [key for key in unexpected if "vision_tower." not in key]
     if unexpected:
         raise ValueError(
-            f"{name} has {len(unexpected)} tensors that the model of its config.json has no place for: "
+            f"{name} has {len(unexpected)} tensors that are not in the model of its config.json: "
             f"{first_names(unexpected)}."
         )
 
 
 def empty_model(config: DecoConfig) -> DecoForConditionalGeneration:
-    """The model of a config, without memory for its weights."""
+    """Build the model of a config without memory for its weights."""
     with torch.device("meta"):
         return DecoForConditionalGeneration(config)
 
 
 def _renamed(model, shapes: dict[str, tuple]) -> tuple[dict[str, tuple], set[str]]:
-    """Names of stored tensors as the model has them.
+    """Translate the names of stored tensors to the model's names.
 
     Returns:
-        The shapes of the tensors that are stored as the model has them, by name; and the names of those that are
-        joined from several stored tensors (experts).
+        The shapes by name of the tensors that are stored one to one, and the names of the tensors that are joined from
+        several stored tensors (experts).
     """
     expected = model.state_dict()
     mapping = get_model_conversion_mapping(model)
@@ -103,13 +103,16 @@ def _renamed(model, shapes: dict[str, tuple]) -> tuple[dict[str, tuple], set[str
     return renamed, converted
 
 
-def _shapes_of(name: str, revision: str | None) -> dict[str, tuple] | None:
-    """Names and shapes of a checkpoint's weights; None where they are on the Hub, which cannot be asked."""
+def _shapes_of(name: str | os.PathLike, revision: str | None) -> dict[str, tuple] | None:
+    """Names and shapes of the weights of a checkpoint. None if they are on the Hub and the machine is offline."""
     path = checkpoint_name(name)
     if os.path.isdir(path):
         return stored_shapes(name, path)
-    snapshot = os.path.dirname(find_file(name, "config.json", revision))
-    with suppress(ValueError):  # not fetched, or not all of it
+    config_file = find_file(name, "config.json", revision)
+    if config_file is None:
+        raise ValueError(f"{name} is not a model: it has no config.json.")
+    snapshot = os.path.dirname(config_file)
+    with suppress(ValueError):  # not downloaded, or incomplete
         return stored_shapes(name, snapshot)
     if is_offline_mode():
         return None
@@ -118,14 +121,14 @@ def _shapes_of(name: str, revision: str | None) -> dict[str, tuple] | None:
     return {key: tuple(tensor.shape) for file in files for key, tensor in file.tensors.items()}
 
 
-def stored_shapes(name: str, folder: str) -> dict[str, tuple]:
-    """Names and shapes of the weights in a folder, from the heads of its safetensors files.
+def stored_shapes(name: str | os.PathLike, folder: str) -> dict[str, tuple]:
+    """Read the names and shapes of the weights in a folder from the headers of its safetensors files.
 
     Args:
-        name: the checkpoint's, for messages.
+        name: name of the checkpoint in messages.
 
     Raises:
-        ValueError: there are no weights, a file is missing or damaged.
+        ValueError: there are no weights, or a file is missing or damaged.
     """
     files = [SAFE_WEIGHTS_NAME]
     if not os.path.exists(os.path.join(folder, SAFE_WEIGHTS_NAME)):
@@ -143,11 +146,11 @@ def stored_shapes(name: str, folder: str) -> dict[str, tuple]:
             f"{name} lacks {len(absent)} of the {len(files)} files that its {SAFE_WEIGHTS_INDEX_NAME} names: "
             f"{first_names(absent)}."
         )
-    shapes = {}
+    shapes: dict[str, tuple] = {}
     for file in files:
         try:
             with safe_open(os.path.join(folder, file), "pt") as tensors:
                 shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} of {name} is damaged, or not all of it is there: {one_line(error)}") from None
+            raise ValueError(f"{file} of {name} is damaged or incomplete: {one_line(error)}") from None
     return shapes

@@ -25,24 +25,24 @@ METHODS = ("gae", "attention")
 
 @dataclass(frozen=True, eq=False)
 class Relevance:
-    """Relevance of the picture for an answer, one entry per token, or per word after `by_word` and `average`.
+    """Relevance of an image for an answer, with one entry for each token, or for each word after `by_word`.
 
-    Tensors are float32 on the CPU, not negative, and not normalized: what matters is where a map is high. Patches and
-    queries stand row by row: `text_to_patch.unflatten(1, patch_grid)`. What ends on the vision tower's prefix tokens
-    (CLS, registers) is not in the maps.
+    The tensors are float32 on the CPU. They are not negative and not normalized: compare values within a map. Patches
+    and queries are in row-major order: `text_to_patch.unflatten(1, patch_grid)`. The maps leave out the prefix tokens
+    of the vision tower (CLS, registers).
 
     Attributes:
-        answer: the text.
-        tokens: what each entry adds to the text; the pieces of one character are empty, save for the last.
-        token_ids: the ids of each entry: one, or those of a word.
-        word_ids: which word of `answer.split()` each entry belongs to; None for white space.
+        answer: text of the answer.
+        tokens: text that each entry adds. If a character has several tokens, all but the last are empty.
+        token_ids: ids of each entry: one id, or those of a word.
+        word_ids: index in `answer.split()` of the word that each entry belongs to; None for white space.
         patch_grid: `(rows, cols)` of the patches.
-        pooled_grid: `(rows, cols)` of the projector's outputs, the queries.
-        has_grid: whether queries have a place in the picture; those of "qformer" and "resampler" have none.
+        pooled_grid: `(rows, cols)` of the queries, which are the projector's outputs.
+        has_grid: whether queries have a position in the image; those of "qformer" and "resampler" have none.
         text_to_query: `(num_entries, num_queries)`.
-        query_to_patch: `(num_entries, num_queries, num_patches)`; by GAE it differs from token to token.
-        text_to_patch: `(num_entries, num_patches)`, per token `text_to_query @ query_to_patch`.
-        image: `(height, width, 3)`, uint8, the picture as the model saw it: resized, cropped or padded.
+        query_to_patch: `(num_entries, num_queries, num_patches)`. With method "gae" it differs between tokens.
+        text_to_patch: `(num_entries, num_patches)`; for a token it is `text_to_query @ query_to_patch`.
+        image: `(height, width, 3)`, uint8: the image as the model sees it, after resizing, cropping or padding.
     """
 
     answer: str
@@ -58,12 +58,12 @@ class Relevance:
     image: np.ndarray
 
     def by_word(self) -> "Relevance":
-        """The mean over each word's tokens; words are what stands between white space.
+        """Average over the tokens of each word. White space separates words.
 
-        Tokens without a letter or digit, such as a full stop, do not count, and words of such alone are left out
-        (unless the answer has no others).
+        Tokens without a letter or digit, such as a full stop, are ignored. A word that has only such tokens is left
+        out, unless the answer has no other words.
         """
-        entries = {}
+        entries: dict[int, list[int]] = {}
         for index, (word, text) in enumerate(zip(self.word_ids, _whole_characters(self.tokens), strict=True)):
             if word is not None and any(character.isalnum() for character in text):
                 entries.setdefault(word, []).append(index)
@@ -73,16 +73,16 @@ class Relevance:
         return self._mean(list(entries.values()), words, list(entries))
 
     def average(self, words: list[str]) -> "Relevance":
-        """The mean over chosen words, all their occurrences, as one entry.
+        """Average over all occurrences of the given words, as one entry.
 
         Raises:
-            ValueError: a word is not in the answer.
+            ValueError: a word is not in the answer, or no word is given.
         """
         grouped = self.by_word()
         for word in words:
             if word not in grouped.tokens:
                 raise ValueError(
-                    f"{word!r} is not a word of the answer; its words are {', '.join(map(repr, grouped.tokens))}."
+                    f"{word!r} is not a word of the answer; choose from {', '.join(map(repr, grouped.tokens))}."
                 )
         group = [index for index, word in enumerate(grouped.tokens) if word in words]
         if not group:
@@ -91,7 +91,7 @@ class Relevance:
             [group], [" ".join(grouped.tokens[index] for index in group)], [grouped.word_ids[group[0]]]
         )
 
-    def _mean(self, groups: list[list[int]], tokens: list[str], word_ids: list[int]) -> "Relevance":
+    def _mean(self, groups: list[list[int]], tokens: list[str], word_ids: list[int | None]) -> "Relevance":
         means = {
             name: torch.stack([getattr(self, name)[group].mean(0) for group in groups])
             for name in ("text_to_query", "query_to_patch", "text_to_patch")
@@ -101,7 +101,7 @@ class Relevance:
 
 
 def _whole_characters(tokens: list[str]) -> list[str]:
-    """`tokens` with each empty one, a piece of a character, replaced by what completes it."""
+    """Replace each empty token, which is a part of a character, by the token that completes the character."""
     texts, following = [], ""
     for token in reversed(tokens):
         following = token or following
@@ -110,7 +110,7 @@ def _whole_characters(tokens: list[str]) -> list[str]:
 
 
 def _find_word_ids(tokens: list[str]) -> list[int | None]:
-    """The word that each token belongs to, the last one that it touches."""
+    """Index of the word that each token belongs to: the last word that it overlaps."""
     words = [(match.start(), match.end()) for match in re.finditer(r"\S+", "".join(tokens))]
     word_ids, start = [], 0
     for token in tokens:
@@ -125,7 +125,7 @@ def _find_word_ids(tokens: list[str]) -> list[int | None]:
 
 
 def _decode_one_by_one(tokenizer, token_ids: list[int]) -> list[str]:
-    """What each token adds to the text. A piece of a character adds nothing before the character is complete."""
+    """Text that each token adds. A part of a character adds nothing until the character is complete."""
     tokens, text = [], ""
     for end in range(1, len(token_ids) + 1):
         longer = tokenizer.decode(token_ids[:end], clean_up_tokenization_spaces=False)
@@ -146,31 +146,31 @@ def explain(
     method: str = "gae",
     **generate_kwargs,
 ) -> Relevance:
-    """Relevance maps for the tokens of an answer about one image.
+    """Compute relevance maps for the tokens of an answer about one image.
 
-    The prompt is the chat template's for one user turn of image and question. The image is encoded once, for the
-    answer and for its maps. The forward pass over image, prompt and answer is differentiated for one token at a time,
-    with respect to activations: parameters may be frozen or quantized and their `.grad` is not touched. Attention is
-    eager during that pass, dropout off, and both are put back, also after an error; so is `no_grad` or
-    `inference_mode` around the call. Memory does not grow with the number of tokens, save for the maps themselves.
+    The prompt is one user turn with the image and the question. The image is encoded once for both the answer and its
+    maps. For each token, the forward pass over image, prompt and answer is differentiated with respect to activations,
+    so that parameters may be frozen or quantized and their `.grad` does not change. During the pass attention is eager
+    and dropout is off; both are restored afterwards, also after an error. The call works within `no_grad` and
+    `inference_mode`. Apart from the maps, memory does not grow with the number of tokens.
 
     Args:
-        model: a `DecoForConditionalGeneration`, as it is or wrapped by PEFT.
-        processor: its `DecoProcessor`, with a chat template.
-        image: whatever the chat template takes: PIL image, path, URL.
-        answer: text to explain. Default: what the model generates.
-        pooled_grid_size: token budget; default: the processor's.
-        method: `"gae"`, or `"attention"`, a baseline without gradients: attention averaged over heads and layers of
-            the language model, then the pooling matrix, or the averaged attention of queries to patches.
-        generate_kwargs: of `model.generate`; with a `streamer` the answer is there before its maps.
+        model: a `DecoForConditionalGeneration`, which PEFT may wrap.
+        processor: the model's `DecoProcessor`, with a chat template.
+        image: whatever the chat template accepts: PIL image, path, URL.
+        answer: text to explain. Default: the answer that the model generates.
+        pooled_grid_size: token budget of the image. Default: the processor's.
+        method: `"gae"`, or `"attention"`, a baseline without gradients: the attention of the language model, averaged
+            over heads and layers, times the pooling matrix or the averaged attention from queries to patches.
+        generate_kwargs: arguments of `model.generate`. A `streamer` receives the answer before its maps are computed.
 
     Returns:
-        `Relevance` with one entry per token, special tokens left out.
+        `Relevance` with one entry for each token that is not special.
 
     Raises:
-        ValueError: a prompt that leaves no room for an answer, an unknown method, the attention of an abstractor,
-            which has none to patches, an answer without tokens or with an image token, arguments of `generate` that
-            make it return other than one answer, or a part of the model that does not give each layer's attention.
+        ValueError: the prompt leaves no room for an answer, the method is unknown, `method="attention"` is used with
+            an abstractor, which has no attention to patches, the answer is empty or contains the image token, an
+            argument of `generate` changes what it returns, or a part of the model does not return its attention.
     """
     deco = _find_deco(model)
     if method not in METHODS:
@@ -179,10 +179,10 @@ def explain(
     if method == "attention" and projector_type not in (*POOLING, *ATTENTION_CLASSES):
         raise ValueError(f"projector_type {projector_type!r} has no attention to patches; use method='gae'.")
     if answer is not None and generate_kwargs:
-        raise ValueError(f"An answer is given, so that {', '.join(generate_kwargs)} would have no effect.")
+        raise ValueError(f"{', '.join(generate_kwargs)} has no effect on a given answer; leave it out.")
     for name in ("return_dict_in_generate", "num_return_sequences"):
         if name in generate_kwargs:
-            raise ValueError(f"{name} cannot be given: explain takes the token ids of one answer.")
+            raise ValueError(f"{name} cannot be set: explain needs the token ids of one answer.")
 
     with evaluation(deco):
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
@@ -195,7 +195,7 @@ def explain(
         else:
             answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
         if deco.config.image_token_id in answer_ids:
-            raise ValueError(f"The answer holds {processor.image_token!r}, which stands for an image; leave it out.")
+            raise ValueError(f"The answer contains {processor.image_token!r}, which marks an image; leave it out.")
         explained = [index for index, token in enumerate(answer_ids) if token not in tokenizer.all_special_ids]
         if not explained:
             raise ValueError("The answer is empty: it has no token to explain.")
@@ -224,7 +224,7 @@ def explain(
 
 
 def _find_deco(model: nn.Module) -> nn.Module:
-    # by name, since code that came with a checkpoint has a class of its own, and PEFT wraps either
+    # by name: code that comes with a checkpoint has its own class, and PEFT may wrap it
     for module in model.modules():
         if type(module).__name__ == "DecoForConditionalGeneration":
             return module
@@ -232,7 +232,7 @@ def _find_deco(model: nn.Module) -> nn.Module:
 
 
 def _picture(inputs, image_processor, patch_grid: tuple[int, int], config) -> np.ndarray:
-    """The pixels under the patches as `(height, width, 3)`, normalization undone."""
+    """Undo the normalization of the pixels under the patches. Returns `(height, width, 3)`."""
     pixels = inputs["pixel_values"][0].detach().float().cpu()
     (rows, cols), patch_size = patch_grid, config.vision_config.patch_size
     if pixels.ndim == 2:  # SigLIP 2's flat patches: (max_num_patches, patch_size * patch_size * 3)

@@ -15,19 +15,19 @@ _LONGEST_TITLE = 20  # characters, which is what fits above a panel
 
 
 def plot_relevance(relevance: Relevance, level: str = "patch"):
-    """Draw the picture and, for each word of the answer, its heat map over the greyed picture.
+    """Draw the image and, for each word of the answer, its heat map over the grey image.
 
-    Each map has its own scale, from nothing to its peak, and says how high that is beside other words: one that
-    does not come from the picture has a low one.
+    Each map is scaled to its own maximum. The caption compares that maximum with those of the other words: it is low
+    for a word that does not depend on the image.
 
     Args:
-        relevance: of tokens or words; tokens are averaged by word.
-        level: `"patch"` for Text-to-Patch, `"query"` for Text-to-Query (on the pooled grid, without the picture where
-            queries have no place in it), `"both"` for one above the other.
+        relevance: maps of tokens or words. Tokens are averaged by word.
+        level: `"patch"` for Text-to-Patch. `"query"` for Text-to-Query on the pooled grid, without the image if
+            queries have no position in it. `"both"` for both, one below the other.
 
     Returns:
-        A matplotlib `Figure`: `figure.savefig(path)`, or the last expression of a notebook's cell after `%matplotlib
-        inline`.
+        A matplotlib `Figure`: save it with `figure.savefig(path)`, or show it in a notebook after `%matplotlib inline`
+        as the last expression of a cell.
 
     Raises:
         ValueError: an unknown level.
@@ -55,7 +55,7 @@ def plot_relevance(relevance: Relevance, level: str = "patch"):
         _draw_picture(panels[0], words, drawn_level)
         for word, axes in enumerate(panels[1:num_panels]):
             heat_map = _draw_word(axes, words, word, drawn_level)
-    # as high as the first row of panels
+    # the colour bar is as high as the first row of panels
     bar = figure.colorbar(heat_map, ax=grid[:, -1], fraction=0.08, shrink=1 / num_rows, anchor=(0, 1), ticks=[0, 1])
     bar.ax.set_yticklabels(["0", "max"], size="small")
     bar.set_label("relevance", size="small", labelpad=-12)
@@ -70,7 +70,7 @@ def _draw_picture(axes, words: Relevance, level: str) -> None:
 
 
 def _draw_word(axes, words: Relevance, index: int, level: str):
-    """One word's heat map with its title and its peak; returns it for the colour bar."""
+    """Draw the heat map of a word with its title and caption, and return it for the colour bar."""
     heat_map = draw_heat_map(axes, words, index, level)
     word = words.tokens[index]
     if len(word) > _LONGEST_TITLE:
@@ -82,10 +82,10 @@ def _draw_word(axes, words: Relevance, index: int, level: str):
 
 
 def draw_heat_map(axes, relevance: Relevance, index: int, level: str = "patch"):
-    """Draw one entry's heat map on matplotlib's `axes`, over the greyed picture where the entry has a place there.
+    """Draw the heat map of one entry on matplotlib's `axes`, over the grey image if its grid has a position there.
 
     Returns:
-        matplotlib's image of the map, scaled to its own peak, for a colour bar.
+        matplotlib's image of the map, scaled to its own maximum, for a colour bar.
     """
     maps, grid = _maps(relevance, level)
     heat = maps[index].unflatten(0, grid).numpy()
@@ -94,7 +94,7 @@ def draw_heat_map(axes, relevance: Relevance, index: int, level: str = "patch"):
     opacity = 1
     if level == "patch" or relevance.has_grid:
         axes.imshow(relevance.image.mean(-1), cmap="gray", vmin=0, vmax=1.8 * 255)
-        opacity = 0.1 + 0.6 * heat  # the picture shows through
+        opacity = 0.1 + 0.6 * heat  # the image shows through
     return axes.imshow(
         heat, cmap="inferno", vmin=0, vmax=1, alpha=opacity, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
     )

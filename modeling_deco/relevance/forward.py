@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The forward pass whose attentions and gradients are read: image, prompt and answer, with its graph."""
+"""The forward pass over image, prompt and answer, which keeps attentions and the graph for gradients."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,31 +9,31 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..inference.quantization import Int8Linear
 from ..modeling_deco import IMAGE_INPUTS
 
-# What computes attention in a projector, and gives its weights as second output.
+# Classes that compute attention in a projector and return its weights as second output.
 # private, seen in transformers 5.19 to 5.24
 ATTENTION_CLASSES = {"qformer": "Blip2QFormerMultiHeadAttention", "resampler": "Idefics2PerceiverAttention"}
 
 
 @dataclass
 class ProjectorCall:
-    """What went into the projector for the image, and what came out."""
+    """Inputs and outputs of the projector for one image."""
 
-    patch_features: torch.Tensor | None = None  # (1, num_patches, vision_hidden_size)
-    patch_grid: tuple[int, int] | None = None
-    pooled_grid: tuple[int, int] | None = None
-    image_features: torch.Tensor | None = None  # (1, num_queries, text_hidden_size)
+    patch_features: torch.Tensor = field(init=False)  # (1, num_patches, vision_hidden_size)
+    patch_grid: tuple[int, int] = field(init=False)
+    pooled_grid: tuple[int, int] = field(init=False)
+    image_features: torch.Tensor = field(init=False)  # (1, num_queries, text_hidden_size)
     attentions: list[torch.Tensor] = field(default_factory=list)  # (1, heads, num_queries, keys)
-    is_cross: list[bool] = field(default_factory=list)  # whether an attention's keys come from elsewhere
+    is_cross: list[bool] = field(default_factory=list)  # whether it is cross-attention
 
 
 class EncodedImage(NamedTuple):
-    """The image's part of a forward pass, with its graph."""
+    """The part of a forward pass that encodes the image, with its graph."""
 
     outputs: BaseModelOutputWithPooling
     call: ProjectorCall
@@ -41,30 +41,30 @@ class EncodedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """One forward pass with its graph. Attentions are `(1, heads, tokens, tokens)`, one for each layer."""
+    """One forward pass with its graph. Each layer has an attention `(1, heads, tokens, tokens)`."""
 
     projector_type: str
     tower: tuple[torch.Tensor, ...]
     projector: ProjectorCall
     language: tuple[torch.Tensor, ...]
-    patches: slice  # among the tower's tokens
-    queries: torch.Tensor  # positions of the image's placeholders
-    positions: list[int]  # where the explained tokens are predicted
+    patches: slice  # positions in the vision tower's sequence
+    queries: torch.Tensor  # positions of the image tokens in the prompt
+    positions: list[int]  # positions that predict the explained tokens
     margins: list[torch.Tensor]  # of the explained tokens
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, out of a caller's `no_grad` or `inference_mode`; all is put back at the end."""
+    """Switch to evaluation mode and leave the caller's `no_grad` or `inference_mode`; restore both at the end."""
     if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError("The model was loaded under torch.inference_mode() and cannot be differentiated.")
+        raise ValueError("The model was loaded under torch.inference_mode(); load it outside, to differentiate it.")
     if any(isinstance(module, Int8Linear) for module in model.modules()):
-        raise ValueError("A model in int8 cannot be differentiated; load it without.")
+        raise ValueError("A model in int8 cannot be differentiated; load it without int8.")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks the weights of a 4-bit layer that is in evaluation mode,
-        # for good, and cannot differentiate through it any more. The mode has no other effect on it.
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 permanently repacks the weights of 4-bit layers in evaluation
+        # mode and cannot differentiate through them afterwards. The mode has no other effect on these layers.
         if type(module).__name__ == "Linear4bit":
             module.training = True
     try:
@@ -77,8 +77,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _eager_attention(model: nn.Module) -> Iterator[None]:
-    """Attention that gives its weights, in all parts; modules look the implementation up at each call."""
-    configs = {}
+    """Use the attention that returns its weights in all parts. Modules look the implementation up at each call."""
+    configs: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             configs.update((id(config), config) for config in _with_sub_configs(module.config))
@@ -86,7 +86,7 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
-            config._attn_implementation = {"": "eager"}  # a dict, since a string also goes to configs below
+            config._attn_implementation = {"": "eager"}  # a string would also set the configs inside
         yield
     finally:
         for config, implementation in before:
@@ -101,9 +101,9 @@ def _with_sub_configs(config) -> Iterator:
 
 
 def encode_image(deco, inputs, method: str) -> EncodedImage:
-    """The vision tower's pass over the image, and the projector's."""
+    """Run the vision tower and the projector on the image."""
     image_inputs = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
-    # with this, activations have a graph though all parameters be frozen
+    # activations then have a graph even if all parameters are frozen
     image_inputs["pixel_values"] = image_inputs["pixel_values"].clone().requires_grad_(method == "gae")
     with torch.set_grad_enabled(method == "gae"), _eager_attention(deco):
         with _recorded(deco.model.multi_modal_projector, deco.config.projector_type) as call:
@@ -112,7 +112,7 @@ def encode_image(deco, inputs, method: str) -> EncodedImage:
 
 
 def generate(deco, inputs, image: EncodedImage, generate_kwargs: dict) -> list[int]:
-    """The token ids of the model's answer about an image that has been encoded."""
+    """Generate the token ids of an answer about an encoded image."""
     text_inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
     features = [features.detach() for features in image.outputs.pooler_output]
     encoded = {"image": BaseModelOutputWithPooling(pooler_output=features)}
@@ -121,7 +121,7 @@ def generate(deco, inputs, image: EncodedImage, generate_kwargs: dict) -> list[i
 
 
 def run_answer(deco, image: EncodedImage, sequence: list[int], targets: list[int], method: str) -> ForwardPass:
-    """The language model's pass over `sequence`, of which the tokens at `targets` are explained."""
+    """Run the language model on `sequence`, whose tokens at `targets` are explained."""
     positions = [target - 1 for target in targets]
     input_ids = torch.tensor([sequence[: targets[-1]]], device=deco.device)
     with torch.set_grad_enabled(method == "gae"), _eager_attention(deco):
@@ -152,7 +152,7 @@ def run_answer(deco, image: EncodedImage, sequence: list[int], targets: list[int
 
 
 def _margin(logits: torch.Tensor, token: int) -> torch.Tensor:
-    """How far the token's logit is above the best other one's."""
+    """Difference between the logit of the token and the highest other logit."""
     rivals = logits.detach().clone()
     rivals[token] = -torch.inf
     return (logits[token] - logits[rivals.argmax()]).float()
@@ -167,7 +167,7 @@ def _recorded(projector: nn.Module, projector_type: str) -> Iterator[ProjectorCa
         call.image_features = image_features
 
     def give_graph(module, args, kwargs):
-        # before the first cross-attention, frozen queries depend on nothing that is differentiated
+        # frozen queries have no graph before the first cross-attention
         queries = kwargs.get("hidden_states")
         if queries is not None and not queries.requires_grad:
             kwargs["hidden_states"] = queries.detach().requires_grad_()
@@ -193,8 +193,8 @@ def _check_layers(attentions, config, part: str) -> tuple[torch.Tensor, ...]:
     attentions = tuple(attention for attention in attentions or () if attention is not None)
     if len(attentions) != config.num_hidden_layers:
         raise ValueError(
-            f"The {part} ({config.model_type}) has {config.num_hidden_layers} layers and gives {len(attentions)} "
-            f"attentions; relevance needs one of each."
+            f"The {part} ({config.model_type}) has {config.num_hidden_layers} layers but returns {len(attentions)} "
+            f"attentions; relevance needs one from each layer."
         )
     return attentions
 
@@ -203,6 +203,6 @@ def _check_graph(attentions: tuple[torch.Tensor, ...]) -> None:
     num_cut = sum(not attention.requires_grad for attention in attentions)
     if num_cut > 0:
         raise ValueError(
-            f"{num_cut} of {len(attentions)} attentions cannot be differentiated. If the model is in 4 bits, on a CPU "
-            f"with AVX512-BF16, bitsandbytes repacked its weights at their first use: load it anew and explain first."
+            f"{num_cut} of {len(attentions)} attentions cannot be differentiated. On a CPU with AVX512-BF16, "
+            f"bitsandbytes repacks 4-bit weights at their first use: load the model again and call explain first."
         )

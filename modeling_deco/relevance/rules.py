@@ -26,7 +26,7 @@ POOLING = ("avg_pool", "mlp")
 
 
 def explain_by_gae(run: ForwardPass, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text-to-Query `(num_queries,)` and Query-to-Patch `(num_queries, num_patches)` of one token."""
+    """Compute Text-to-Query `(num_queries,)` and Query-to-Patch `(num_queries, num_patches)` of one token."""
     call = run.projector
     attentions = [*run.tower, *call.attentions, *run.language]
     *gradients, feature_gradient = torch.autograd.grad(
@@ -54,7 +54,7 @@ def explain_by_gae(run: ForwardPass, index: int) -> tuple[torch.Tensor, torch.Te
 
 
 def explain_by_attention(run: ForwardPass, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The baseline's Text-to-Query and Query-to-Patch of one token."""
+    """Compute the baseline's Text-to-Query and Query-to-Patch of one token."""
     call = run.projector
     rows = [attention[0, :, run.positions[index]].float().mean(0).cpu() for attention in run.language]
     text_to_query = torch.stack(rows).mean(0)[run.queries]
@@ -68,16 +68,16 @@ def explain_by_attention(run: ForwardPass, index: int) -> tuple[torch.Tensor, to
 
 
 def _weigh(attention: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-    """`(rows, columns)`: attention times gradient, clamped, then averaged over heads."""
+    """Multiply attention by gradient, clamp, then average over heads. Returns `(rows, columns)`."""
     if gradient is None:  # the score does not depend on it
         return torch.zeros(attention.shape[-2:])
     return (attention.detach().float() * gradient.float()).clamp(min=0).mean(1)[0].cpu()
 
 
 def _propagate(rows: torch.Tensor, maps: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of relevance through layers of self-attention: `rows @ R` where each layer did `R += A R`.
+    """Compute `rows @ R` for the R that starts as the identity and that each layer updates by `R += A R`.
 
-    From the last layer to the first, so that few rows cost `rows * tokens ** 2` per layer and not `tokens ** 3`.
+    It goes from the last layer to the first: a layer then costs `rows * tokens ** 2`, not `tokens ** 3`.
     """
     for attention_map in reversed(maps):
         rows = rows + rows @ attention_map
@@ -85,7 +85,7 @@ def _propagate(rows: torch.Tensor, maps: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _normalize_rows(relevance: torch.Tensor) -> torch.Tensor:
-    """GAE's normalization: what was added to the identity sums to 1 in each row, or stays nothing."""
+    """GAE's normalization: scale each row of what was added to the identity to a sum of 1; zero rows stay zero."""
     identity = torch.eye(len(relevance))
     return _divide_by_sum(relevance - identity) + identity
 
@@ -96,7 +96,7 @@ def _divide_by_sum(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _pooling_matrix(call: ProjectorCall) -> torch.Tensor:
-    """`(num_queries, num_patches)`: the share that each patch has in each pooled feature."""
+    """Share of each patch in each pooled feature, `(num_queries, num_patches)`."""
     num_patches = call.patch_grid[0] * call.patch_grid[1]
     return pool_patch_grid(torch.eye(num_patches)[None], call.patch_grid, call.pooled_grid)[0]
 
@@ -128,7 +128,7 @@ def _resampler_relevance(maps: list[torch.Tensor]) -> torch.Tensor:
 def _gradient_times_input(
     image_features: torch.Tensor, patch_features: torch.Tensor, feature_gradient: torch.Tensor
 ) -> torch.Tensor:
-    """Share of each patch in what each query gives the score: `max(0, sum(patch * d(gradient . query) / d patch))`."""
+    """Share of each patch in the contribution of each query: `max(0, sum(patch * d(gradient . query) / d patch))`."""
     rows = []
     for query in range(image_features.shape[1]):
         weights = torch.zeros_like(image_features)

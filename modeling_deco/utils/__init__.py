@@ -1,3 +1,3 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every room uses."""
+"""Helpers that all parts of the package use: errors, files, programs, measurements."""

@@ -14,20 +14,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-_INTERRUPTED = 130  # the exit code of a process that Ctrl-C ended
+_INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
 
 def run_within_limits(function: Callable[[], Any], what: str, seconds: float = 10, num_bytes: int = 2 << 30) -> Any:
-    """Run a function in a process of its own, and return what it returned (as JSON), or None where it raised an error.
+    """Run a function in a child process. Return its result, passed as JSON, or None if it raised an error.
 
     Args:
-        function: it sees this process's memory, and cannot change it.
-        what: the subject of the error's line.
-        seconds: longest time.
-        num_bytes: most memory beyond what this process has, on Linux.
+        function: it reads a copy of the memory of this process, and cannot change it.
+        what: subject of the error message.
+        seconds: maximum time.
+        num_bytes: maximum memory in addition to that of this process, on Linux.
 
     Raises:
-        ValueError: it takes more than that.
+        ValueError: the function takes more time or memory.
     """
     if not hasattr(os, "fork"):  # Windows
         with suppress(Exception):
@@ -35,7 +35,7 @@ def run_within_limits(function: Callable[[], Any], what: str, seconds: float = 1
         return None
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # forking beside threads is deprecated: the new process does not need them
+        warnings.simplefilter("ignore")  # forking with threads is deprecated, but the child does not need them
         child = os.fork()
     if child == 0:
         _answer(function, writer, num_bytes)
@@ -53,16 +53,16 @@ def run_within_limits(function: Callable[[], Any], what: str, seconds: float = 1
         _, status = os.waitpid(child, 0)
     if os.waitstatus_to_exitcode(status) == _INTERRUPTED:
         raise KeyboardInterrupt
-    if not answer.endswith(b"\n"):  # the answer is incomplete: out of time, or of memory
+    if not answer.endswith(b"\n"):  # incomplete: out of time or memory
         raise ValueError(f"{what} takes more than {seconds:g} seconds or {num_bytes / 2**30:g} GB.")
     return json.loads(answer)
 
 
 def _answer(function: Callable[[], Any], writer: int, num_bytes: int) -> NoReturn:
-    """In the new process: write the function's result as a line of JSON, or nothing, and end."""
+    """In the child: write the result as a line of JSON, or nothing, and end."""
     code = 0
     try:
-        faulthandler.disable()  # a crash is an answer too
+        faulthandler.disable()  # a crash prints nothing
         null = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(null, stream)

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""JSON files that are not trusted."""
+"""Read untrusted JSON files."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ from .errors import InputError, one_line
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        InputError: the file is missing, is not JSON, is no object, or names something twice.
+        InputError: the file is missing, is not JSON, is not an object, or has a duplicate key.
     """
     try:
         value = json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)
@@ -31,7 +31,7 @@ def read_settings(path: Path) -> dict:
 
 
 def without_duplicates(pairs: list[tuple]) -> dict:
-    """For `json.loads(object_pairs_hook=...)`, which by itself keeps the last of several."""
+    """Reject duplicate keys, as `object_pairs_hook` of `json.loads`, which would keep the last one."""
     names = set()
     for name, _ in pairs:
         if name in names:

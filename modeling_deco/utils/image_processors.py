@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Image processors from their settings, and LLaVA's padding to a square."""
+"""Build image processors from settings, also with LLaVA's padding to a square."""
 
 import json
 import tempfile
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoImageProcessor
 
-# What LLaVA's image processor takes over. It adds padding only.
+# Settings that LLaVA's image processor takes over. It only adds padding.
 _IMAGE_SETTINGS = (
     "do_convert_rgb",
     "do_resize",
@@ -25,15 +25,15 @@ _IMAGE_SETTINGS = (
 
 
 def pad_to_square(image_processor):
-    """LLaVA's image processor with the settings of this one: it first pads an image to a square in the mean colour."""
+    """Build LLaVA's image processor, which first pads images to a square in the mean colour, with these settings."""
     settings = json.loads(image_processor.to_json_string())
     kept = {name: settings[name] for name in _IMAGE_SETTINGS if settings.get(name) is not None}
-    kept = {"do_center_crop": False, **kept, "do_pad": True}  # unset means false, but not to LLaVA's
+    kept = {"do_center_crop": False, **kept, "do_pad": True}  # unset means false here, but true in LLaVA's
     return build_image_processor("LlavaImageProcessor", kept)
 
 
 def build_image_processor(kind: str, settings: dict):
-    """By transformers' auto class, which knows the backends that are installed, and reads files only."""
+    """Build an image processor with the auto class of transformers, which chooses the backend but only reads files."""
     settings = {name: value for name, value in settings.items() if name not in ("auto_map", "feature_extractor_type")}
     with tempfile.TemporaryDirectory() as folder:
         content = json.dumps({**settings, "image_processor_type": kind})

@@ -12,24 +12,23 @@ from .errors import one_line
 
 
 def print_error(line: str) -> None:
-    """Write a line to stderr. Where stderr cannot be written (a full disk, a closed pipe) the line is dropped, and the
-    program goes on to its exit code."""
-    # a closed file raises a ValueError; where stderr was closed before Python began, it is None
+    """Write a line to stderr. If stderr cannot be written (full disk, closed pipe), the line is dropped."""
+    # a closed file raises a ValueError; stderr is None if it was closed before Python started
     with suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
 
 def run(name: str, main: Callable[[], object], bad_input: tuple[type[Exception], ...] = ()) -> NoReturn:
-    """Run a program and end its process: with exit code 0, 1 for what failed on the way, or 2 for bad input.
+    """Run a program and end its process with exit code 0, 1 for a failure, or 2 for bad input.
 
-    `bad_input` and OSErrors become one line on stderr; other errors keep their traceback. An output that cannot be
-    written is an OSError too, though Python may notice it only after the program's last line.
+    `bad_input` and OSErrors are printed as one line on stderr. Other errors keep their traceback. If the output cannot
+    be written, that is an OSError too, but Python may notice it only at the end of the program.
 
     Args:
-        name: how the line begins, as in `"deco"`.
+        name: beginning of the line, as in `"deco"`.
         main: the program. It may raise `SystemExit`, as typer does.
-        bad_input: the errors that mean bad input. Any other `OSError` is exit code 1.
+        bad_input: errors that mean bad input. Any other `OSError` gives exit code 1.
     """
     _open_closed_streams()
     code: str | int = 0
@@ -40,7 +39,7 @@ def run(name: str, main: Callable[[], object], bad_input: tuple[type[Exception],
         if not isinstance(code, int):
             print_error(str(code))
             code = 1
-    except BrokenPipeError:  # the reader of the output has closed it
+    except BrokenPipeError:  # the reader has closed the output
         code = 1
     except bad_input as error:
         print_error(f"{name}: {one_line(error)}")
@@ -56,7 +55,7 @@ def run(name: str, main: Callable[[], object], bad_input: tuple[type[Exception],
                 code = 1
                 if not isinstance(error, BrokenPipeError):
                     print_error(f"{name}: {_unwritten(error)}")
-            with suppress(OSError, ValueError):  # what is still in the buffer would fail again when Python exits
+            with suppress(OSError, ValueError):  # the rest of the buffer would fail again when Python exits
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
@@ -66,8 +65,10 @@ def _unwritten(error: Exception) -> str:
 
 
 def _open_closed_streams() -> None:
-    """Put the null device where stdin, stdout or stderr is closed (`>&-`): the next file that is opened would take the
-    number, and whatever a library prints would be written into it."""
+    """Open the null device in place of a closed stdin, stdout or stderr (`>&-`).
+
+    Otherwise the next file that is opened would take the number, and libraries would print into it.
+    """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)

@@ -1,7 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How a recipe ends: one line and exit code 2 for bad input, one line and 1 for what fails on the way; a bug has its
-traceback."""
+"""How a recipe ends: bad input is one line and exit code 2, a failure one line and exit code 1, a bug a traceback."""
 
 import linecache
 import os
@@ -29,17 +28,17 @@ _BAD_INPUT = (
 
 
 class _BadInput(Exception):
-    """Bad input; the message is the line that users see."""
+    """Bad input. Its message is the line that users see."""
 
 
 def run(name: str, main: Callable[[], object]) -> NoReturn:
     """Run a recipe and end its process as `modeling_deco.utils.program.run` does.
 
-    Where several processes fail alike, one of them says so.
+    If several processes fail with the same error, one of them prints it.
 
     Args:
-        name: how the line begins.
-        main: the recipe, its reading of arguments included.
+        name: beginning of the line, as in `"sft"`.
+        main: the recipe, which also parses its arguments.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
     program.run(name, lambda: _report_once(name, main), bad_input=(_BadInput,))
@@ -62,10 +61,10 @@ def _report_once(name: str, main: Callable[[], object]) -> None:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """2 for bad input, 1 for what failed on the way, None for a bug.
+    """Exit code of an error: 2 for bad input, 1 for a failure, None for a bug.
 
-    What the package raises by `raise` is meant for users. What libraries raise is bad input until the training loop
-    runs, and a bug from then on.
+    Errors that the package raises by `raise` are for users. Errors of libraries are bad input before the training loop
+    starts, and bugs after that.
     """
     if isinstance(error, BrokenPipeError):
         return None  # for `program.run`
@@ -86,7 +85,7 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _is_failed_write(error: Exception) -> bool:
-    """A failed write of torch.save or datasets, which is not an OSError."""
+    """Whether torch.save or datasets failed to write, which does not raise an OSError."""
     return isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "No space left" in str(error))
 
 
@@ -98,7 +97,7 @@ def _line_of(error: Exception) -> str:
 
 
 def _is_first_to_report(line: str) -> bool:
-    """Whether no other process of the launch has reported the same line."""
+    """Whether no other process of the launch has printed the same line."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     try:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.browser
 expect = pytest.importorskip("playwright.sync_api", reason="make test-page installs Playwright").expect
 expect.set_options(timeout=30_000)  # milliseconds, for busy machines
 
-BAD_FILE = "its content is no picture of the formats"
+BAD_FILE = "its content is not an image of the formats"
 
 
 def render_upload(index):
@@ -243,7 +243,7 @@ def test_an_image_token_in_the_question_is_reported(open_page):
     page = open_page()
     upload(page, render_upload(46)[1])
     ask(page, "<image> What colour is the 2?")
-    expect(page.get_by_text("which stands for an image; leave it out")).to_be_visible()
+    expect(page.get_by_text("which marks an image; leave it out")).to_be_visible()
 
 
 def test_two_users_at_once_get_their_own_answers(open_page):

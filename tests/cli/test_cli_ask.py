@@ -171,8 +171,8 @@ def test_a_seed_determines_what_is_sampled(picture, tmp_path):
     [
         (["--temperature", "-1"], r"greater than or equal to 0|-1.* not in the range"),
         (["--seed", "-1"], r"greater than or equal to 0|-1.* not in the range"),
-        (["--dtype", "int8"], r"The dtype 'int8' is none of auto, float32, float16, bfloat16"),
-        (["--device", "gpu"], r"The device 'gpu' is none of cpu, cuda, cuda:N and mps"),
+        (["--dtype", "int8"], r"The dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),
+        (["--device", "gpu"], r"The device must be cpu, cuda, cuda:N or mps, got 'gpu'"),
         (["--relevance", "map.png", "--system", "Be brief."], r"--relevance does not support --system"),
     ],
 )
@@ -185,7 +185,7 @@ def test_wrong_options_are_refused(options, message, picture):
 def test_a_question_with_an_image_token_is_one_line(picture):
     result = ask(picture, "What is <image>?")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "deco ask: The text holds '<image>', which stands for an image; leave it out.\n"
+    assert result.stderr == "deco ask: The text contains '<image>', which marks an image; leave it out.\n"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_question_with_an_image_token_is_one_line(picture):
         (["{picture}"], r'It needs an image and a question: deco ask digits\.png "Read the digits\."'),
         ([], r"It needs an image and a question"),
         (["{picture}", " "], r"It needs an image and a question"),
-        (["{picture}", "7 " * 2000], r"The prompt has 20\d\d tokens, and the model's context is 1024; shorten it"),
+        (["{picture}", "7 " * 2000], r"The prompt has 20\d\d tokens, but the model's context is 1024; shorten it"),
         (["-", "-", "Is there a 7?"], r"stdin \(-\) has one image, and - is given more than once"),
     ],
 )
@@ -289,7 +289,7 @@ def test_an_image_is_read_from_stdin_and_from_a_home_folder_in_quotes(scene, pic
     assert (result.exit_code, result.stdout) == (0, answer)
     result = CliRunner().invoke(app, ["ask", "-", "Read the digits."], input=b"no picture")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith("deco ask: The image cannot be read: its content is no picture")
+    assert result.stderr.startswith("deco ask: The image cannot be read: its content is not an image")
     monkeypatch.setenv("HOME", str(Path(picture).parent))
     assert ask("~/digits.png", "Read the digits.").stdout == answer
 

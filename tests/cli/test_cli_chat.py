@@ -154,7 +154,7 @@ def test_a_system_message_that_the_template_drops_is_refused_before_the_first_qu
     )
     result = chat(str(folder), "--system", "Be brief.", say="")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "deco chat: The chat template has no place for a system message.\n"
+    assert result.stderr == "deco chat: The chat template ignores system messages; leave the system message out.\n"
 
 
 @pytest.mark.parametrize(

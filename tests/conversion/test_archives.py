@@ -282,7 +282,7 @@ def test_a_source_with_a_pipe_or_an_exploding_template_is_refused(tmp_path):
     hostile.assert_refused(place, r"^The chat template of .* takes more than 10 seconds or 2 GB")
     (place.source / "chat_template.jinja").unlink()
     os.mkfifo(place.source / "chat_template.jinja")
-    with pytest.raises(InputError, match=r"chat_template\.jinja is not a regular file but a pipe or a device"):
+    with pytest.raises(InputError, match=r"chat_template\.jinja is a pipe or a device, not a regular file"):
         convert(place.source, place.destination)
 
 

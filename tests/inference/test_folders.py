@@ -109,13 +109,16 @@ def added_tokens(number):
 
 
 METADATA = {
-    "pipe": (pipe_for("config.json"), r"config\.json is not a regular file"),
-    "pipe for weights": (pipe_for("model.safetensors"), r"model\.safetensors is not a regular file"),
-    "pipe for a card": (pipe_for("README.md"), r"README\.md is not a regular file"),
-    "endless": (endless("config.json"), r"config\.json is not a regular file"),
-    "endless tokenizer": (endless("tokenizer.json"), r"tokenizer\.json is not a regular file"),
-    "huge": (huge("config.json"), r"config\.json has 5,368,709,120 bytes; at most 4,194,304"),
-    "huge tokenizer": (huge("tokenizer.json"), r"tokenizer\.json has 5,368,709,120 bytes; at most 67,108,864"),
+    "pipe": (pipe_for("config.json"), r"config\.json is a pipe or a device"),
+    "pipe for weights": (pipe_for("model.safetensors"), r"model\.safetensors is a pipe or a device"),
+    "pipe for a card": (pipe_for("README.md"), r"README\.md is a pipe or a device"),
+    "endless": (endless("config.json"), r"config\.json is a pipe or a device"),
+    "endless tokenizer": (endless("tokenizer.json"), r"tokenizer\.json is a pipe or a device"),
+    "huge": (huge("config.json"), r"config\.json has 5,368,709,120 bytes; such a file may have at most 4,194,304"),
+    "huge tokenizer": (
+        huge("tokenizer.json"),
+        r"tokenizer\.json has 5,368,709,120 bytes; such a file may have at most 67,108,864",
+    ),
     "huge template": (huge("chat_template.jinja"), r"chat_template\.jinja has 5,368,709,120 bytes"),
     "deep": (deep("config.json"), r"config\.json is nested too deeply"),
     "layers": (
@@ -130,15 +133,15 @@ METADATA = {
     "width": (config("text_config", intermediate_size=10**12), r"intermediate_size .* at most 4,194,304"),
     "long list": (
         lambda folder: hostile.write_json(folder / "generation_config.json", {"suppress_tokens": [5] * 30_000}),
-        r"generation_config\.json has 210,0\d\d bytes; at most 65,536",
+        r"generation_config\.json has 210,0\d\d bytes; such a file may have at most 65,536",
     ),
     "code of the Hub": (
         config(attn_implementation="evil/kernel"),
-        r"attn_implementation in .* is 'evil/kernel', code of the Hub, which is not run",
+        r"attn_implementation in .* is 'evil/kernel', which is code of the Hub and is not run",
     ),
     "code of the Hub for a part": (
         config("text_config", _experts_implementation={"text_config": "evil/kernel@main"}),
-        r"_experts_implementation in .* is 'evil/kernel@main', code of the Hub",
+        r"_experts_implementation in .* is 'evil/kernel@main', which is code of the Hub",
     ),
     "added tokens": (added_tokens(32_800), r"tokenizer\.json adds 32,8\d\d tokens .* at most 32,768"),
     "special tokens": (
@@ -189,8 +192,9 @@ def assert_one_line(result, match):
     assert pytest.raises(ValueError, match=match).matches(ValueError(result.stderr)), result.stderr
 
 
-@pytest.mark.parametrize("kind", METADATA)
-@pytest.mark.parametrize("command", ["info", "ask"])
+@pytest.mark.parametrize(
+    ("command", "kind"), [*(("info", kind) for kind in METADATA), ("ask", "pipe"), ("ask", "code of the Hub")]
+)
 def test_what_would_hang_is_refused(command, kind, deco, tmp_path):
     spoil, match = METADATA[kind]
     spoil(deco)

@@ -146,12 +146,12 @@ def test_a_gpu_is_used_with_and_without_accelerate(num_gpus, has_accelerate, dev
 @pytest.mark.parametrize(
     ("device", "num_gpus", "message"),
     [
-        ("gpu", 1, r"The device 'gpu' is none of cpu, cuda, cuda:N and mps"),
-        ("cuda:", 1, r"The device 'cuda:' is none of"),
-        ("meta", 1, r"The device 'meta' is none of"),
-        ("cuda", 0, r"The device 'cuda' is not there: PyTorch finds 0 CUDA GPUs"),
-        ("cuda:2", 2, r"The device 'cuda:2' is not there: PyTorch finds 2 CUDA GPUs"),
-        ("mps", 1, r"The device 'mps' is not there"),
+        ("gpu", 1, r"The device must be cpu, cuda, cuda:N or mps, got 'gpu'"),
+        ("cuda:", 1, r"The device must be .*, got 'cuda:'"),
+        ("meta", 1, r"The device must be .*, got 'meta'"),
+        ("cuda", 0, r"There is no device 'cuda': PyTorch finds 0 CUDA GPUs"),
+        ("cuda:2", 2, r"There is no device 'cuda:2': PyTorch finds 2 CUDA GPUs"),
+        ("mps", 1, r"There is no device 'mps'"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(device, num_gpus, message, machine, monkeypatch):
@@ -167,7 +167,7 @@ def test_the_dtype_that_is_asked_for_is_loaded(dtype, loaded, checkpoint):
 
 
 def test_an_unknown_dtype_is_refused(checkpoint):
-    with pytest.raises(ValueError, match=r"The dtype 'int8' is none of auto, float32, float16, bfloat16"):
+    with pytest.raises(ValueError, match=r"The dtype must be one of auto, float32, float16, bfloat16, got 'int8'"):
         load(str(checkpoint), dtype="int8")
 
 
@@ -229,19 +229,19 @@ def test_a_prompt_may_be_as_long_as_leaves_one_token(num_left, loaded):
     if num_left:
         check_length(model, inputs)
     else:
-        with pytest.raises(ValueError, match=r"has 256 tokens, and the model's context is 256; shorten it"):
+        with pytest.raises(ValueError, match=r"has 256 tokens, but the model's context is 256; shorten it"):
             check_length(model, inputs)
 
 
 def test_a_stream_refuses_a_prompt_that_leaves_no_room(loaded):
-    with pytest.raises(ValueError, match=r"and the model's context is 256; shorten it"):
+    with pytest.raises(ValueError, match=r"but the model's context is 256; shorten it"):
         list(stream(*loaded, ask(tiny.picture(0), question="what " * 300)))
 
 
 def test_text_with_an_image_token_is_refused_in_any_conversation_of_a_batch(loaded):
     _, processor = loaded
     clean, spoiled = ask(tiny.picture(0)), ask(tiny.picture(0), question="what <image> ?")
-    with pytest.raises(ValueError, match="The text holds '<image>'"):
+    with pytest.raises(ValueError, match="The text contains '<image>'"):
         encode(processor, [clean, spoiled])
 
 
@@ -256,7 +256,7 @@ def test_text_with_an_image_token_is_refused_in_words_of_the_question(loaded):
     model, processor = loaded
     messages = [{"role": "user", "content": [{"type": "text", "text": "what is <image> ?"}]}]
     for conversations in (messages, [messages, messages]):
-        with pytest.raises(ValueError, match=r"The text holds '<image>', which stands for an image; leave it out"):
+        with pytest.raises(ValueError, match=r"The text contains '<image>', which marks an image; leave it out"):
             encode(processor, conversations)
 
 
@@ -270,10 +270,10 @@ def test_a_system_message_comes_first_or_is_refused(loaded):
     template = processor.chat_template
     try:
         processor.chat_template = "{% for message in messages if message['role'] == 'user' %}user {% endfor %}"
-        with pytest.raises(ValueError, match=r"The chat template has no place for a system message"):
+        with pytest.raises(ValueError, match=r"The chat template ignores system messages"):
             with_system(processor, question, "two dog")
         processor.chat_template = "{{ raise_exception('System role not\nsupported') }}"
-        with pytest.raises(ValueError, match=r"does not take these messages: System role not supported$"):
+        with pytest.raises(ValueError, match=r"rejects these messages: System role not supported$"):
             with_system(processor, question, "two dog")
     finally:
         processor.chat_template = template

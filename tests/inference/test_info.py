@@ -100,7 +100,7 @@ def test_a_projector_with_one_grid_has_one_row(tmp_path):
     tiny.build_model(projector_type="resampler", projector_config=sizes).save_pretrained(tmp_path)
     about = describe(str(tmp_path))
     assert [row["pooled_grid_size"] for row in about["grids"]] == [[3, 3]]
-    assert "This projector has the one grid of 3 x 3." in info(tmp_path).stdout
+    assert "This projector has only one grid, 3 x 3." in info(tmp_path).stdout
 
 
 def test_the_size_of_a_7b_model_is_known_without_reading_its_weights(tmp_path):

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From a model's name to its checkpoint: what is not there, or no DeCo, is said in one line."""
+"""From the name of a model to its checkpoint: what is missing, or is not a DeCo, is reported in one line."""
 
 import json
 import os
@@ -179,20 +179,20 @@ PROJECTOR = "model.multi_modal_projector"
         (without(""), r"no weights for 64 of the model's 64 tensors"),
         (
             with_tensor(f"{PROJECTOR}.linear_1.weight", 32, 16),
-            rf"has 1 tensors of another shape than .*: {PROJECTOR}\.linear_1\.weight is \[32, 16\], not \[32, 32\]\.",
+            rf"has 1 tensors whose shape differs .*: {PROJECTOR}\.linear_1\.weight is \[32, 16\], not \[32, 32\]\.",
         ),
         (
             with_tensor(f"{PROJECTOR}.linear_3.weight", 32, 32),
-            rf"has 1 tensors that the model of its config\.json has no place for: {PROJECTOR}\.linear_3\.weight\.",
+            rf"has 1 tensors that are not in the model of its config\.json: {PROJECTOR}\.linear_3\.weight\.",
         ),
-        (with_tensor("lm_head.bias", 64), r"has 1 tensors that the model .* no place for: lm_head\.bias\."),
+        (with_tensor("lm_head.bias", 64), r"has 1 tensors that are not in the model .*: lm_head\.bias\."),
         (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights: neither model\.safetensors nor"),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(b""),
-            r"model\.safetensors of .* is damaged, or not",
+            r"model\.safetensors of .* is damaged or incomplete",
         ),
         (in_shards(without_shard), r"lacks 1 of the 3 files that .* names: model-00002-of-00003\.safetensors\."),
-        (in_shards(half_a_shard), r"model-00003-of-00003\.safetensors of .* is damaged, or not all of it is there"),
+        (in_shards(half_a_shard), r"model-00003-of-00003\.safetensors of .* is damaged or incomplete"),
         (in_shards(without_a_tensor_of_a_shard), r"no weights for 1 of the model's 64 tensors: lm_head\.weight\."),
     ],
 )
@@ -276,7 +276,7 @@ def test_weights_on_the_hub_are_checked_where_they_are_cached(whole, tmp_path, m
     [
         (["me/absent"], r"^There is no folder me/absent, and the Hub cannot be asked for it: this is offline mode\.$"),
         (["me/whole", "v2"], r"^There is no folder me/whole, and the Hub cannot be asked"),
-        (["me/empty"], r"^me/empty is no model: it has no config\.json\.$"),
+        (["me/empty"], r"^me/empty is not a model: it has no config\.json\.$"),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_line(arguments, message, whole, tmp_path, monkeypatch):
@@ -294,7 +294,7 @@ def test_what_the_hub_does_not_have_is_one_line(arguments, message, whole, tmp_p
         ("RepositoryNotFoundError", r"^There is neither a folder me/it nor such a model on the Hub, or it is private"),
         ("GatedRepoError", r"^me/it is gated: ask for access on its page, huggingface\.co/me/it"),
         ("RevisionNotFoundError", r"^me/it has no revision 'v2' on the Hub"),
-        ("EntryNotFoundError", r"^me/it is no model: it has no config\.json"),
+        ("EntryNotFoundError", r"^me/it is not a model: it has no config\.json"),
     ],
 )
 def test_what_the_hub_answers_is_one_line(error, message, monkeypatch):
@@ -456,10 +456,10 @@ def drop_adapter_weight(folder, word):
 ADAPTER_SPOILS = [
     (
         lambda base, folder: point_to(folder, "gone"),
-        r"is an adapter, and its base model is not there .*no folder gone;",
+        r"is an adapter, and its base model is missing .*no folder gone;",
     ),
     (lambda base, folder: point_to(folder, None), r"does not name its base model \(base_model_name_or_path\)"),
-    (lambda base, folder: point_to(folder, "."), r"which is no model: it has no config\.json"),
+    (lambda base, folder: point_to(folder, "."), r"which is not a model: it has no config\.json"),
     (lambda base, folder: llava(base), r"model is a 'llava' model, not a DeCo"),
     (lambda base, folder: without(PROJECTOR)(base), r"model has no weights for 4 of the model's 64 tensors"),
     (lambda base, folder: (folder / "adapter_model.safetensors").unlink(), r"has no adapter_model\.safetensors"),
@@ -512,5 +512,5 @@ def test_an_adapter_stays_one_on_4_bits_and_is_merged_before_int8(tmp_path):
     assert {"Linear4bit", "ParameterDict"} < kinds["4bit"]  # in the latter LoRA's layers keep theirs
     assert "Int8Linear" in kinds["int8"]
     assert "ParameterDict" not in kinds["int8"] | kinds["float"]
-    with pytest.raises(ValueError, match=r"is an adapter, and stays one on a base model in 4 bits: merge it before"):
+    with pytest.raises(ValueError, match=r"is an adapter, which cannot be merged in 4 bits: merge it before"):
         load(str(tmp_path), in_4bit=True, in_int8=True)

@@ -118,7 +118,7 @@ def test_the_other_process_gives_the_pixels_that_this_one_gives(make):
 def test_other_formats_are_refused_of_others(other, make):
     encoded = encode(Image.new("1" if other == "MSP" else "F" if other == "SPIDER" else "RGB", (16, 16)), other)
     source = f"data:image/png;base64,{base64.b64encode(encoded).decode()}"
-    message = rf"no picture of the formats {', '.join(NINE[:-1])} and {NINE[-1]}\.$"
+    message = rf"not an image of the formats {', '.join(NINE[:-1])} and {NINE[-1]}\.$"
     with pytest.raises(ImageError, match=message):
         make().read_sync(source)
     with pytest.raises(ImageError, match=message):
@@ -129,7 +129,7 @@ def test_a_fits_of_others_is_refused_at_once(make):
     cards = ["SIMPLE  =                    T", "BITPIX  =                    8", "NAXIS   =                    2"]
     cards += ["NAXIS1  =                 7000", "NAXIS2  =                 7000", "END"]
     encoded = "".join(card.ljust(80) for card in cards).ljust(2880).encode() + b"\0" * 2880
-    with pytest.raises(ImageError, match="no picture of the formats"):
+    with pytest.raises(ImageError, match="not an image of the formats"):
         make().read_sync(encoded)
 
 
@@ -180,7 +180,7 @@ def test_a_process_ends_with_its_parent_and_not_by_ctrl_c():
         decoder.send_signal(signal.SIGINT)
         decoder.stdin.write(LENGTH.pack(3) + b"abc")
         decoder.stdin.flush()
-        assert "no picture" in json.loads(decoder.stdout.readline())["error"]
+        assert "not an image" in json.loads(decoder.stdout.readline())["error"]
         decoder.stdin.close()
         assert decoder.wait(timeout=20) == 0
 
@@ -273,7 +273,7 @@ def test_a_process_that_was_killed_while_idle_is_replaced(make, red):
 
 def test_a_process_that_cannot_start_is_said(make, red, monkeypatch):
     monkeypatch.setattr(decoders, "_DECODE", "raise SystemExit(1)")
-    with pytest.raises(RuntimeError, match=r"^Pictures cannot be decoded: '.*' could not start a process for it\.$"):
+    with pytest.raises(RuntimeError, match=r"^Images cannot be decoded: '.*' could not start a process\.$"):
         make().read_sync(red)
 
 
@@ -349,8 +349,8 @@ def test_the_limits_are_those_of_a_request(make, red):
         asyncio.run(read(ImageLimits(max_pixels=23), red, red))
     with pytest.raises(ImageError, match=r"^Images 1 to 2 have more than .* MiB together\.$"):
         asyncio.run(read(ImageLimits(max_bytes=2 * len(red) - 1), red, red))
-    with pytest.raises(ImageError, match=r"^Image 2: The image cannot be read: its content is no picture"):
-        asyncio.run(read(ImageLimits(), red, b"no picture"))
+    with pytest.raises(ImageError, match=r"^Image 2: The image cannot be read: its content is not an image"):
+        asyncio.run(read(ImageLimits(), red, b"not an image"))
     with pytest.raises(ImageError, match=r"^Image 2: The image cannot be read: it is empty\.$"):
         asyncio.run(read(ImageLimits(), red, b""))
 

@@ -150,12 +150,15 @@ def assert_language_model_alone_is_quantized(report, bits):
     assert {name.rpartition(".")[0] for name in report["changed"]} == quantized
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("vision", ["clip", "siglip"])
-@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
-    ("auto_class", "name"),
-    [("AutoModelForImageTextToText", "DecoForConditionalGeneration"), ("AutoModel", "DecoModel")],
+    ("auto_class", "name", "bits", "vision", "tied"),
+    [
+        ("AutoModelForImageTextToText", "DecoForConditionalGeneration", "4", "clip", False),
+        ("AutoModelForImageTextToText", "DecoForConditionalGeneration", "8", "siglip", True),
+        ("AutoModelForImageTextToText", "DecoForConditionalGeneration", "4", "siglip", True),
+        ("AutoModel", "DecoModel", "8", "clip", False),
+        ("AutoModel", "DecoModel", "4", "siglip", True),
+    ],
 )
 def test_the_linears_of_the_language_model_alone_are_quantized(auto_class, name, bits, vision, tied, folders):
     report = load_and_report(folders[vision, tied], auto_class, bits, "False")
@@ -164,11 +167,13 @@ def test_the_linears_of_the_language_model_alone_are_quantized(auto_class, name,
     assert report["tied"] == (tied and auto_class == "AutoModelForImageTextToText")
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
-    ("auto_class", "name"),
-    [("AutoModelForImageTextToText", "DecoForConditionalGeneration"), ("AutoModel", "DecoModel")],
+    ("auto_class", "name", "bits", "tied"),
+    [
+        ("AutoModelForImageTextToText", "DecoForConditionalGeneration", "4", True),
+        ("AutoModelForImageTextToText", "DecoForConditionalGeneration", "8", False),
+        ("AutoModel", "DecoModel", "4", False),
+    ],
 )
 def test_so_it_is_without_the_package(auto_class, name, bits, tied, folders, remote):
     report = remote.run(load_and_report, folders["clip", tied], auto_class, bits, "True")
@@ -219,8 +224,10 @@ def test_quantized_logits_are_near_the_unquantized(bits, folder, inputs):
 # --- what the user says ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("skipped", [["model.language_model.layers.0", "lm_head"], ["model.vision_tower"], []])
+@pytest.mark.parametrize(
+    ("bits", "skipped"),
+    [("4", ["model.language_model.layers.0", "lm_head"]), ("8", ["model.vision_tower"]), ("4", [])],
+)
 def test_a_list_of_modules_from_the_user_is_the_whole_list(skipped, bits, folder):
     model = load(folder, {**BITS[bits], "llm_int8_skip_modules": skipped})
     left_alone = {name for name, linear in linears(model).items() if linear is torch.nn.Linear}
@@ -246,8 +253,9 @@ def test_the_users_config_stays_as_it_is(config, folder):
     assert (config if isinstance(config, dict) else vars(config)) == before
 
 
-@pytest.mark.parametrize("as_dict", [False, True])
-@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}], ids=str)
+@pytest.mark.parametrize(
+    ("device_map", "as_dict"), [(None, False), (None, True), ("auto", False), ({"": "cpu"}, True)], ids=str
+)
 def test_all_else_that_the_user_asks_for_is_done(device_map, as_dict, folder):
     config = BitsAndBytesConfig(**WHOLE)
     model = AutoModelForImageTextToText.from_pretrained(

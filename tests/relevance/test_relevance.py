@@ -567,7 +567,7 @@ def test_callers_may_have_gradients_off(mode):
 def test_a_model_made_in_inference_mode_is_refused():
     with torch.inference_mode():
         model, processor = build()
-    with pytest.raises(ValueError, match=r"loaded under torch\.inference_mode\(\) and cannot be differentiated"):
+    with pytest.raises(ValueError, match=r"loaded under torch\.inference_mode\(\); load it outside"):
         explain_answer(model, processor)
 
 
@@ -662,9 +662,9 @@ def test_attention_without_graph_is_refused():
         ({"method": "rollout"}, "method must be one of gae, attention, got 'rollout'"),
         ({"answer": ""}, "The answer is empty"),
         ({"answer": None, "max_new_tokens": 1, "suppress_tokens": list(range(3, 64))}, "The answer is empty"),
-        ({"max_new_tokens": 3}, "An answer is given, so that max_new_tokens would have no effect"),
-        ({"answer": None, "num_return_sequences": 2}, "num_return_sequences cannot be given"),
-        ({"answer": "a <image> red"}, "The answer holds '<image>', which stands for an image"),
+        ({"max_new_tokens": 3}, "max_new_tokens has no effect on a given answer"),
+        ({"answer": None, "num_return_sequences": 2}, "num_return_sequences cannot be set"),
+        ({"answer": "a <image> red"}, "The answer contains '<image>', which marks an image"),
         ({"pooled_grid_size": 7}, "7 x 7 is larger than the 6 x 6 patches"),
     ],
 )
@@ -689,7 +689,9 @@ def test_layers_without_attention_are_refused():
     config = tiny.build_config().text_config
     attention = torch.zeros(1, 2, 5, 5)
     for attentions, number in [(None, 0), ((attention,), 1), ((None, attention), 1)]:
-        with pytest.raises(ValueError, match=rf"language model \(llama\) has 2 layers and gives {number} attentions"):
+        with pytest.raises(
+            ValueError, match=rf"language model \(llama\) has 2 layers but returns {number} attentions"
+        ):
             _check_layers(attentions, config, "language model")
 
 
@@ -758,7 +760,7 @@ def test_the_average_of_chosen_words():
 
 
 def test_a_word_that_is_not_in_the_answer_is_refused():
-    with pytest.raises(ValueError, match="'green' is not a word of the answer; its words are '7', 'red'"):
+    with pytest.raises(ValueError, match="'green' is not a word of the answer; choose from '7', 'red'"):
         relevance_of(["7", " red", "."]).average(["red", "green"])
     with pytest.raises(ValueError, match="at least one word"):
         relevance_of(["7"]).average([])

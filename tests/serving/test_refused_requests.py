@@ -186,7 +186,7 @@ UNFIT = [
     ({"messages": about(*[PICTURE] * 9)}, r"^9 images are more than the 8 allowed"),
     (
         {"messages": [{"role": "user", "content": "<image> ?"}]},
-        r"The text holds .<image>., which stands for an image",
+        r"The text contains .<image>., which marks an image",
     ),
     (
         {"messages": [{"role": "user", "content": "why " * 1100}]},
