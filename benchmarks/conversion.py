@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`deco convert` beside `cp`, and its reading and writing of weights beside safetensors' and torch's own.
 
-    python benchmarks/conversion.py --work-dir DIR --num-layers 1 --repeats 3 \
-        --out benchmarks/results/conversion_variants.json
+    python benchmarks/conversion.py --work-dir DIR --num-layers 1 --repeats 3 --out RESULTS_JSON
 
 Contract: for each of two formats (llava-hf safetensors, original .bin with the tower named) a checkpoint is generated.
 Then one run on one disk interleaves: `cp` of its weight files, `cp` and `sync` of them, the conversion, which syncs

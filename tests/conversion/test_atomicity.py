@@ -188,6 +188,7 @@ def test_a_killed_conversion_leaves_nothing_or_all_and_a_rerun_succeeds(fresh, s
     check_kills_of_a_fresh_conversion(2, fresh, sources, destination)
 
 
+@pytest.mark.slow
 def test_a_killed_overwriting_conversion_leaves_the_old_or_the_new_one(fresh, sources, destination):
     check_kills_of_an_overwriting_conversion(2, fresh, sources, destination)
 
@@ -332,6 +333,7 @@ def test_after_a_kill_in_the_swap_a_rerun_without_overwrite_finds_no_half(fresh,
 # --- SIGINT ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigint_leaves_nothing_behind(fresh, sources, destination):
     seconds = duration(fresh, sources, destination, sources.first, overwrite=False)
     shutil.rmtree(destination)
@@ -379,6 +381,7 @@ def test_an_interrupt_at_any_rename_or_open_leaves_nothing_behind(events, fresh,
         assert beside(destination) == [], f"left over by an interrupt at change {number} of {count}"
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_rename_of_overwriting_leaves_the_old_or_the_new_one(fresh, tiny_sources, destination):
     old, new = tiny_sources.whole[tiny_sources.first], tiny_sources.whole[tiny_sources.second]
     convert(tiny_sources.first, destination)
