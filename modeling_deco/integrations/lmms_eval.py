@@ -86,9 +86,9 @@ class Deco(lmms):
             raise ValueError(
                 f"--batch_size must be a positive integer, got {batch_size!r}; DeCo does not support 'auto'."
             )
-        if pooled_grid_size is not None:  # 8 (a number by now) or "8x12"
-            pooled_grid_size = parse_grid(parse_grid_option(str(pooled_grid_size)))
-        self.pooled_grid_size = pooled_grid_size
+        self.pooled_grid_size = None
+        if pooled_grid_size is not None:  # 8 (lmms-eval has made it a number) or "8x12"
+            self.pooled_grid_size = parse_grid(parse_grid_option(str(pooled_grid_size)))
         self.batch_size = int(batch_size)
 
         self.accelerator = Accelerator()
@@ -100,7 +100,7 @@ class Deco(lmms):
         if device_map not in (None, "auto"):
             raise ValueError(f"device_map must be auto, got {device_map!r}.")
         self.model, self.processor = load(
-            pretrained,
+            str(pretrained),
             revision=revision,
             device=None if device_map else device or str(self.accelerator.device),
             dtype=dtype,

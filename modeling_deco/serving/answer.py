@@ -25,7 +25,7 @@ class Answer(BaseStreamer):
     """
 
     def __init__(self, tokenizer, stop: list[str]):
-        self.pieces = asyncio.Queue()
+        self.pieces: asyncio.Queue = asyncio.Queue()
         self.tokenizer = tokenizer
         self.stop = stop
         self.finish_reason = "length"

@@ -4,6 +4,7 @@
 
 import time
 from contextlib import asynccontextmanager
+from typing import Any
 
 from PIL import Image
 from starlette.applications import Starlette
@@ -84,7 +85,7 @@ def _check(model: PreTrainedModel, processor: ProcessorMixin, name: str, options
     check_is_deco(model.config.model_type, name)
     if processor.chat_template is None:
         raise ValueError(f"{name!r} has no chat template.")
-    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    question: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
     with_system(processor, question, options.system)
     if options.pooled_grid_size is not None:
         question[0]["content"].insert(0, {"type": "image", "image": Image.new("RGB", (512, 512))})

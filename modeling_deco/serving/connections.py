@@ -84,7 +84,8 @@ class Connection(H11Protocol):
         self._set_timer()
 
     def connection_lost(self, exc) -> None:
-        self.timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
         self.all.discard(self)
         super().connection_lost(exc)
 

@@ -28,7 +28,7 @@ class Capacity:
 
     def __init__(self, options: ServerOptions):
         self.options = options
-        self.taken = Counter()
+        self.taken: Counter[str] = Counter()
         self.num_bytes = 0
 
     def check(self, place: str = "answers") -> None:

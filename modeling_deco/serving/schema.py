@@ -60,7 +60,7 @@ def parse_request(body: bytes) -> ChatRequest:
     request = _read_json(body)
     if not isinstance(request, dict):
         raise RequestError(400, f'The body is {quoted(request)}; it must be an object like {{"messages": [...]}}.')
-    chat = {"messages": _messages(request.pop("messages", None), "messages")}
+    chat: dict[str, Any] = {"messages": _messages(request.pop("messages", None), "messages")}
     for name, value in request.items():
         if value is None or name in _WITHOUT_EFFECT:
             continue
