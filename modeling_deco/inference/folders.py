@@ -115,7 +115,7 @@ def _values(config: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def check_processor(processor, name: str) -> None:
+def check_processor(processor, name: str | os.PathLike) -> None:
     """Raise a ValueError if a processor needs more than 10 seconds or 2 GB for short conversations on a small image.
 
     A chat template may have nested loops, a tokenizer may expand its text, and an image size may be huge.

@@ -23,7 +23,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def load(
-    model: str,
+    model: str | os.PathLike,
     *,
     revision: str | None = None,
     device: str | None = None,
@@ -89,7 +89,7 @@ def _check_device(name: str | None) -> str | None:
     return name
 
 
-def load_processor(model: str, revision: str | None = None) -> ProcessorMixin:
+def load_processor(model: str | os.PathLike, revision: str | None = None) -> ProcessorMixin:
     """Load the processor of a checkpoint. If an adapter has none, load that of its base model.
 
     Raises:

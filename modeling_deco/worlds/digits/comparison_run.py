@@ -82,7 +82,7 @@ def build_optimizer(model: DecoForConditionalGeneration, training_args: DecoSFTC
     """Muon for the matrices of projector and language model; AdamW, at a tenth of the learning rate, for the rest."""
     rates = {"language_model": training_args.learning_rate}
     rates["multi_modal_projector"] = training_args.projector_learning_rate or training_args.learning_rate
-    groups = {}
+    groups: dict = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
         if part in rates:

@@ -30,7 +30,7 @@ def forced_accuracy(model, processor, pictures: list[tuple]) -> dict[str, float]
     was_training = model.training
     model.eval()
     collator = DecoCollator(processor, independent_turns=True)
-    hits = {kind: [] for kind in KINDS}
+    hits: dict[str, list] = {kind: [] for kind in KINDS}
     for start in range(0, len(pictures), 32):
         chunk = pictures[start : start + 32]
         examples = [
@@ -57,7 +57,8 @@ class Curve(TrainerCallback):
 
     def __init__(self, args: CompareArguments, processor):
         self.args, self.processor = args, processor
-        self.points, self.seconds = [], 0.0
+        self.points: list = []
+        self.seconds = 0.0
         scenes = [
             render("validation", index, min_digits=args.min_digits, max_digits=args.max_digits)
             for index in range(args.num_eval_pictures)

@@ -11,7 +11,7 @@ is over pictures, because the questions about one picture are not independent.
 import json
 import sys
 from collections import defaultdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -45,7 +45,9 @@ def _conversation(image, earlier, text) -> list[dict]:
     turns = [("user", text)]
     for question, answer in reversed(earlier):
         turns = [("user", question), ("assistant", answer), *turns]
-    messages = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in turns]
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": [{"type": "text", "text": words}]} for role, words in turns
+    ]
     messages[0]["content"].insert(0, {"type": "image", "image": image})
     return messages
 
@@ -65,7 +67,8 @@ def accuracy_by_turn(model, processor, split, num_pictures, pooled_grid_size=Non
         rng = np.random.default_rng(index)
         of_scene = questions(scene, rng)
         asked.append([of_scene[place] for place in rng.permutation(len(KINDS))])
-    earlier, hits = [[] for _ in scenes], {}
+    earlier: list[list] = [[] for _ in scenes]
+    hits: dict = {}
     for turn, row in enumerate(zip(*asked, strict=True), start=1):
         texts, answers = [question.text for question in row], []
         for start in range(0, num_pictures, BATCH_SIZE):
@@ -96,7 +99,7 @@ def accuracy_by_kind(
     for index in range(num_pictures):
         scene = render(split, index, seed=seed, min_digits=min_digits, max_digits=max_digits)
         asked += [(index, scene.image, question) for question in questions(scene, np.random.default_rng(index), kinds)]
-    hits = defaultdict(lambda: defaultdict(list))  # kind -> picture -> right or not
+    hits: dict = defaultdict(lambda: defaultdict(list))  # kind -> picture -> right or not
     for start in tqdm(range(0, len(asked), BATCH_SIZE), desc="evaluate", unit="batch", disable=None, file=sys.stderr):
         batch = asked[start : start + BATCH_SIZE]
         texts = [question.text for _, _, question in batch]

@@ -46,7 +46,7 @@ def pointing_game(
         `"attention"` is None for abstractors.
     """
     methods = [method for method in METHODS if method == "gae" or model.config.projector_type not in ABSTRACTORS]
-    rates = {name: [] for name in (*methods, "chance")}
+    rates: dict[str, list] = {name: [] for name in (*methods, "chance")}
     for index in tqdm(range(num_pictures), desc="pointing game", unit="picture", disable=None, file=sys.stderr):
         scene = render(split, index, seed=seed, min_digits=min_digits, max_digits=max_digits)
         (question,) = questions(scene, np.random.default_rng(index), ["colour"])

@@ -58,11 +58,12 @@ class LabelledScenes(Dataset):
 
     def __init__(self, split: str, start: int, stop: int, seed: int = 0, min_digits: int = 2, max_digits: int = 4):
         self.indices = range(start, stop)
-        self.arguments = {"split": split, "seed": seed, "min_digits": min_digits, "max_digits": max_digits}
+        self.split = split
+        self.numbers = {"seed": seed, "min_digits": min_digits, "max_digits": max_digits}
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        scene = render(index=self.indices[position], **self.arguments)
+        scene = render(self.split, self.indices[position], **self.numbers)
         return {"pixel_values": pixel_values(scene).contiguous(), **scene_labels(scene)}

@@ -28,7 +28,7 @@ def build_optimizer(
     Args:
         tower_factor: multiplies both learning rates for the parameters of the tower.
     """
-    groups = {}
+    groups: dict = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
