@@ -105,7 +105,7 @@ def open_image(file: str | os.PathLike | BinaryIO, formats: list[str] | None = N
     try:
         return Image.open(file, formats=formats or [name for name in Image.ID if name != "EPS"])
     except UnidentifiedImageError as error:
-        raise UnidentifiedImageError("its content is no picture that Pillow knows") from error
+        raise UnidentifiedImageError("its content is not an image that Pillow can read") from error
 
 
 def _is_heif(file) -> bool:

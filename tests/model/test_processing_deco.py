@@ -251,7 +251,7 @@ def test_a_text_that_is_cut_behind_its_images_is_taken(processor):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("text.png", "its content is no picture that Pillow knows"),
+        ("text.png", "its content is not an image that Pillow can read"),
         ("half.png", "truncated"),
         ("missing.png", "there is no such file"),
         ("", "it is a folder"),
