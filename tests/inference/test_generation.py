@@ -110,16 +110,16 @@ def machine(monkeypatch, checkpoint):
     """Pretend a machine; `load` then tells how the weights were loaded, and to where the model was moved."""
 
     def pretend(num_gpus, has_accelerate, **arguments):
-        told = {}
-        model = SimpleNamespace(to=lambda device: told.update(to=device) or model)
+        given_to = {}
+        model = SimpleNamespace(to=lambda device: given_to.update(to=device) or model)
         monkeypatch.setattr("torch.cuda.is_available", lambda: num_gpus > 0)
         monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
         monkeypatch.setattr(
             loading, "find_spec", lambda name: None if name == "accelerate" and not has_accelerate else 1
         )
-        monkeypatch.setattr(loading, "load_model", lambda name, revision, **given: told.update(given) or model)
+        monkeypatch.setattr(loading, "load_model", lambda name, revision, **given: given_to.update(given) or model)
         assert load(str(checkpoint), **arguments)[0] is model
-        return told.get("device_map"), told.get("to")
+        return given_to.get("device_map"), given_to.get("to")
 
     return pretend
 

@@ -208,7 +208,7 @@ def test_a_file_of_ones_own_may_be_large(red, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["{path}", "file://{path}", "FILE://{path}", "ftp://example.org/a.png"])
-def test_files_of_strangers_are_refused(source, red, tmp_path):
+def test_a_picture_reader_refuses_files(source, red, tmp_path):
     (tmp_path / "red.png").write_bytes(red)
     with pytest.raises(ImageError, match=r"only http, https and data URLs are read\.$"):
         PictureReader().read_sync(source.format(path=tmp_path / "red.png"))
@@ -383,7 +383,7 @@ def test_a_private_address_is_refused_and_not_connected_to(red):
 
 @pytest.mark.usefixtures("loopback")
 def test_a_redirect_to_a_private_address_is_refused(red, monkeypatch):
-    """The first server counts as public here, as one of a stranger would."""
+    """The first server counts as public here, as a remote server would."""
     monkeypatch.setattr(downloads, "_is_public", lambda ip: ip == "127.0.0.1" and not asked)
     asked = []
 
@@ -416,7 +416,7 @@ def test_a_name_is_resolved_once_so_that_it_cannot_change_after_the_check(red, m
 
 
 @pytest.mark.usefixtures("loopback")
-def test_a_proxy_of_the_environment_is_used_for_oneself_and_not_for_strangers(red, monkeypatch):
+def test_a_proxy_of_the_environment_is_used_for_trusted_images_alone(red, monkeypatch):
     asked = []
     with serving(lambda handler: (asked.append(handler.path), send(handler, red))) as address:
         monkeypatch.setenv("http_proxy", address)
