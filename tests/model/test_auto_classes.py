@@ -23,9 +23,15 @@ from transformers import (
 )
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor
-from modeling_deco.hub import AUTO_MAP
 from modeling_deco.modeling_deco import StopStrings
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_deco.DecoConfig",
+    "AutoModel": "modeling_deco.DecoModel",
+    "AutoModelForImageTextToText": "modeling_deco.DecoForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_deco.DecoForConditionalGeneration",
+    "AutoProcessor": "processing_deco.DecoProcessor",
+}
 CODE_FILES = {
     "chat_templates.py",
     "configuration_deco.py",
@@ -99,7 +105,13 @@ def test_every_auto_class_knows_deco_whatever_is_imported_before_it(first, fresh
 
 
 @pytest.mark.parametrize(
-    "then", entries("its models", "AutoProcessor", of=["its models", "its processor", "AutoModel", "AutoProcessor"])
+    "then",
+    entries(
+        "its models",
+        "AutoProcessor",
+        "pipeline",
+        of=["its models", "its processor", "AutoModel", "AutoProcessor", "pipeline"],
+    ),
 )
 def test_every_auto_class_knows_deco_whatever_is_imported_after_it(then, fresh):
     assert fresh.run(classes_after, "import modeling_deco", ENTRIES[then]) == ALL
