@@ -22,7 +22,7 @@ _PIECE_BYTES = 16 << 20  # computed at once, in float32
 class _Computed:
     """A tensor that is computed from `tensor`, with its key, file and shape."""
 
-    tensor: StoredTensor
+    tensor: "OutputTensor"
     dtype: torch.dtype
 
     @property
@@ -50,7 +50,7 @@ class _Computed:
 class MergedLora(_Computed):
     """`W + B A * scale` (arXiv 2106.09685), summed in float32."""
 
-    tensor: StoredTensor  # (out_features, in_features)
+    tensor: "SourceTensor"  # (out_features, in_features)
     lora_a: StoredTensor  # (rank, in_features)
     lora_b: StoredTensor  # (out_features, rank)
     scale: float
@@ -62,8 +62,15 @@ class MergedLora(_Computed):
         rows_per_piece = max(1, _PIECE_BYTES // (4 * self.shape[1]))
         for first in range(0, self.shape[0], rows_per_piece):
             last = first + rows_per_piece
-            merged = self.tensor.read(first, last).float() + (lora_b[first:last] @ lora_a) * self.scale
-            yield to_bytes(_cast(merged, self.dtype, self.key))
+            yield to_bytes(self._merge(self.tensor.read(first, last), lora_a, lora_b[first:last]))
+
+    def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """The tensor, or its rows `first` to `last`."""
+        lora_a, lora_b = self.lora_a.read().float(), self.lora_b.read(first, last).float()
+        return self._merge(self.tensor.read(first, last), lora_a, lora_b)
+
+    def _merge(self, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
+        return _cast(weight.float() + (lora_b @ lora_a) * self.scale, self.dtype, self.key)
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,12 @@ class Extended(_Computed):
     (covariance times 1e-5), but with a fixed seed and the diagonal of the covariance only.
     """
 
-    tensor: StoredTensor
+    tensor: "SourceTensor"
     num_rows: int
 
     @property
     def how(self) -> str:
-        return f"copied, and {self.num_rows - self.tensor.shape[0]} rows added"
+        return f"{self.tensor.how}, and {self.num_rows - self.tensor.shape[0]} rows added"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,7 +116,7 @@ class Extended(_Computed):
 class Cast(_Computed):
     """A tensor in another float type."""
 
-    tensor: StoredTensor | Extended
+    tensor: "OutputTensor"
     dtype: torch.dtype
 
     @property
@@ -120,6 +127,10 @@ class Cast(_Computed):
         for piece in self.tensor.read_bytes():
             values = torch.frombuffer(piece, dtype=self.tensor.dtype)
             yield to_bytes(_cast(values, self.dtype, self.key))
+
+
+SourceTensor = StoredTensor | MergedLora  # a tensor of the model that is converted
+OutputTensor = SourceTensor | Extended | Cast  # a tensor of the model that is written
 
 
 def _cast(values: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:

@@ -112,6 +112,19 @@ def test_a_matrix_with_lora_that_is_summed_in_pieces_is_the_whole_sum(tmp_path, 
     merged = tensors.MergedLora(stored["w"], stored["a"], stored["b"], scale=0.5, dtype=torch.float32)
     written = torch.frombuffer(bytearray(b"".join(map(bytes, merged.read_bytes()))), dtype=torch.float32).view(5, 3)
     torch.testing.assert_close(written, w + 0.5 * b @ a)
+    torch.testing.assert_close(merged.read(1, 4), written[1:4])
+
+
+def test_a_matrix_with_lora_gets_rows_for_new_tokens(tmp_path):
+    w, a, b = torch.randn(5, 3), torch.randn(2, 3), torch.randn(5, 2)
+    save_file({"w": w, "a": a, "b": b}, tmp_path / "a.safetensors")
+    stored = weights.read_weight_file(tmp_path / "a.safetensors")
+    merged = tensors.MergedLora(stored["w"], stored["a"], stored["b"], scale=0.5, dtype=torch.float32)
+    extended = tensors.Extended(merged, num_rows=7)
+    assert extended.how == "merged with LoRA, and 2 rows added"
+    written = torch.frombuffer(bytearray(b"".join(map(bytes, extended.read_bytes()))), dtype=torch.float32).view(7, 3)
+    torch.testing.assert_close(written[:5], w + 0.5 * b @ a)
+    torch.testing.assert_close(written[5:], written[:5].mean(0).expand(2, 3), atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
