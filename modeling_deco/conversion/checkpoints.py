@@ -3,6 +3,7 @@
 """A LLaVA checkpoint under DeCo's names, and the checks that every format shares."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ..utils.errors import InputError, as_input_errors, wrap_errors
 from .layouts import TIED, UNUSED_HEAD, UNUSED_LAYER, Layout, layer_index
 from .sources import Source
 from .stored import StoredTensor
-from .tensors import MergedLora
+from .tensors import SourceTensor
 from .writing import digest_of
 
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
@@ -26,7 +27,7 @@ class LlavaCheckpoint:
 
     Attributes:
         format: the name of its format, for messages and the report.
-        config: DeCo's config of it.
+        config: DeCo's config of it. A reader sets it when it knows the tensors.
         sources: the folders that it is read from, by role; "source" is the checkpoint itself.
         tensors: a tensor for each parameter of the model.
         dropped: keys that the model does not need, with the reason.
@@ -39,9 +40,9 @@ class LlavaCheckpoint:
     """
 
     format: str
-    config: DecoConfig
+    config: DecoConfig = field(init=False)
     sources: dict[str, Source]
-    tensors: dict[str, StoredTensor | MergedLora]
+    tensors: dict[str, SourceTensor]
     dropped: dict[str, str]
     tokenizer: Source
     image_processor: Source
@@ -52,9 +53,14 @@ class LlavaCheckpoint:
 
 
 def add_tensors(
-    checkpoint: LlavaCheckpoint, stored: dict, layout: Layout, projector_type=None, may_replace=False
+    checkpoint: LlavaCheckpoint,
+    stored: dict[str, StoredTensor],
+    layout: Layout,
+    projector_type=None,
+    may_replace: bool = False,
 ) -> None:
-    added, named = {}, f" (mm_projector_type {projector_type!r})" if projector_type else ""
+    added: dict[str, StoredTensor] = {}
+    named = f" (mm_projector_type {projector_type!r})" if projector_type else ""
     checkpoint.files |= {tensor.path for tensor in stored.values()}
     for key, tensor in stored.items():
         name, reason = layout.rename(key)
@@ -117,7 +123,7 @@ def check_complete(checkpoint: LlavaCheckpoint) -> None:
     check_shapes(tensors, shapes, checkpoint.sources)
 
 
-def _is_tied(tensors: dict) -> bool:
+def _is_tied(tensors: dict[str, SourceTensor]) -> bool:
     """Whether `lm_head` is the embeddings, as the config says. If both are stored, transformers takes both."""
     embeddings, head = (tensors.get(name) for name in EMBEDDINGS)
     return embeddings is None or head is None or digest_of(embeddings) == digest_of(head)
@@ -133,7 +139,9 @@ def parameter_shapes(config: DecoConfig, source: Source) -> dict[str, tuple[int,
     return shapes
 
 
-def check_shapes(tensors: dict, shapes: dict[str, tuple[int, ...]], sources: dict[str, Source]) -> None:
+def check_shapes(
+    tensors: Mapping[str, SourceTensor], shapes: dict[str, tuple[int, ...]], sources: dict[str, Source]
+) -> None:
     """Refuse a checkpoint that lacks a parameter or has one in another shape. The message has both shapes."""
     name_of_source = sources["source"].name
     missing = sorted(shapes.keys() - tensors.keys())

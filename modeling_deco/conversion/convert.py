@@ -23,7 +23,7 @@ from .parity import compare_logits
 from .processor import build_processor
 from .reader import read_checkpoint
 from .sources import Source, open_source
-from .tensors import Cast, Extended, MergedLora
+from .tensors import Cast, Extended, MergedLora, OutputTensor
 from .upload import check_login, upload
 
 logger = logging.getLogger(__name__)
@@ -70,14 +70,14 @@ def convert(
     """
     destination = Path(destination)
     _check_arguments(destination, overwrite, [source, vision_tower, base_model], pooled_grid_size, dtype, push_to_hub)
-    source = open_source(source, revision)
-    checkpoint = read_checkpoint(source, pooled_grid_size, vision_tower, base_model)
+    opened = open_source(source, revision)
+    checkpoint = read_checkpoint(opened, pooled_grid_size, vision_tower, base_model)
     if check_logits and checkpoint.format != "llava-hf":
         raise InputError(
-            f"--check-logits compares with transformers' LLaVA; {source.name} is {checkpoint.format}: omit the option."
+            f"--check-logits compares with transformers' LLaVA; {opened.name} is {checkpoint.format}: omit the option."
         )
     config = checkpoint.config
-    with wrap_errors(f"The tokenizer or the image processor of {source.name}"):
+    with wrap_errors(f"The tokenizer or the image processor of {opened.name}"):
         processor, origin = build_processor(checkpoint, chat_template)
     tensors = _output_tensors(checkpoint, dtype)
     config.dtype = tensors[EMBEDDINGS[0]].dtype
@@ -86,19 +86,19 @@ def convert(
 
     def write_small_files(folder: Path) -> None:
         (rows, cols), num_tokens = config.patch_grid, config.num_image_tokens
-        logger.info(f"{source.name}: {checkpoint.format}, {rows} x {cols} patches, {num_tokens} tokens per image")
+        logger.info(f"{opened.name}: {checkpoint.format}, {rows} x {cols} patches, {num_tokens} tokens per image")
         config.save_pretrained(folder)
         generation_config.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
-        for path in _licence_files(source):
+        for path in _licence_files(opened):
             shutil.copyfile(path, folder / path.name)
         build_card(checkpoint, __version__).save(folder / "README.md")
 
     def check(folder: Path) -> dict:
         if not check_logits:
             return {"parity": None}
-        parity = compare_logits(source.folder, folder, is_cast=dtype is not None)
+        parity = compare_logits(opened.folder, folder, is_cast=dtype is not None)
         difference, num_logits = parity["max_abs_difference"], parity["num_logits"]
         logger.info(f"{num_logits:,} logits of LLaVA and DeCo in float32 differ by at most {difference:.3g}")
         return {"parity": parity}
@@ -148,17 +148,16 @@ def _licence_files(source: Source) -> list[Path]:
     return [path for path in files if source.revision or not path.is_symlink()]
 
 
-def _output_tensors(checkpoint: LlavaCheckpoint, dtype: str | None) -> dict:
+def _output_tensors(checkpoint: LlavaCheckpoint, dtype: str | None) -> dict[str, OutputTensor]:
     """The tensors in the order of their positions in the files, with rows for new tokens, cast to `dtype` if given."""
     num_rows = checkpoint.config.text_config.vocab_size
-    tensors = {}
+    tensors: dict[str, OutputTensor] = {}
     for name, tensor in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].path, item[1].offset or 0)):
-        if name in EMBEDDINGS and tensor.shape[0] < num_rows:
-            tensor = Extended(tensor, num_rows)
-        if dtype is not None and tensor.dtype != getattr(torch, dtype):
-            if isinstance(tensor, MergedLora):  # its sum is float32, so it is rounded once
-                tensor = replace(tensor, dtype=getattr(torch, dtype))
-            else:
-                tensor = Cast(tensor, getattr(torch, dtype))
-        tensors[name] = tensor
+        if dtype is not None and isinstance(tensor, MergedLora):  # its sum is float32, so it is rounded once
+            tensor = replace(tensor, dtype=getattr(torch, dtype))
+        is_short = name in EMBEDDINGS and tensor.shape[0] < num_rows
+        output: OutputTensor = Extended(tensor, num_rows) if is_short else tensor
+        if dtype is not None and output.dtype != getattr(torch, dtype):
+            output = Cast(output, getattr(torch, dtype))
+        tensors[name] = output
     return tensors

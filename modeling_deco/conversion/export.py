@@ -15,7 +15,7 @@ from ..utils.errors import InputError, as_input_errors, wrap_errors
 from ..utils.staging import check_destination
 from .checkpoints import check_shapes, parameter_shapes
 from .output import write_checkpoint
-from .sources import open_source
+from .sources import Source, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -46,27 +46,27 @@ def export(source: str | Path, destination: str | Path, overwrite: bool = False)
     """
     destination = Path(destination)
     check_destination(destination, overwrite, [Path(source)] if Path(source).exists() else [])
-    source = open_source(source)
-    config = _read_config(source)
-    stored = source.read_weights()
-    shapes = parameter_shapes(config, source)
+    opened = open_source(source)
+    config = _read_config(opened)
+    stored = opened.read_weights()
+    shapes = parameter_shapes(config, opened)
     for key in stored.keys() - shapes.keys():
         raise InputError(f"{key!r} in {stored[key].path} is an unknown key: the model of its config has none.")
-    check_shapes(stored, shapes, {"source": source})
+    check_shapes(stored, shapes, {"source": opened})
     tensors = {_llava_name(key): tensor for key, tensor in stored.items()}
     llava_config = _llava_config(config)
-    with wrap_errors(f"The processor of {source.name}"):
-        processor = _llava_processor(source, config)
-    generation_config = source.folder / "generation_config.json"
+    with wrap_errors(f"The processor of {opened.name}"):
+        processor = _llava_processor(opened, config)
+    generation_config = opened.folder / "generation_config.json"
 
     def write_small_files(folder: Path) -> None:
         llava_config.save_pretrained(folder)
         processor.save_pretrained(folder)
         if generation_config.exists():
-            GenerationConfig.from_pretrained(source.folder).save_pretrained(folder)
+            GenerationConfig.from_pretrained(opened.folder).save_pretrained(folder)
 
-    (rows, cols), sources = config.patch_grid, {"source": source}
-    logger.info(f"{source.name}: LLaVA does not pool, so each image takes {rows * cols} tokens")
+    (rows, cols), sources = config.patch_grid, {"source": opened}
+    logger.info(f"{opened.name}: LLaVA does not pool, so each image takes {rows * cols} tokens")
     files = {tensor.path for tensor in tensors.values()}
     facts = {"format": "llava-hf", "num_image_tokens": rows * cols}
     return write_checkpoint(destination, tensors, sources, files, facts, write_small_files, overwrite=overwrite)
@@ -76,7 +76,7 @@ def _llava_name(key: str) -> str:
     return next(match.expand(new) for old, new in _RENAMES if (match := re.fullmatch(old, key)))
 
 
-def _read_config(source) -> DecoConfig:
+def _read_config(source: Source) -> DecoConfig:
     raw_config = source.read_config()
     with as_input_errors():
         check_is_deco(raw_config.get("model_type"), source.name)
@@ -124,7 +124,7 @@ def _select_strategy(config: DecoConfig) -> str:
     return "default" if config.num_prefix_tokens == 1 else "full"
 
 
-def _llava_processor(source, config: DecoConfig) -> LlavaProcessor:
+def _llava_processor(source: Source, config: DecoConfig) -> LlavaProcessor:
     processor = DecoProcessor.from_pretrained(source.folder, trust_remote_code=False)
     return LlavaProcessor(
         image_processor=processor.image_processor,

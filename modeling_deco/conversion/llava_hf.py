@@ -18,7 +18,7 @@ def read_llava_hf(source: Source, raw_config: dict, pooled_grid_size) -> LlavaCh
             f"vision_feature_layer {layer} in config.json of {source.name} is not one layer; DeCo reads one."
         )
     llava_config = LlavaConfig.from_dict(raw_config)
-    checkpoint = LlavaCheckpoint("llava-hf", None, {"source": source}, {}, {}, source, source)
+    checkpoint = LlavaCheckpoint("llava-hf", {"source": source}, {}, {}, source, source)
     add_tensors(checkpoint, source.read_weights(), LLAVA_HF)
     checkpoint.config = build_config(
         pooled_grid_size,

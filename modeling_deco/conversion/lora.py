@@ -9,11 +9,12 @@ from ..utils.errors import InputError
 from .checkpoints import LlavaCheckpoint
 from .layouts import ORIGINAL
 from .sources import Source
+from .stored import StoredTensor
 from .tensors import MergedLora
 from .weights import read_weight_file
 
 # The fields of PEFT's LoraConfig have these values if the merged weight is W + B A * alpha / r.
-_UNSET = (None, False, [], {})
+_UNSET: tuple = (None, False, [], {})
 _PLAIN_LORA = {
     "use_dora": _UNSET,
     "use_rslora": _UNSET,
@@ -27,7 +28,7 @@ _PLAIN_LORA = {
 }
 
 
-def read_adapters(source: Source, adapter_config: dict):
+def read_adapters(source: Source, adapter_config: dict) -> tuple[dict[str, dict], dict[str, StoredTensor]]:
     """The pairs of LoRA matrices by module, and the tensors that were trained without LoRA."""
     if adapter_config.get("peft_type", "LORA") != "LORA":
         raise InputError(
@@ -40,7 +41,13 @@ def read_adapters(source: Source, adapter_config: dict):
                 f"training writes; merge the adapters with PEFT first."
             )
     rank, alpha = adapter_config.get("r"), adapter_config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if (
+        type(rank) is not int
+        or rank < 1
+        or isinstance(alpha, bool)
+        or not isinstance(alpha, int | float)
+        or not math.isfinite(alpha)
+    ):
         raise InputError(
             f"adapter_config.json of {source.name} has r={rank!r} and lora_alpha={alpha!r}; they must be numbers, "
             f"and r at least 1."
@@ -50,7 +57,8 @@ def read_adapters(source: Source, adapter_config: dict):
     file = next((name for name in names if (folder / name).exists()), None)
     if file is None:
         raise InputError(f"{source.name} has adapter_config.json, but no adapter_model.safetensors or .bin.")
-    adapters, trained = {}, read_weight_file(folder / "non_lora_trainables.bin")
+    adapters: dict[str, dict] = {}
+    trained = read_weight_file(folder / "non_lora_trainables.bin")
     for key, tensor in read_weight_file(folder / file).items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
         if match:
@@ -71,13 +79,13 @@ def read_adapters(source: Source, adapter_config: dict):
     return adapters, trained
 
 
-def merge_adapters(checkpoint: LlavaCheckpoint, adapters: dict) -> None:
+def merge_adapters(checkpoint: LlavaCheckpoint, adapters: dict[str, dict]) -> None:
     """Replace the weights that have adapters by the merged ones."""
     for module, matrices in adapters.items():
         name, _ = ORIGINAL.rename(f"{module}.weight")
-        weight = checkpoint.tensors.get(name)
-        if weight is None:
+        if name is None or name not in checkpoint.tensors:
             raise InputError(f"The LoRA adapters are for {module!r}, which the base model does not have.")
+        weight = checkpoint.tensors[name]
         shape = (matrices["lora_b"].shape[0], matrices["lora_a"].shape[1])
         if weight.shape != shape:
             raise InputError(

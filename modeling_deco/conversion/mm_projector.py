@@ -8,7 +8,7 @@ import re
 from ..utils.errors import InputError
 from .checkpoints import LlavaCheckpoint
 from .sources import Source
-from .stored import StoredTensor
+from .tensors import SourceTensor
 
 
 def is_average_pooling(checkpoint: LlavaCheckpoint) -> bool:
@@ -16,7 +16,7 @@ def is_average_pooling(checkpoint: LlavaCheckpoint) -> bool:
     return any("mm_projector.mlp_projector." in tensor.key for tensor in _projector(checkpoint).values())
 
 
-def _projector(checkpoint: LlavaCheckpoint) -> dict[str, StoredTensor]:
+def _projector(checkpoint: LlavaCheckpoint) -> dict[str, SourceTensor]:
     prefix = "model.multi_modal_projector."
     return {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
 

@@ -30,7 +30,7 @@ _NOT_TEXT_FIELD = (
 
 def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tower, base_model) -> LlavaCheckpoint:
     """Read a checkpoint of the original code. The arguments are those of `read_checkpoint`."""
-    checkpoint = LlavaCheckpoint("original", None, {"source": source}, {}, {}, source, source)
+    checkpoint = LlavaCheckpoint("original", {"source": source}, {}, {}, source, source)
     _read_tensors(checkpoint, raw_config, base_model)
     projector_num_layers = count_layers(checkpoint, raw_config)
 
@@ -70,8 +70,8 @@ def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tow
 def _read_tensors(checkpoint: LlavaCheckpoint, raw_config: dict, base_model) -> None:
     """Add the tensors of a whole model, or those of a base model and of what was trained on top of it."""
     source, projector_type = checkpoint.sources["source"], raw_config.get("mm_projector_type")
-    adapter_config, stage_1 = source.folder / "adapter_config.json", source.folder / "mm_projector.bin"
-    is_lora, is_stage_1 = adapter_config.exists(), stage_1.exists()
+    adapter_file, stage_1 = source.folder / "adapter_config.json", source.folder / "mm_projector.bin"
+    is_lora, is_stage_1 = adapter_file.exists(), stage_1.exists()
     # from the Hub, only the index of a whole model has been fetched so far, if there is one
     is_whole = weight_entry(source.folder) is not None or (source.revision and not is_lora and not is_stage_1)
     if is_whole and is_lora:
@@ -80,10 +80,11 @@ def _read_tensors(checkpoint: LlavaCheckpoint, raw_config: dict, base_model) -> 
         add_tensors(checkpoint, source.read_weights(), ORIGINAL, projector_type)
         return
 
-    base_name, adapters = base_model or raw_config.get("_name_or_path"), {}
+    base_name = base_model or raw_config.get("_name_or_path")
+    adapters: dict[str, dict] = {}
     if is_lora:
         checkpoint.format = "original LoRA"
-        adapter_config = read_json(adapter_config)
+        adapter_config = read_json(adapter_file)
         base_name = base_model or adapter_config.get("base_model_name_or_path") or base_name
         adapters, trained = read_adapters(source, adapter_config)
     else:

@@ -4,7 +4,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..utils.errors import first_names
 from ..utils.staging import check_destination, staged_folder
 from .report import REPORT, build_report
 from .sources import Source
+from .tensors import OutputTensor
 from .writing import write_weights
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ _SMALL_FILES_BYTES = 64 << 20  # room for tokenizer, configs and code
 
 def write_checkpoint(
     destination: Path,
-    tensors: dict,
+    tensors: Mapping[str, OutputTensor],
     sources: dict[str, Source],
     files: set[Path],
     facts: dict,
@@ -48,15 +49,15 @@ def write_checkpoint(
         The report.
     """
     num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
-    files = sorted(files | {source.folder / "config.json" for source in sources.values()})
+    read_files = sorted(files | {source.folder / "config.json" for source in sources.values()})
     check_again = partial(check_destination, destination, overwrite, sources=[])
     with staged_folder(destination, num_bytes + _SMALL_FILES_BYTES, check_again) as folder:
         write_small_files(folder)
         with _progress(num_bytes) as progress:
-            digests = write_weights(tensors, folder, files, progress)
+            digests = write_weights(tensors, folder, read_files, progress)
         if check is not None:
             facts = facts | check(folder)
-        report = build_report(tensors, sources, files, facts, digests)
+        report = build_report(tensors, sources, read_files, facts, digests)
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     if digests.nonfinite:
         count, names = sum(digests.nonfinite.values()), sorted(digests.nonfinite)

@@ -74,7 +74,8 @@ def _check_zip(path: Path) -> dict[int, int]:
                 raise ValueError(f"its directory has {len(infos)} records and should have {count}")
             if len({info.filename.lower() for info in infos}) < len(infos):
                 raise ValueError("two records have one name")
-            records, end = {}, 0
+            records: dict[int, int] = {}
+            end = 0
             for info in infos:
                 is_plain = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
                 if not is_plain or info.flag_bits & 0x2041:  # encrypted, in one of three ways

@@ -45,8 +45,8 @@ def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> t
     if chat_template is not None:
         template, origin = named_chat_template(chat_template, use_im_start_end), chat_template
     else:
-        template = load_chat_template(checkpoint.tokenizer.folder, tokenizer)
-        choose = partial(choose_chat_template, template, tokenizer, config.text_config.model_type, use_im_start_end)
+        loaded = load_chat_template(checkpoint.tokenizer.folder, tokenizer)
+        choose = partial(choose_chat_template, loaded, tokenizer, config.text_config.model_type, use_im_start_end)
         with as_input_errors():
             run_within_limits(choose, f"The chat template of {source.name}")
         template, origin = choose()

@@ -3,17 +3,25 @@
 """The conversion report: where each tensor of a converted checkpoint comes from."""
 
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 from .. import __version__
 from .sources import Source
+from .tensors import OutputTensor
 from .writing import Digests
 
 REPORT = "conversion_report.json"
 
 
-def build_report(tensors: dict, sources: dict[str, Source], files: list[Path], facts: dict, digests: Digests) -> dict:
+def build_report(
+    tensors: Mapping[str, OutputTensor],
+    sources: dict[str, Source],
+    files: list[Path],
+    facts: dict,
+    digests: Digests,
+) -> dict:
     """What `conversion_report.json` holds.
 
     Args:

@@ -129,7 +129,7 @@ def _build_backend(model, inline_tokens) -> Tokenizer:
     merges = [(left, right) for _, left, right in scored_merges]
     unknown = pieces[model.unk_id()]
     backend = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    first_space = normalizers.Prepend("▁")
+    first_space: normalizers.Normalizer = normalizers.Prepend("▁")
     if inline_tokens:
         tokens = "|".join(map(re.escape, inline_tokens))
         first_space = normalizers.Replace(Regex(rf"\A(?!{tokens})"), "▁")

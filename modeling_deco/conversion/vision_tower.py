@@ -9,7 +9,7 @@ from ..utils.errors import InputError, wrap_errors
 from .checkpoints import LlavaCheckpoint, add_tensors
 from .layouts import COPIED_TOWER, VISION_TOWER
 from .sources import Source
-from .stored import StoredTensor
+from .tensors import SourceTensor
 
 
 def read_vision_tower(checkpoint: LlavaCheckpoint, tower: Source, is_trained: bool) -> None:
@@ -21,7 +21,7 @@ def read_vision_tower(checkpoint: LlavaCheckpoint, tower: Source, is_trained: bo
     inside = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.vision_tower.")}
     if inside and is_trained:
         return
-    named = LlavaCheckpoint("vision tower", None, {}, {}, {}, tower, tower)
+    named = LlavaCheckpoint("vision tower", {}, {}, {}, tower, tower)
     is_whole = "model.vision_tower.embeddings.patch_embedding.weight" in inside  # LoRA may train its biases alone
     try:
         add_tensors(named, tower.read_weights(), VISION_TOWER)
@@ -36,7 +36,7 @@ def read_vision_tower(checkpoint: LlavaCheckpoint, tower: Source, is_trained: bo
     checkpoint.tensors |= named.tensors
 
 
-def _is_rounded(tensor: StoredTensor, original: StoredTensor | None) -> bool:
+def _is_rounded(tensor: SourceTensor, original: SourceTensor | None) -> bool:
     """Whether a tensor is the original, rounded to the type of the tensor."""
     if original is None or original.shape != tensor.shape:
         return False

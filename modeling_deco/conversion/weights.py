@@ -109,7 +109,7 @@ def read_weights(folder: Path) -> dict[str, StoredTensor]:
     if index.suffix != ".json":
         return read_weight_file(index)
     weight_map = read_weight_map(index)
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         for key, tensor in read_weight_file(folder / shard).items():
             if key in tensors:

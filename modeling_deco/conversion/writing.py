@@ -9,7 +9,7 @@ What this pays: a conversion of 1.6 GB takes 79 MB of memory (158 MB from `.bin`
 
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from xxhash import xxh3_128
 
 from ..utils.errors import InputError
 from .stored import CHUNK_BYTES, StoredTensor, read_range, release_files
+from .tensors import OutputTensor
 from .weights import SAFETENSORS_DTYPES
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -45,13 +46,15 @@ class Digests:
     nonfinite: dict[str, int]
 
 
-def write_weights(tensors: dict, folder: Path, source_files: list[Path], progress: Callable[[int], None]) -> Digests:
+def write_weights(
+    tensors: Mapping[str, OutputTensor], folder: Path, source_files: list[Path], progress: Callable[[int], None]
+) -> Digests:
     """Write tensors to safetensors files of at most 5 GB, and an index if there are several files.
 
     A second thread reads everything back while the first one writes.
 
     Args:
-        tensors: `StoredTensor`, `MergedLora`, `Extended` and `Cast`, by name.
+        tensors: the tensors to write, by name.
         folder: an existing folder.
         source_files: files whose digests are wanted.
         progress: called with the number of bytes after each piece.
@@ -96,7 +99,7 @@ def write_weights(tensors: dict, folder: Path, source_files: list[Path], progres
     return digests
 
 
-def digest_of(tensor) -> str:
+def digest_of(tensor: OutputTensor) -> str:
     """XXH3 (128 bits) of a tensor's bytes."""
     return _digest(tensor.read_bytes(), Event())
 
@@ -136,7 +139,7 @@ def _check(written: dict[str, str], read_back: dict[str, Future], recomputed: di
     return nonfinite
 
 
-def _write_tensor(file: BinaryIO, file_hasher: xxh3_128, tensor, progress: Callable[[int], None]) -> str:
+def _write_tensor(file: BinaryIO, file_hasher: xxh3_128, tensor: OutputTensor, progress: Callable[[int], None]) -> str:
     """Write a tensor; returns the digest of its bytes, as they came from the source."""
     hasher = xxh3_128()
     for piece in tensor.read_bytes():
@@ -154,9 +157,10 @@ def _write(file: BinaryIO, data) -> None:
         data = data[file.write(data) :]
 
 
-def _shards(tensors: dict) -> dict[str, dict]:
+def _shards(tensors: Mapping[str, OutputTensor]) -> dict[str, dict[str, OutputTensor]]:
     """The tensors of each file, by its name."""
-    shards, size = [{}], 0
+    shards: list[dict[str, OutputTensor]] = [{}]
+    size = 0
     for key, tensor in tensors.items():
         if shards[-1] and size + tensor.num_bytes > MAX_SHARD_BYTES:
             shards.append({})
@@ -170,9 +174,10 @@ def _shards(tensors: dict) -> dict[str, dict]:
     return {f"model-{n:05}-of-{len(shards):05}.safetensors": shard for n, shard in enumerate(shards, start=1)}
 
 
-def _header(shard: dict) -> tuple[bytes, dict[str, int]]:
+def _header(shard: dict[str, OutputTensor]) -> tuple[bytes, dict[str, int]]:
     """A safetensors header, and the position of each tensor in the file."""
-    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for key, tensor in shard.items():
         begin, end = end, end + tensor.num_bytes
         entries[key] = {
