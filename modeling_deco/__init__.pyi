@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The public names of modeling_deco. `__init__.py` reads this file and imports a module when one of its names is used.
 
-from pathlib import Path
+import pathlib
 
 from .configuration_deco import DecoConfig as DecoConfig
 from .configuration_deco import num_image_tokens as num_image_tokens
@@ -22,4 +22,4 @@ from .relevance import explain as explain
 from .relevance import plot_relevance as plot_relevance
 
 __version__: str
-SHIPPED_CHECKPOINT: Path
+SHIPPED_CHECKPOINT: pathlib.Path

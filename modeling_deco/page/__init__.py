@@ -10,7 +10,7 @@ try:
     import gradio  # noqa: F401
     import matplotlib  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"The page needs {error.name}: pip install 'modeling-deco[page]'") from None
+    raise ImportError(f'The page needs {error.name}: pip install ".[page]" in a clone of modeling-deco') from None
 
 from .app import build_app
 from .layout import build_page

@@ -21,7 +21,9 @@ try:
     import starlette  # noqa: F401
     import uvicorn  # noqa: F401
 except ImportError as error:
-    raise ImportError("The server needs starlette and uvicorn: pip install 'modeling-deco[serve]'") from error
+    raise ImportError(
+        'The server needs starlette and uvicorn: pip install ".[serve]" in a clone of modeling-deco'
+    ) from error
 
 from .app import build_app
 from .options import ServerOptions

@@ -174,5 +174,5 @@ def test_without_its_libraries_the_error_names_the_extra(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("modeling_deco.serving")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(ImportError, match=r"^The server needs .*: pip install 'modeling-deco\[serve\]'$"):
+    with pytest.raises(ImportError, match=r'^The server needs .*: pip install "\.\[serve\]" in a clone'):
         import modeling_deco.serving  # noqa: F401
