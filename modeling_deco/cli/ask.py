@@ -72,12 +72,12 @@ def ask(
     cat digits.png | deco ask - "Read the digits." --relevance relevance.png
     """
     with one_line_errors("ask"):
-        if not images or not question.strip():
+        if not images or question is None or not question.strip():
             raise ValueError('It needs an image and a question: deco ask digits.png "Read the digits."')
         if images.count("-") > 1:
             raise ValueError("stdin (-) has one image, and - is given more than once.")
         if relevance is not None:
-            relevance_level = _check_relevance(relevance, relevance_level, images, system)
+            level = _check_relevance(relevance, relevance_level, images, system)
         elif relevance_level is not None:
             raise ValueError("--relevance-level has no effect without --relevance.")
         grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
@@ -115,7 +115,7 @@ def ask(
             }
             typer.echo(json.dumps(report if relevance is None else report | {"relevance": str(relevance)}))
         if relevance is not None:
-            _save_relevance(explained, relevance_level, relevance)
+            _save_relevance(explained, level, relevance)
 
 
 def _read(images: list[str]) -> list:

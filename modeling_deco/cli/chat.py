@@ -150,7 +150,9 @@ class Conversation:
         self.temperature, self.seed = temperature, seed
         question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
         with_system(processor, [question], system)  # raises an error before the first question
-        self.system, self.messages, self.images = system, [], []
+        self.system = system
+        self.messages: list[dict] = []
+        self.images: list = []
 
     def take(self, line: str) -> bool:
         """Run a command or answer a question. Returns whether the conversation continues."""

@@ -52,7 +52,7 @@ def _to_text(about: dict) -> str:
         lines.append(f"base model  {bases if isinstance(bases, str) else ', '.join(bases)}")
     if stored:
         lines.append(f"stored as   {stored}")
-    rows = [(name.replace("_", " "), f"{parameters[name]:,}") for name in parameters]
+    rows: list[tuple[str, ...]] = [(name.replace("_", " "), f"{parameters[name]:,}") for name in parameters]
     lines += ["", *_table(("parameters", ""), rows)]
     rows = [(name, format_size(size)) for name, size in about["weights"].items()]
     lines += ["", *_table(("weights as", "memory"), rows)]

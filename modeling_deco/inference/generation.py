@@ -107,7 +107,7 @@ def stream(
     temperature: float | None = None,
     seed: int | None = None,
     prompt_cache: "PromptCache | None" = None,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Answer a conversation and yield the text as it is generated.
 
     Args:

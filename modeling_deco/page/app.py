@@ -24,7 +24,7 @@ def build_app(page: gr.Blocks, password: str | None = None, hosts: list[str] | N
     """
 
     def is_right(user_name, given):
-        return hmac.compare_digest(given.encode(errors="replace"), password.encode())
+        return password is not None and hmac.compare_digest(given.encode(errors="replace"), password.encode())
 
     # private, seen in gradio 6.31
     page.state_session_capacity = 1000  # a new session beyond these evicts the oldest

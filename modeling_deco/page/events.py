@@ -4,7 +4,7 @@
 
 import html
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -136,7 +136,7 @@ class PageEvents:
             raise ValueError(f"The token budget must be a whole number from 1 to {self.largest_side}.")
         return side
 
-    def _compared_sides(self) -> set[int | None]:
+    def _compared_sides(self) -> Set[int | None]:
         if self.largest_side is None:
             return {None}
         return {self.default_side, *(self.largest_side >> power for power in range(4))} - {0}
@@ -162,9 +162,8 @@ class PageEvents:
     def _costs(self, num_tokens: int, prefill_seconds: float) -> dict:
         """The row of an answer that has just been generated."""
         milliseconds = 1000 * (self.images.seconds + prefill_seconds)
-        row = {"Image tokens": num_tokens, "Prefill": f"{milliseconds:.{0 if milliseconds >= 10 else 1}f} ms"}
-        if self.images.seconds == 0:
-            row["Prefill"] += " *"
+        prefill = f"{milliseconds:.{0 if milliseconds >= 10 else 1}f} ms"
+        row = {"Image tokens": num_tokens, "Prefill": f"{prefill} *" if self.images.seconds == 0 else prefill}
         dtype = self.model.get_input_embeddings().weight.dtype
         row["KV cache"] = format_size(kv_cache_bytes(self.model.config.get_text_config(), num_tokens, dtype))
         if self.model.device.type == "cuda":
@@ -173,8 +172,9 @@ class PageEvents:
 
     def _explain(self, answer: Answer) -> Relevance:
         image = read_upload(answer.path)
-        options = {"answer": answer.text, "pooled_grid_size": answer.side}
-        words = explain(self.model, self.processor, image, answer.question, **options).by_word()
+        words = explain(
+            self.model, self.processor, image, answer.question, answer=answer.text, pooled_grid_size=answer.side
+        ).by_word()
         return replace(words, query_to_patch=torch.empty(0))  # by far the largest part, and not shown
 
 
@@ -197,7 +197,7 @@ def _begin(upload: dict | None, question: str, session: Session | None) -> tuple
     path = upload_path(upload)
     content = [{"type": "image", "image": read_upload(path)}, {"type": "text", "text": question}]
     if session is None or (session.path, session.question) != (path, question):
-        session = Session(path, question, session and session.answer)
+        session = Session(path, question, None if session is None else session.answer)
     return session, [{"role": "user", "content": content}]
 
 

@@ -91,8 +91,14 @@ def _page(name: str, model, processor, max_new_tokens: int):
     if Path(name).exists() and Path(name).samefile(SHIPPED_CHECKPOINT):
         about = f"{about} {SHIPPED_ABOUT}"
         examples = [(str(SHIPPED_CHECKPOINT / "examples" / file), text) for file, text in SHIPPED_EXAMPLES]
-    options = {"name": Path(name).resolve().name, "about": about, "examples": examples}
-    return build_page(model, processor, **options, max_new_tokens=max_new_tokens)
+    return build_page(
+        model,
+        processor,
+        name=Path(name).resolve().name,
+        about=about,
+        examples=examples,
+        max_new_tokens=max_new_tokens,
+    )
 
 
 def _warm_up(model, processor) -> None:

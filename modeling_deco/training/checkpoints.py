@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME  # private, seen in transformers 5.19 to 5.24
 from transformers.trainer_utils import (  # private, seen in transformers 5.19 to 5.24
     PREFIX_CHECKPOINT_DIR,
@@ -27,7 +27,8 @@ class CompleteCheckpoints(Trainer):
         if self.args.should_save:
             shutil.rmtree(run_dir / INCOMPLETE, ignore_errors=True)  # left by a run that was killed
         self.accelerator.wait_for_everyone()
-        settings, self.args = self.args, copy.copy(self.args)
+        settings = self.args
+        self.args: TrainingArguments = copy.copy(settings)
         self.args.output_dir, self.args.push_to_hub, self.args.save_total_limit = str(staged.parent), False, None
         try:
             super()._save_checkpoint(model, trial)

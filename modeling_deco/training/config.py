@@ -3,6 +3,7 @@
 """The settings of a training run: TRL's `SFTConfig`, and what DeCo adds."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
 
@@ -63,7 +64,7 @@ class DecoSFTConfig(SFTConfig):
         if self.packing:
             raise ValueError("packing=True works for texts alone, but samples have images; leave it out.")
         # The collator tokenizes; TRL would tokenize data sets without a column of images, whose messages may have some
-        self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        self.dataset_kwargs: dict[str, Any] | None = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         for name in ("pad_token", "eos_token", "pad_to_multiple_of", "completion_only_loss", "chat_template_path"):
             if getattr(self, name):
                 raise ValueError(

@@ -231,7 +231,9 @@ class FeatureCache:
             return "missing"
         except (OSError, SafetensorError) as error:
             return f"broken, {error}"
-        expected = {name: (num_images, *feature_shape(self.config, name)) for name in self.manifest["grids"]}
+        expected: dict[str, tuple[int, ...]] = {
+            name: (num_images, *feature_shape(self.config, name)) for name in self.manifest["grids"]
+        }
         expected["keys"] = num_images, 16
         return "" if mark == self.mark and shapes == expected else "of another cache"
 
@@ -251,7 +253,7 @@ class FeatureCache:
         Raises:
             CacheError: images are not in the cache; the message has their number and the first sample with one.
         """
-        numbers = {}
+        numbers: dict[bytes, int] = {}
         for shard in range(self.num_shards):
             keys = self._open(shard).get_tensor("keys").numpy()
             numbers |= {key.tobytes(): number for key, number in zip(keys, self.images_of(shard), strict=True)}

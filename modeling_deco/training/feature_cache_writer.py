@@ -64,7 +64,7 @@ class MultiGridPool(torch.nn.Module):
                     f"{self.patch_grid[1]}, and the projector reads patches. Only avg_pool can have such a cache."
                 )
             return patch_features
-        grids = [tuple(map(int, name.split("x"))) for name in self.names]
+        grids = [(int(rows), int(cols)) for rows, cols in (name.split("x") for name in self.names)]
         return torch.cat([pool_patch_grid(patch_features, patch_grid, grid) for grid in grids], dim=1)
 
 
@@ -72,7 +72,7 @@ class UniqueImages(torch.utils.data.Dataset):
     """The images of a data set without repetitions; `keys` has the cache key of each."""
 
     def __init__(self, dataset: Dataset):
-        places = {}
+        places: dict[bytes, tuple[int, int]] = {}
         for row, keys in enumerate(image_keys(dataset)):
             for position, key in enumerate(keys):
                 places.setdefault(key, (row, position))
@@ -123,6 +123,7 @@ def prepare_cache(
     Raises:
         CacheError: the folder has another cache or other files, or the disk is too small.
     """
+    assert training_args.feature_cache is not None  # see check_cacheable
     if names != [PATCHES]:
         DecoCollator(processor).check_grids(images.dataset, [list(map(int, name.split("x"))) for name in names])
 

@@ -36,7 +36,7 @@ def add_lengths(dataset, collator: DecoCollator, args: DecoSFTConfig):
     features = dataset.features
 
     def measure(table: pa.Table) -> pa.Table:
-        columns = {"length": [], "has_images": [], "fault": []}
+        columns: dict[str, list] = {"length": [], "has_images": [], "fault": []}
         for row in rows_without_bytes(table, features):
             length, has_images, fault = 0, False, ""
             try:
@@ -84,8 +84,7 @@ def add_lengths(dataset, collator: DecoCollator, args: DecoSFTConfig):
 
 def _fits(example, collator: DecoCollator) -> bool:
     length = collator.count_tokens(collator.tokenize(collator.read(example)))
-    if length > collator.max_length:
-        logger.warning(
-            "Sample %r is dropped: %d tokens, max_length=%d.", example.get("id"), length, collator.max_length
-        )
-    return length <= collator.max_length
+    if collator.max_length is None or length <= collator.max_length:
+        return True
+    logger.warning("Sample %r is dropped: %d tokens, max_length=%d.", example.get("id"), length, collator.max_length)
+    return False

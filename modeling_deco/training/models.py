@@ -6,6 +6,7 @@ import json
 import shutil
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -35,7 +36,9 @@ def load_model_and_processor(
         raise ValueError("No model is named; set --model_name_or_path.")
     chat_template = None if args.chat_template is None else read_chat_template(args.chat_template)
     if args.vision_model_name_or_path is not None:
-        model, processor = _join(args, model_args, chat_template)
+        model, processor = _join(
+            args.vision_model_name_or_path, model_args.model_name_or_path, args, model_args, chat_template
+        )
     else:
         model, processor = _load(args, model_args)
     if chat_template is not None:
@@ -45,23 +48,24 @@ def load_model_and_processor(
     return model, processor
 
 
-def _join(args: DecoArguments, model_args: ModelConfig, chat_template: str | None):
+def _join(vision_model: str, text_model: str, args: DecoArguments, model_args: ModelConfig, chat_template: str | None):
     if get_quantization_config(model_args) is not None or model_args.model_revision != "main":
         raise ValueError(
             "Two backbones are joined without quantization and at their main revision. Train the projector first "
             "(stage 1), then quantize the result; for another --model_revision, download it and name its folder."
         )
-    backbones = (args.vision_model_name_or_path, model_args.model_name_or_path)
     grid = _grid(args)
-    projector = {} if args.projector_type is None else {"projector_type": args.projector_type}
+    projector: dict[str, Any] = {} if args.projector_type is None else {"projector_type": args.projector_type}
     if args.projector_config is not None:
         projector["projector_config"] = read_sizes(args.projector_config)
     model = DecoForConditionalGeneration.from_vision_text_pretrained(
-        *backbones, dtype=model_args.dtype, **grid, **projector
+        vision_model, text_model, dtype=model_args.dtype, **grid, **projector
     )
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
-    return model, DecoProcessor.from_vision_text_pretrained(*backbones, **grid, chat_template=chat_template)
+    return model, DecoProcessor.from_vision_text_pretrained(
+        vision_model, text_model, **grid, chat_template=chat_template
+    )
 
 
 def _load(args: DecoArguments, model_args: ModelConfig):
@@ -86,7 +90,7 @@ def _load(args: DecoArguments, model_args: ModelConfig):
     return model, DecoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False, **grid)
 
 
-def _grid(args: DecoArguments) -> dict[str, int]:
+def _grid(args: DecoArguments) -> dict[str, Any]:
     return {} if args.pooled_grid_size is None else {"pooled_grid_size": args.pooled_grid_size}
 
 
@@ -154,9 +158,15 @@ def _write_base(args: DecoArguments, model_args: ModelConfig, base: Path) -> Non
 
 
 def merge_adapter(adapter_dir: str) -> None:
-    """Write `adapter_dir/merged`: the adapter's base model with the adapter merged into it."""
+    """Write `adapter_dir/merged`: the adapter's base model with the adapter merged into it.
+
+    Raises:
+        ValueError: the folder has no adapter.
+    """
     processor = DecoProcessor.from_pretrained(adapter_dir, trust_remote_code=False)
     adapter = find_adapter(adapter_dir)
+    if adapter is None:
+        raise ValueError(f"{adapter_dir} has no adapter; name a folder that was trained with --use_peft.")
     model = load_model(adapter.base, adapter.base_revision, dtype="auto", pooled_grid_size=processor.pooled_grid_size)
     merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
     merged.save_pretrained(Path(adapter_dir, "merged"))

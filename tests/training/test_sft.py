@@ -37,7 +37,7 @@ from modeling_deco.chat_templates import PLAIN_CHAT_TEMPLATE
 from modeling_deco.training import DecoCollator, DecoSFTConfig, DecoSFTTrainer, expand_images
 from modeling_deco.training.checkpoints import INCOMPLETE
 from modeling_deco.training.data import load
-from modeling_deco.training.models import read_sizes
+from modeling_deco.training.models import merge_adapter, read_sizes
 from modeling_deco.training.parts import part_of
 from modeling_deco.training.plots import plot_training
 from modeling_deco.training.sampler import ModalityLengthSampler
@@ -473,6 +473,11 @@ def test_an_adapter_loads_on_its_model_and_merged(checkpoint, data, template, tm
     for name in logits:
         torch.testing.assert_close(logits[name], logits["trained"], atol=1e-4, rtol=1e-4, msg=name)
     assert AutoProcessor.from_pretrained(tmp_path / "out" / "merged").chat_template == tiny_training.CHAT_TEMPLATE
+
+
+def test_a_folder_without_an_adapter_is_not_merged(checkpoint):
+    with pytest.raises(ValueError, match=f"{re.escape(str(checkpoint))} has no adapter"):
+        merge_adapter(str(checkpoint))
 
 
 def test_another_grid_is_the_results_own(checkpoint, data, template, tmp_path):

@@ -105,7 +105,7 @@ def _take_rows(
         report.text_only_rows += not sample.images
         paths = [images / name for name in sample.images]
         if embed_images:
-            references = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+            references: list[dict[str, Any]] = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
         else:
             references = [{"bytes": None, "path": str(path)} for path in paths]
         yield {"id": sample.id, "images": references, "messages": sample.messages}
@@ -125,7 +125,8 @@ def _row_groups(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
 
 def _write_shards(groups: Iterator[pa.Table], folder: Path) -> str:
     """Write `train-*-of-*.parquet` and return their digest. Shards are small: many processes can share them."""
-    paths, group = [], next(groups, None)
+    paths: list[Path] = []
+    group = next(groups, None)
     while group is not None:
         paths.append(folder / f"{len(paths)}.parquet")
         num_rows = num_bytes = 0
@@ -144,7 +145,7 @@ def _write_shards(groups: Iterator[pa.Table], folder: Path) -> str:
 def _write_card(folder: Path, facts: dict[str, Any]) -> None:
     # datasets (5.2) finds a local folder in its cache by the folder's last name and by this config. Without the digest
     # it would load other data that once were in a folder of that name.
-    config = {"config_name": "default", "description": f"xxh3_128 of the shards: {facts['xxh3_128']}"}
+    config: dict[str, Any] = {"config_name": "default", "description": f"xxh3_128 of the shards: {facts['xxh3_128']}"}
     config["data_files"] = [{"split": "train", "path": "data/train-*"}]
     data = DatasetCardData(configs=[config], task_categories=["image-text-to-text"])
     DatasetInfosDict({"default": DatasetInfo(features=FEATURES)}).to_dataset_card_data(data)

@@ -58,19 +58,25 @@ def start_worker() -> None:
     """Let the parent handle Ctrl-C, and end when the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    assert parent is not None  # a worker process has one
+
+    def end_with_parent():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def check_images(samples: Iterator[Sample], folder: Path, executor: ProcessPoolExecutor) -> Iterator[Sample]:
     """Add the faults of their images to the samples, in order. Each image is decoded once."""
     checked: dict[str, str | None] = {}  # None until the result is there
-    pending = deque()
+    pending: deque[tuple[list[Sample], list[str], Iterator[str]]] = deque()
 
     def finish_oldest():
         batch, names, results = pending.popleft()
         checked.update(zip(names, results, strict=True))
         for sample in batch:
-            sample.faults |= {checked[name]: quote(name) for name in sample.images if checked[name]}
+            sample.faults |= {kind: quote(name) for name in sample.images if (kind := checked[name])}
             yield sample
 
     while batch := list(islice(samples, BATCH)):

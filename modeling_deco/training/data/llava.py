@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def read_records(path: Path) -> Iterator[Any]:
     """
     decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
     with (
-        path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+        path.open("rb") as binary,
+        TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
         tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar,
     ):
         window, at_end = file.read(_WINDOW), False
@@ -68,7 +70,7 @@ def read_records(path: Path) -> Iterator[Any]:
         position, is_closed = (opening.end(), bool(opening[1])) if opening else (0, False)
         num_lines = num_characters = 0  # before the window
         while True:
-            position = blank.match(window, position).end()
+            position = blank.match(window, position).end()  # type: ignore[union-attr]  # at least empty text matches
             if at_end and position == len(window) and (is_closed or not opening):
                 return
             try:
@@ -92,7 +94,7 @@ def read_records(path: Path) -> Iterator[Any]:
             num_lines, num_characters = num_lines + window.count("\n", 0, position), num_characters + position
             more = file.read(max(_WINDOW, len(window) - position))  # the record may go beyond the window
             window, position, at_end = window[position:] + more, 0, not more
-            bar.update(file.buffer.tell() - bar.n)
+            bar.update(binary.tell() - bar.n)
 
 
 def read_sample(index: int, record: Any) -> Sample:
