@@ -181,7 +181,7 @@ def main(
     ),
     num_steps: Annotated[int, typer.Option(min=4, help="Steps of each run; the first two are not timed.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each projector in each stage.")] = 2,
-    out: Annotated[Path, typer.Option(help="The JSON file; the plot lies beside it.")] = RESULTS / "training.json",
+    out: Annotated[Path, typer.Option(help="The JSON file; the plot goes beside it.")] = RESULTS / "training.json",
 ) -> None:
     """Speed and memory of training."""
     on_gpu = torch.cuda.is_available()

@@ -20,7 +20,7 @@ class FieldHelp(griffe.Extension):
 
 
 def _text(help: ast.expr) -> str:
-    """Of a string; in a formatted one, expressions stand as code."""
+    """The text of a help string. In a formatted string, each expression is shown as code."""
     if isinstance(help, ast.JoinedStr):
         return "".join(_text(part) for part in help.values)
     return str(help.value) if isinstance(help, ast.Constant) else f"`{ast.unparse(help.value)}`"

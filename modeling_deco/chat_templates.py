@@ -12,7 +12,7 @@ import json
 
 from transformers.utils.chat_template_utils import render_jinja_template  # private, seen in transformers 5.19 to 5.24
 
-IMAGE_TOKEN = "<image>"  # noqa: S105
+IMAGE_TOKEN = "<image>"
 
 # A message's content is a string or a list of parts. Images keep their position among the parts. A line break follows
 # images that come before all text, as in LLaVA's data.

@@ -146,9 +146,9 @@ class DecoConfig(PreTrainedConfig):
     """
 
     model_type = "deco"
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]  # noqa: RUF012
-    attribute_map = {"image_token_index": "image_token_id"}  # noqa: RUF012
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
+    attribute_map = {"image_token_index": "image_token_id"}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: SubConfig = None
     text_config: SubConfig = None

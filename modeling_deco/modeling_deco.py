@@ -130,13 +130,13 @@ class DecoPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # private, seen in transformers 5.19 to 5.24
     # projectors with residual connections; post_init adds the backbones' modules and drops those not in the model
-    _no_split_modules: list[str] | set[str] = [  # noqa: RUF012
+    _no_split_modules: list[str] | set[str] = [
         "QFormerProjector",
         "ResamplerProjector",
         "CAbstractorProjector",
         "DAbstractorProjector",
     ]
-    _skip_keys_device_placement = [CACHE_NAME]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE_NAME]
 
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -490,8 +490,8 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
 
     # the embeddings' name in most language models; each instance sets its own
     # private, seen in transformers 5.19 to 5.24
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: DecoConfig):
         super().__init__(config)

@@ -20,7 +20,7 @@ from .pixels import channels_first, read_image
 
 
 class DecoProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012
+    _defaults = {"text_kwargs": {"padding": False}}
 
 
 class DecoImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -63,7 +63,7 @@ class DecoProcessor(ProcessorMixin):
         tokenizer=None,
         pooled_grid_size=12,
         chat_template=None,
-        image_token="<image>",  # noqa: S107
+        image_token="<image>",
         patch_size=None,
         **kwargs,
     ):

@@ -89,6 +89,6 @@ def named_chat_template(name_or_path: str, use_im_start_end=False) -> str:
         template = read_chat_template(name_or_path)
     if name_or_path in CHAT_TEMPLATES:
         return _between_marks(template, use_im_start_end)
-    if not shows_images(template, bos_token="<s>", eos_token="</s>"):  # noqa: S106
+    if not shows_images(template, bos_token="<s>", eos_token="</s>"):
         raise InputError(f"The chat template {name_or_path} does not write <image> for an image of a message.")
     return template

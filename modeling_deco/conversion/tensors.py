@@ -58,19 +58,15 @@ class MergedLora(_Computed):
     how = "merged with LoRA"
 
     def read_bytes(self) -> Iterator[memoryview]:
-        lora_a, lora_b = self.lora_a.read().float(), self.lora_b.read().float()
         rows_per_piece = max(1, _PIECE_BYTES // (4 * self.shape[1]))
         for first in range(0, self.shape[0], rows_per_piece):
-            last = first + rows_per_piece
-            yield to_bytes(self._merge(self.tensor.read(first, last), lora_a, lora_b[first:last]))
+            yield to_bytes(self.read(first, first + rows_per_piece))
 
     def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
         """The tensor, or its rows `first` to `last`."""
         lora_a, lora_b = self.lora_a.read().float(), self.lora_b.read(first, last).float()
-        return self._merge(self.tensor.read(first, last), lora_a, lora_b)
-
-    def _merge(self, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
-        return _cast(weight.float() + (lora_b @ lora_a) * self.scale, self.dtype, self.key)
+        weight = self.tensor.read(first, last).float()
+        return _cast(weight + (lora_b @ lora_a) * self.scale, self.dtype, self.key)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def load_tokenizer(folder, extra_tokens=()) -> PreTrainedTokenizerFast:
         _add_token(tokenizer, token)
     if tokenizer.pad_token in (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token):
         _add_token(tokenizer, "<pad>")
-        tokenizer.pad_token = "<pad>"  # noqa: S105
+        tokenizer.pad_token = "<pad>"
     return tokenizer
 
 

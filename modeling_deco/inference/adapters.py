@@ -89,7 +89,7 @@ def add_adapter(model: DecoForConditionalGeneration, adapter: Adapter, reads_wei
         config.inference_mode = True
         adapted = PeftModel(model, config, low_cpu_mem_usage=True)  # allocates no memory for the sizes in the config
         with safe_open(file, "pt") as tensors:
-            stored = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            stored = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     mismatched = {
         key: (shape, tuple(expected[key].shape))

@@ -150,7 +150,7 @@ def stored_shapes(name: str | os.PathLike, folder: str) -> dict[str, tuple]:
     for file in files:
         try:
             with safe_open(os.path.join(folder, file), "pt") as tensors:
-                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} of {name} is damaged or incomplete: {one_line(error)}") from None
     return shapes

@@ -225,7 +225,7 @@ class FeatureCache:
     def _problem(self, path: Path, num_images: int) -> str:
         try:
             with safe_open(path, "pt") as file:  # compares the header with the length of the file
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
                 mark = (file.metadata() or {}).get("cache")
         except FileNotFoundError:
             return "missing"

@@ -44,9 +44,8 @@ def decode(file: Path | BinaryIO, max_pixels: int, formats: tuple[str, ...] | No
         with open_image(file) if formats is None else Image.open(file, formats=formats) as image:
             _check_size(image, max_pixels)
             image.load()
-            _check_size(
-                image, max_pixels
-            )  # a container (ICO, ICNS) may have images of other sizes than its header says
+            # the image in a container (ICO, ICNS) may have another size than the header says
+            _check_size(image, max_pixels)
             return to_rgb(image)
     except ImageError:
         raise

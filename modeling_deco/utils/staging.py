@@ -58,7 +58,7 @@ def staged_folder(destination: Path, num_bytes: int, check: Callable[[], object]
         free += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # left by a killed run
     if num_bytes > free:
         raise InputError(
-            f"DST {destination} needs {num_bytes:,} bytes, but its disk has {free:,} bytes free; free some space."
+            f"{destination} needs {num_bytes:,} bytes, but its disk has {free:,} bytes free; free some space."
         )
     try:
         with _lock(workspace):
@@ -77,12 +77,12 @@ def staged_folder(destination: Path, num_bytes: int, check: Callable[[], object]
                 with suppress(OSError):  # while the lock is held, so that no other run can hold it
                     (workspace / "lock").unlink()
     except Timeout:
-        raise InputError(f"Another process is writing DST {destination}; wait until it has finished.") from None
+        raise InputError(f"Another process is writing {destination}; wait until it has finished.") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(
-            f"DST {destination} needs {num_bytes:,} bytes, but its disk became full; free some space."
+            f"{destination} needs {num_bytes:,} bytes, but its disk became full; free some space."
         ) from None
     finally:
         with suppress(OSError):
@@ -106,20 +106,18 @@ def check_destination(destination: Path, overwrite: bool, sources: list[Path]) -
     destination = destination.resolve()
     for source in sources:
         if _is_within(source.resolve(), destination) or _is_within(destination, source.resolve()):
-            raise InputError(
-                f"DST {destination} and the source {source} are one inside the other; choose another DST."
-            )
+            raise InputError(f"{destination} and the source {source} are one inside the other; choose another folder.")
     if destination.exists() and not destination.is_dir():
-        raise InputError(f"DST {destination} is a file; choose another name.")
+        raise InputError(f"{destination} is a file; choose another name.")
     if os.path.ismount(destination):
-        raise InputError(f"DST {destination} is a mount point; choose a folder inside it.")
+        raise InputError(f"{destination} is a mount point; choose a folder inside it.")
     if destination.exists() and any(destination.iterdir()):
         if not overwrite:
-            raise InputError(f"DST {destination} is not empty; choose another, or pass --overwrite to replace it.")
+            raise InputError(f"{destination} is not empty; choose another, or pass --overwrite to replace it.")
         config = destination / "config.json"
         if not config.is_file() or "model_type" not in read_json(config):
             raise InputError(
-                f"DST {destination} is not overwritten: it has no config.json of a model. Remove it yourself."
+                f"{destination} is not overwritten: it has no config.json of a model. Remove it yourself."
             )
 
 

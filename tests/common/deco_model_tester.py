@@ -23,7 +23,7 @@ class DecoModelTester:
     pooled_grid_size = 2
     num_image_tokens = 4
     seq_length = encoder_seq_length = num_image_tokens + 7
-    vision_config = {  # noqa: RUF012
+    vision_config = {
         "model_type": "clip_vision_model",
         "image_size": 8,
         "patch_size": 2,
@@ -32,7 +32,7 @@ class DecoModelTester:
         "num_attention_heads": 4,
         "intermediate_size": 37,
     }
-    text_config = {  # noqa: RUF012
+    text_config = {
         "model_type": "llama",
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -75,12 +75,12 @@ class DecoModelTester:
 class Siglip2Qwen3Tester(DecoModelTester):
     """A tower without prefix tokens that takes flat patches, and grouped key-value heads."""
 
-    vision_config = {  # noqa: RUF012
+    vision_config = {
         **DecoModelTester.vision_config,
         "model_type": "siglip2_vision_model",
         "num_patches": 16,
     }
-    text_config = {  # noqa: RUF012
+    text_config = {
         **DecoModelTester.text_config,
         "model_type": "qwen3",
         "num_key_value_heads": 2,
@@ -91,12 +91,12 @@ class Siglip2Qwen3Tester(DecoModelTester):
 class Dinov2GemmaTester(DecoModelTester):
     """A tower with register tokens, and tied embeddings."""
 
-    vision_config = {  # noqa: RUF012
+    vision_config = {
         **DecoModelTester.vision_config,
         "model_type": "dinov2_with_registers",
         "num_register_tokens": 2,
     }
-    text_config = {  # noqa: RUF012
+    text_config = {
         **DecoModelTester.text_config,
         "model_type": "gemma",
         "num_key_value_heads": 2,

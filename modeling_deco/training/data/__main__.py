@@ -6,8 +6,8 @@ import logging
 
 import typer
 
-from modeling_deco.training.data import build_data
-from modeling_deco.utils.script import run
+from ...utils.script import run
+from .build import build_data
 
 
 def main() -> None:
