@@ -52,6 +52,8 @@ LARGEST_SIZES = {
 }
 _MOST_PROJECTOR_LAYERS = 2**6
 
+IMAGE_POSITIONS = ("patch", "sequence")
+
 
 def parse_grid(pooled_grid_size) -> tuple[int, int]:
     """Read a grid given as an int (square) or as two ints.
@@ -126,6 +128,11 @@ class DecoConfig(PreTrainedConfig):
         image_token_id: id of the placeholder token. Each image takes `num_image_tokens` of them.
         pooled_grid_size: the grid that patches are pooled to, an int (square) or `[rows, cols]`. `forward`, `generate`
             and the processor take another grid per call.
+        image_positions: where the language model sees the tokens of an image. `"patch"`: each token has the position
+            that the central patch of its window has at the full grid, and the text behind the image has the positions
+            that it has there. `"sequence"`: all tokens are numbered one after another, as in the paper, which is right
+            for models that were trained so. At the full grid both are the same. `forward` and `generate` take another
+            value per call.
         projector_type: `"avg_pool"`, 2D adaptive average pooling before the MLP (DeCo, arXiv 2405.20985), or a
             projector that DeCo is compared with: `"mlp"` (LLaVA's, without compression: `pooled_grid_size` must be the
             patch grid), `"qformer"`, `"resampler"`, `"c_abstractor"`, `"d_abstractor"`. `"avg_pool"` and
@@ -154,6 +161,7 @@ class DecoConfig(PreTrainedConfig):
     text_config: SubConfig = None
     image_token_id: int = 32000
     pooled_grid_size: int | list[int] | tuple[int, ...] = 12
+    image_positions: str = "sequence"  # also that of folders written before the field existed
     projector_type: str = "avg_pool"
     projector_num_layers: int = 2
     projector_hidden_act: str = "gelu"
@@ -178,6 +186,7 @@ class DecoConfig(PreTrainedConfig):
 
     def _validate_choices(self):
         self._validate_projector()
+        self.check_image_positions(self.image_positions)
         if self.projector_num_layers < 1:
             raise ValueError(f"projector_num_layers must be at least 1, got {self.projector_num_layers}.")
         if self.projector_num_layers > _MOST_PROJECTOR_LAYERS:
@@ -218,6 +227,23 @@ class DecoConfig(PreTrainedConfig):
                 f"vision_feature_select_strategy='full' keeps prefix tokens of {self.vision_config.model_type} "
                 f"({self.num_prefix_tokens}), which have no place in the patch grid; use 'default'."
             )
+
+    def check_image_positions(self, image_positions: str | None = None) -> str:
+        """The image positions of a call, which are the config's if it gives none.
+
+        Raises:
+            ValueError: the value is neither `"patch"` nor `"sequence"`, or the projector's tokens have no place in the
+                picture.
+        """
+        image_positions = self.image_positions if image_positions is None else image_positions
+        if image_positions not in IMAGE_POSITIONS:
+            raise ValueError(f"image_positions must be 'patch' or 'sequence', got {image_positions!r}.")
+        if image_positions == "patch" and self.projector_type in ("qformer", "resampler"):
+            raise ValueError(
+                f"image_positions='patch' needs tokens that have a place in the picture, and those of projector_type="
+                f"{self.projector_type!r} have none; use 'sequence'."
+            )
+        return image_positions
 
     def _validate_projector(self):
         if self.projector_type not in _PROJECTOR_SIZES:

@@ -34,6 +34,7 @@ _REMOTE_CODE_FILES = (
     "hub.py",
     "modeling_deco.py",
     "pixels.py",
+    "positions.py",
     "processing_deco.py",
     "projectors.py",
 )

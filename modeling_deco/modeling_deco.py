@@ -13,8 +13,10 @@ Parameters have LLaVA's names.
 """
 
 import copy
+import inspect
 import tempfile
 from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,7 @@ from transformers.utils import (  # private, seen in transformers 5.19 to 5.24
 
 from .configuration_deco import DecoConfig, check_grid, fit_grid
 from .hub import base_models, files_of, model_card, upload
+from .positions import has_moved, next_position, num_tokens, patch_position_ids, set_next_position
 from .projectors import (
     AvgPoolProjector,
     CAbstractorProjector,
@@ -244,7 +247,20 @@ class DecoModel(DecoPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
+        self.check_image_positions(config.image_positions)
         self.post_init()
+
+    def check_image_positions(self, image_positions: str | None = None) -> str:
+        """`DecoConfig.check_image_positions`; it also refuses `"patch"` if the language model takes no positions."""
+        image_positions = self.config.check_image_positions(image_positions)
+        text_config = self.config.text_config
+        takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
+        if image_positions == "patch" and (not takes_positions or getattr(text_config, "alibi", False)):
+            raise ValueError(
+                f"image_positions='patch' needs a language model that takes position_ids, and that of "
+                f"text_config.model_type={text_config.model_type!r} does not; use 'sequence'."
+            )
+        return image_positions
 
     def get_image_features(
         self,
@@ -277,7 +293,7 @@ class DecoModel(DecoPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         # newer transformers keeps only the hidden state with this index; 5.19 takes any value but 0 as True
         keep_hidden_states = kwargs.pop("output_hidden_states", False)
-        tower_inputs, patch_grids = self._tower_inputs(pixel_values, pixel_attention_mask, spatial_shapes)
+        tower_inputs = self._tower_inputs(pixel_values, pixel_attention_mask, spatial_shapes)
         image_outputs = self.vision_tower(
             **tower_inputs, return_dict=True, output_hidden_states=keep_hidden_states or -1, **kwargs
         )
@@ -287,23 +303,33 @@ class DecoModel(DecoPreTrainedModel):
         # hidden_states[-1], not last_hidden_state, which SigLIP and DINOv2 normalize
         patch_features = image_outputs.hidden_states[-1][:, self.config.num_prefix_tokens :]
 
+        patch_grids = self.patch_grids(pixel_values, spatial_shapes)
         image_outputs.pooler_output = self.project_features(patch_features, patch_grids, pooled_grid_sizes)
         return image_outputs if return_dict else image_outputs.to_tuple()
 
-    def _tower_inputs(self, pixel_values, pixel_attention_mask, spatial_shapes):
-        """The vision tower's arguments, and the patch grid `(rows, cols)` of all images or a list of one per image."""
+    def _tower_inputs(self, pixel_values, pixel_attention_mask, spatial_shapes) -> dict[str, Any]:
         vision_config = self.config.vision_config
         if vision_config.model_type == "siglip2_vision_model":
-            if pixel_values.ndim == 3:
-                inputs = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-                return {"pixel_values": pixel_values, **inputs}, [tuple(shape) for shape in spatial_shapes.tolist()]
-            return _patchify(pixel_values, vision_config.patch_size)
-        height, width = pixel_values.shape[-2:]
-        patch_grid = (height // vision_config.patch_size, width // vision_config.patch_size)
-        inputs = {"pixel_values": pixel_values}
-        if not vision_config.model_type.startswith("dinov2"):  # DINOv2 interpolates without this argument
-            inputs["interpolate_pos_encoding"] = True
-        return inputs, patch_grid
+            if pixel_values.ndim == 4:
+                return _patchify(pixel_values, vision_config.patch_size)
+            inputs = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+            return {"pixel_values": pixel_values, **inputs}
+        if vision_config.model_type.startswith("dinov2"):  # interpolates without the argument
+            return {"pixel_values": pixel_values}
+        return {"pixel_values": pixel_values, "interpolate_pos_encoding": True}
+
+    def patch_grids(
+        self, pixel_values: torch.FloatTensor | None = None, spatial_shapes: torch.LongTensor | None = None
+    ) -> tuple[int, int] | list[tuple[int, int]]:
+        """The patch grid `(rows, cols)` of all images, or a list with one for each image if there are
+        `spatial_shapes`. Without either argument, it is that of the vision tower's own image size."""
+        if pixel_values is not None and pixel_values.ndim == 4:
+            height, width = pixel_values.shape[-2:]
+            patch_size = self.config.vision_config.patch_size
+            return height // patch_size, width // patch_size
+        if spatial_shapes is not None:
+            return [(rows, cols) for rows, cols in spatial_shapes.tolist()]
+        return self.config.patch_grid
 
     def image_grids(
         self, patch_grids: list[tuple[int, int]], pooled_grid_sizes: torch.LongTensor | None = None
@@ -332,6 +358,14 @@ class DecoModel(DecoPreTrainedModel):
             for index, (grid, patch_grid) in enumerate(grids, start=1)
         ]
 
+    def _grids_of(self, patch_grids, pooled_grid_sizes, num_images: int):
+        """The patch grid and the pooled grid of all images, or a list of each if images may differ."""
+        if isinstance(patch_grids, tuple) and pooled_grid_sizes is None:
+            return patch_grids, self.config.pooled_grid
+        if isinstance(patch_grids, tuple):
+            patch_grids = [patch_grids] * num_images
+        return patch_grids, self.image_grids(patch_grids, pooled_grid_sizes)
+
     def project_features(
         self,
         patch_features: torch.FloatTensor,
@@ -348,12 +382,10 @@ class DecoModel(DecoPreTrainedModel):
         Returns:
             One `(rows * cols, text_hidden_size)` tensor per image. Images with the same grids are projected together.
         """
-        if isinstance(patch_grids, tuple) and pooled_grid_sizes is None:  # one grid for all: no loop over images
-            return list(self.multi_modal_projector(patch_features, patch_grids, self.config.pooled_grid))
         num_images = patch_features.shape[0]
-        if isinstance(patch_grids, tuple):
-            patch_grids = [patch_grids] * num_images
-        pooled_grids = self.image_grids(patch_grids, pooled_grid_sizes)
+        patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, num_images)
+        if isinstance(patch_grids, tuple):  # one grid for all: no loop over images
+            return list(self.multi_modal_projector(patch_features, patch_grids, pooled_grids))
         groups: dict[tuple, list[int]] = {}
         for index, grids in enumerate(zip(patch_grids, pooled_grids, strict=True)):
             groups.setdefault(grids, []).append(index)
@@ -428,6 +460,50 @@ class DecoModel(DecoPreTrainedModel):
             f"(image_token_id={self.config.image_token_id}): {case}"
         )
 
+    def patch_position_ids(
+        self,
+        is_image: torch.BoolTensor,
+        patch_grids: tuple[int, int] | list[tuple[int, int]],
+        pooled_grid_sizes: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.LongTensor:
+        """Positions `(batch, sequence)` of tokens with `image_positions="patch"`.
+
+        Args:
+            is_image: `(batch, sequence)`, true at the image placeholders; see `find_placeholders`.
+            patch_grids: of the images, as the method `patch_grids` returns them.
+            pooled_grid_sizes: as in `get_image_features`.
+            attention_mask: as in `positions.patch_position_ids`.
+        """
+        num_images = 0 if pooled_grid_sizes is None else len(pooled_grid_sizes)
+        patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, num_images)
+        return patch_position_ids(is_image, patch_grids, pooled_grids, attention_mask)
+
+    def _new_position_ids(
+        self, inputs_embeds, is_image, patch_grids, pooled_grid_sizes, attention_mask, cache
+    ) -> torch.LongTensor | None:
+        """Positions of new tokens, which continue those in the cache; None where the language model's own numbering
+        is the same."""
+        batch_size, length = inputs_embeds.shape[:2]
+        if is_image is None:
+            is_same, is_image = True, inputs_embeds.new_zeros(batch_size, length, dtype=torch.bool)
+            patch_grids, pooled_grid_sizes = self.config.patch_grid, None
+        else:
+            num_images = 0 if pooled_grid_sizes is None else len(pooled_grid_sizes)
+            patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, num_images)
+            is_same = patch_grids == pooled_grids
+        if is_same and not has_moved(cache):
+            return None
+        is_mask = isinstance(attention_mask, torch.Tensor) and (
+            attention_mask.ndim == 2 or attention_mask.dtype == torch.bool
+        )
+        if not is_mask:
+            attention_mask = None
+        elif attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, -length:]
+        position_ids = self.patch_position_ids(is_image, patch_grids, pooled_grid_sizes, attention_mask)
+        return next_position(cache) + position_ids
+
     @can_return_tuple
     def forward(
         self,
@@ -440,12 +516,18 @@ class DecoModel(DecoPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_positions: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DecoModelOutputWithPast:
         """See `get_image_features` for the images' arguments, and the language model for the others.
 
         `mm_encoder_outputs`, `{"image": get_image_features(...)}`, replaces `pixel_values` where images are already
-        encoded: `generate` encodes them once and passes the result on.
+        encoded: `generate` encodes them once and passes the result on. `pooled_grid_sizes` then says how they were
+        pooled.
+
+        `image_positions`, `"patch"` or `"sequence"`, is explained in `DecoConfig`, whose value is the default. It has
+        no effect if `position_ids` are given. With a cache, the new tokens continue the positions of those that are
+        in it.
 
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds` are given, or both `pixel_values` and
@@ -453,11 +535,12 @@ class DecoModel(DecoPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        image_positions = self.check_image_positions(image_positions)
         image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs is not None else None
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("Pass images either as pixel_values or as mm_encoder_outputs, not as both.")
 
-        if "past_key_values" in kwargs and CACHE_NAME not in kwargs:
+        if "past_key_values" in kwargs:
             kwargs[CACHE_NAME] = kwargs.pop("past_key_values")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -465,6 +548,7 @@ class DecoModel(DecoPreTrainedModel):
             image_outputs = self.get_image_features(
                 pixel_values, pooled_grid_sizes, pixel_attention_mask, spatial_shapes, return_dict=True
             )
+        placeholder_mask = None
         if image_outputs is not None:
             placeholder_mask = self.get_placeholder_mask(
                 input_ids, inputs_embeds, image_outputs.pooler_output, kwargs.get(CACHE_NAME)
@@ -473,8 +557,18 @@ class DecoModel(DecoPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_features)
 
-        if "past_key_values" in kwargs:
-            kwargs[CACHE_NAME] = kwargs.pop("past_key_values")
+        cache, is_numbered_here = kwargs.get(CACHE_NAME), False
+        if position_ids is None and image_positions == "patch":
+            is_image = None if placeholder_mask is None else placeholder_mask[..., 0]
+            patch_grids = self.patch_grids(pixel_values, spatial_shapes)
+            position_ids = self._new_position_ids(
+                inputs_embeds, is_image, patch_grids, pooled_grid_sizes, attention_mask, cache
+            )
+            is_numbered_here = position_ids is not None
+        if is_numbered_here:
+            kwargs |= _as_one_sequence(self.language_model, position_ids, cache)
+            if attention_mask is None and cache is None:  # or positions that jump are taken for packed sequences
+                attention_mask = torch.ones_like(position_ids)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -482,6 +576,9 @@ class DecoModel(DecoPreTrainedModel):
             **kwargs,
         )
         outputs = {name: outputs.get(name) for name in _LANGUAGE_MODEL_FIELDS}
+        if is_numbered_here:
+            cache = outputs[CACHE_NAME]
+            set_next_position(cache, position_ids, num_tokens(cache))
         return DecoModelOutputWithPast(**outputs, image_outputs=image_outputs)
 
 
@@ -591,6 +688,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_positions: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DecoCausalLMOutputWithPast:
         """See `DecoModel.forward`.
@@ -617,6 +715,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_positions=image_positions,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -657,6 +756,44 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             generation_config.suppress_tokens = suppress_tokens
         return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
 
+    # private, seen in transformers 5.19 to 5.24
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        if self.model.check_image_positions(model_kwargs.get("image_positions")) == "sequence":
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        input_ids, inputs_embeds = model_kwargs.get("input_ids"), model_kwargs.get("inputs_embeds")
+        if inputs_tensor.ndim == 2:
+            input_ids = inputs_tensor
+        else:
+            inputs_embeds = inputs_tensor
+        is_image = self.model.find_placeholders(input_ids, inputs_embeds)
+        attention_mask, cache = model_kwargs["attention_mask"], model_kwargs.get(CACHE_NAME)
+        num_all, num_cached = attention_mask.shape[1], int(num_tokens(cache))
+        if not has_moved(cache) and is_image.shape[1] == num_all:  # all tokens are here to be numbered
+            num_cached = 0
+        num_new = num_all - num_cached
+        start = next_position(cache) if has_moved(cache) else attention_mask[:, :num_cached].sum(-1, keepdim=True)
+        position_ids = self.model.patch_position_ids(
+            is_image[:, -num_new:],
+            self.model.patch_grids(model_kwargs.get("pixel_values"), model_kwargs.get("spatial_shapes")),
+            model_kwargs.get("pooled_grid_sizes"),
+            attention_mask[:, -num_new:],
+        )
+        return nn.functional.pad(start + position_ids, (num_cached, 0))  # only those of new tokens are read
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the signature
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        position_ids, cache = inputs.get("position_ids"), inputs.get(CACHE_NAME)
+        if position_ids is None or self.model.check_image_positions(kwargs.get("image_positions")) == "sequence":
+            return inputs
+        if cache is None and inputs.get("attention_mask") is None:  # `generate` drops a mask of ones
+            inputs["attention_mask"] = torch.ones_like(position_ids)
+        if is_first_iteration:
+            set_next_position(cache, position_ids, num_tokens(cache) + position_ids.shape[1])
+        return inputs | _as_one_sequence(self.model.language_model, position_ids, cache)
+
     def _with_image_token(self, tokens: list[int]) -> list[int]:
         return list(dict.fromkeys([*tokens, self.config.image_token_id]))
 
@@ -695,6 +832,22 @@ def build_projector(config: DecoConfig) -> nn.Module:
         return ResamplerProjector(*widths, config.pooled_grid, **sizes)
     abstractor = CAbstractorProjector if config.projector_type == "c_abstractor" else DAbstractorProjector
     return abstractor(*widths, config.pooled_grid, config.patch_grid, **sizes)
+
+
+def _as_one_sequence(language_model: PreTrainedModel, position_ids: torch.Tensor, cache) -> dict[str, Any]:
+    """Arguments of flash attention that say that a batch of one is one sequence. Without them, it takes positions that
+    jump for several packed sequences, whatever the mask."""
+    batch_size, length = position_ids.shape
+    # private, seen in transformers 5.19 to 5.24
+    if batch_size != 1 or length == 1 or "flash" not in (language_model.config._attn_implementation or ""):
+        return {}
+    num_keys = int(num_tokens(cache)) + length
+    return {
+        "cu_seq_lens_q": torch.tensor([0, length], dtype=torch.int32, device=position_ids.device),
+        "cu_seq_lens_k": torch.tensor([0, num_keys], dtype=torch.int32, device=position_ids.device),
+        "max_length_q": length,
+        "max_length_k": num_keys,
+    }
 
 
 def _is_filled(cache) -> bool:
@@ -850,7 +1003,7 @@ def _with_modules_to_skip(quantization_config):
     return quantization_config
 
 
-def _patchify(pixel_values, patch_size):
+def _patchify(pixel_values, patch_size: int) -> dict[str, Any]:
     """SigLIP 2's inputs from `(num_images, 3, height, width)`: flat patches in its order (patch row, patch column,
     channel), no padding."""
     num_images, num_channels, height, width = pixel_values.shape
@@ -858,12 +1011,11 @@ def _patchify(pixel_values, patch_size):
     cells = pixel_values[:, :, : rows * patch_size, : cols * patch_size].unflatten(2, (rows, patch_size))
     cells = cells.unflatten(4, (cols, patch_size))  # (num_images, 3, rows, patch_size, cols, patch_size)
     patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(num_images, rows * cols, num_channels * patch_size**2)
-    inputs = {
+    return {
         "pixel_values": patches,
         "pixel_attention_mask": pixel_values.new_ones(num_images, rows * cols, dtype=torch.long),
         "spatial_shapes": torch.tensor([[rows, cols]] * num_images, device=pixel_values.device),
     }
-    return inputs, (rows, cols)
 
 
 __all__ = ["DecoForConditionalGeneration", "DecoModel", "DecoPreTrainedModel"]

@@ -299,11 +299,14 @@ def features_as_pixels(model) -> Iterator[None]:
         features = model.project_features(pixel_values, grid, pooled_grid_sizes)
         return BaseModelOutputWithPooling(pooler_output=features)
 
-    model.get_image_features = get_image_features
+    def patch_grids(pixel_values=None, spatial_shapes=None) -> tuple[int, int]:
+        return model.config.patch_grid
+
+    model.get_image_features, model.patch_grids = get_image_features, patch_grids
     try:
         yield
     finally:
-        del model.get_image_features  # of this instance; the class keeps its own
+        del model.get_image_features, model.patch_grids  # of this instance; the class keeps its own
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ CODE_FILES = {
     "hub.py",
     "modeling_deco.py",
     "pixels.py",
+    "positions.py",
     "processing_deco.py",
     "projectors.py",
 }

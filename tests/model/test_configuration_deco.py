@@ -334,7 +334,7 @@ def test_the_cut_tower_gives_the_features_of_the_whole_tower_bit_for_bit(vision,
     assert not missing
     pixel_values = tiny.pixels(2)
     with torch.no_grad():
-        inputs = model._tower_inputs(pixel_values, None, None)[0]
+        inputs = model._tower_inputs(pixel_values, None, None)
         expected = whole(**inputs, output_hidden_states=True).hidden_states[layer]
         features = model.get_image_features(pixel_values, return_dict=True).hidden_states[-1]
     assert expected.shape == (2, NUM_PREFIX_TOKENS[vision] + 36, 32)

@@ -39,6 +39,7 @@ CODE_FILES = {
     "hub.py",
     "modeling_deco.py",
     "pixels.py",
+    "positions.py",
     "processing_deco.py",
     "projectors.py",
 }
