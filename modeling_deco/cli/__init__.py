@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..utils.program import run
-from . import ask, chat, convert, info, page, serve
+from . import ask, budgets, chat, convert, info, page, serve
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -35,6 +35,7 @@ def deco(
 app.command()(ask.ask)
 app.command()(chat.chat)
 app.command()(info.info)
+app.command(no_args_is_help=True)(budgets.budgets)
 app.command()(serve.serve)
 app.command()(page.page)
 app.command(no_args_is_help=True)(convert.convert)

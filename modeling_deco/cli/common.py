@@ -60,7 +60,7 @@ OUT_OF_MEMORY = "out of memory. Choose a smaller --pooled-grid-size, or --4bit."
 
 
 @contextmanager
-def one_line_errors(command: str) -> Iterator[None]:
+def one_line_errors(command: str, out_of_memory: str = OUT_OF_MEMORY) -> Iterator[None]:
     """End the command with one line on stderr: with exit code 2 for bad input, and 1 if there is too little memory."""
     try:
         yield
@@ -74,7 +74,7 @@ def one_line_errors(command: str) -> Iterator[None]:
 
         if not is_out_of_memory(error):
             raise
-        report(command, OUT_OF_MEMORY)
+        report(command, out_of_memory)
         raise typer.Exit(1) from None
 
 
@@ -127,3 +127,12 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table. The first column is aligned on the left, the others on the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in line).rstrip()
+        for line in (enumerate(zip(row, widths, strict=True)) for row in (header, *rows))
+    ]

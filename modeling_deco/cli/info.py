@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import SHIPPED_CHECKPOINT
-from .common import Model, Revision, one_line_errors, quiet_transformers
+from .common import Model, Revision, one_line_errors, quiet_transformers, table
 
 
 def info(
@@ -53,9 +53,9 @@ def _to_text(about: dict) -> str:
     if stored:
         lines.append(f"stored as   {stored}")
     rows: list[tuple[str, ...]] = [(name.replace("_", " "), f"{parameters[name]:,}") for name in parameters]
-    lines += ["", *_table(("parameters", ""), rows)]
+    lines += ["", *table(("parameters", ""), rows)]
     rows = [(name, format_size(size)) for name, size in about["weights"].items()]
-    lines += ["", *_table(("weights as", "memory"), rows)]
+    lines += ["", *table(("weights as", "memory"), rows)]
     rows = [
         (
             "{} x {}".format(*grid["pooled_grid_size"]),
@@ -69,7 +69,7 @@ def _to_text(about: dict) -> str:
         for grid in about["grids"]
     ]
     header = ("grid", "tokens", "cache float32", "cache 16bit", *(f"total {name}" for name in _CACHE_OF))
-    lines += ["", *_table(header, rows)]
+    lines += ["", *table(header, rows)]
     lines += ["", "cache: keys and values of one image's tokens. total: weights and cache, without activations."]
     if not about["takes_any_grid"]:
         lines.append(f"This projector has only one grid, {pooled}.")
@@ -78,11 +78,3 @@ def _to_text(about: dict) -> str:
 
 # The type of the key-value cache is that of the activations: 16 bits for weights in 4 bits.
 _CACHE_OF = {"float32": "float32", "16bit": "16bit", "4bit": "16bit"}
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in line).rstrip()
-        for line in (enumerate(zip(row, widths, strict=True)) for row in (header, *rows))
-    ]

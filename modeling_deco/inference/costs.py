@@ -119,12 +119,12 @@ def describe_config(config: DecoConfig) -> dict:
                     "16bit": kv_cache_bytes(text, num_image_tokens(grid), torch.float16),
                 },
             }
-            for grid in _grids(config)
+            for grid in default_grids(config)
         ],
     }
 
 
-def _grids(config: DecoConfig) -> list[list[int]]:
+def default_grids(config: DecoConfig) -> list[list[int]]:
     """The config's grid. If the projector takes any grid, also squares up to the patch grid, and the patch grid."""
     grids = {config.pooled_grid}
     if config.takes_any_grid:
