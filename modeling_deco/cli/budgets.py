@@ -131,6 +131,7 @@ def _run(
         **summarize(found, loaded, share),
         **asking,
         "confidence": CONFIDENCE,
+        "image_positions": loaded.config.image_positions,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "environment": environment(loaded.device),
     }

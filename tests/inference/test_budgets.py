@@ -28,9 +28,9 @@ def speaking(model):
     return model
 
 
-@pytest.fixture(scope="module")
-def model():
-    return speaking(tiny.build_model())
+@pytest.fixture(scope="module", params=["sequence", "patch"])
+def model(request):
+    return speaking(tiny.build_model(image_positions=request.param))
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def test_answers_of_a_batch_are_those_of_plain_generate(model, processor):
     assert processor.decode(first) == plain(model, processor, images[0], TEXTS[0], 4).split()[0]
 
 
-def test_pictures_of_any_shape_are_compared_with_all_of_their_patches(model):
-    siglip = speaking(tiny.build_model("siglip2"))
+def test_pictures_of_any_shape_are_compared_with_all_of_their_patches():
+    siglip = speaking(tiny.build_model("siglip2", image_positions="patch"))
     image_processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=36)
     processor = DecoProcessor(
         image_processor, tiny.build_tokenizer(), 3, chat_template=tiny.CHAT_TEMPLATE, patch_size=4
