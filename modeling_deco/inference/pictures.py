@@ -5,7 +5,7 @@
 from pathlib import Path
 
 # suffixes of `UNTRUSTED_FORMATS`, and of what pillow-heif reads
-_SUFFIXES = {
+PICTURE_SUFFIXES = {
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic", ".heif"),
 }
 
@@ -31,4 +31,4 @@ def find_pictures(sources: list[str]) -> list[str]:
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()

@@ -203,7 +203,7 @@ def test_overwrite_of_nothing_makes_the_folder(make, tmp_path):
 def test_a_failing_run_leaves_the_old_folder(spoil, make, monkeypatch, tmp_path):
     old = contents(make([record("old")]))
     if spoil == "card":
-        monkeypatch.setattr(build, "_write_card", lambda *_: os.stat("/absent"))
+        monkeypatch.setattr(build, "write_card", lambda *_: os.stat("/absent"))
     if spoil == "broken JSON":
         (tmp_path / "bad.json").write_text('[{"id": 1}, ')
         with pytest.raises(DataError, match="bad JSON"):

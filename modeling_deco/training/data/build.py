@@ -111,7 +111,8 @@ def _take_rows(
         yield {"id": sample.id, "images": references, "messages": sample.messages}
 
 
-def _row_groups(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
+def row_groups(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
+    """Rows with the columns of `FEATURES` as tables, which are small enough for a row group."""
     group, num_bytes = [], 0
     for row in rows:
         group.append(row)
@@ -142,26 +143,26 @@ def _write_shards(groups: Iterator[pa.Table], folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_card(folder: Path, facts: dict[str, Any]) -> None:
-    # datasets (5.2) finds a local folder in its cache by the folder's last name and by this config. Without the digest
-    # it would load other data that once were in a folder of that name.
-    config: dict[str, Any] = {"config_name": "default", "description": f"xxh3_128 of the shards: {facts['xxh3_128']}"}
+def write_card(folder: Path, title: str, about: str, digest: str) -> None:
+    """Write the card of a data set, `README.md`, which says where its shards are.
+
+    datasets (5.2) finds a local folder in its cache by the folder's last name and by the config in the card. Without
+    the digest of the shards it would load other data that once were in a folder of that name.
+    """
+    config: dict[str, Any] = {"config_name": "default", "description": f"xxh3_128 of the shards: {digest}"}
     config["data_files"] = [{"split": "train", "path": "data/train-*"}]
     data = DatasetCardData(configs=[config], task_categories=["image-text-to-text"])
     DatasetInfosDict({"default": DatasetInfo(features=FEATURES)}).to_dataset_card_data(data)
+    DatasetCard(f"---\n{data.to_yaml()}\n---\n\n# {quote(title)}\n\n{about}\n").save(folder / "README.md")
+
+
+def _about(facts: dict[str, Any]) -> str:
     where = "in the rows" if facts["images_embedded"] else "paths on one machine (upload needs `--embed-images`)"
-    DatasetCard(f"""---
-{data.to_yaml()}
----
-
-# {quote(facts["source"])}
-
-Built from LLaVA-format JSON by modeling-deco {__version__}.
+    return f"""Built from LLaVA-format JSON by modeling-deco {__version__}.
 
 - {facts["rows"]:,} rows, {facts["text_only_rows"]:,} of them of text only
 - {facts["images"]:,} images: {where}
-- {facts["bad_samples"]:,} of {facts["samples"]:,} samples were bad and are left out; `{REPORT}` lists them
-""").save(folder / "README.md")
+- {facts["bad_samples"]:,} of {facts["samples"]:,} samples were bad and are left out; `{REPORT}` lists them"""
 
 
 def build_data(
@@ -236,7 +237,7 @@ def _write_data(
     (folder / "data").mkdir()
     worth_writing = limit if isinstance(limit, int) else float("inf")
     rows = _take_rows(samples, report, worth_writing, images, embed_images)
-    digest = _write_shards(_row_groups(rows), folder / "data")
+    digest = _write_shards(row_groups(rows), folder / "data")
     for line in report.lines():
         logger.info(line)
     if report.bad_samples > (limit if isinstance(limit, int) else limit * report.samples):
@@ -250,5 +251,5 @@ def _write_data(
     facts["xxh3_128"] = digest
     facts["faults"] = {kind: {"count": len(names), "ids": names} for kind, names in report.faults.items()}
     (folder / REPORT).write_text(json.dumps(facts, indent=1) + "\n")
-    _write_card(folder, facts)
+    write_card(folder, facts["source"], _about(facts), digest)
     return facts
