@@ -26,8 +26,8 @@ def build_card(checkpoint: LlavaCheckpoint, version: str) -> ModelCard:
         trained = "It was trained with pooling; a grid other than that of its training may need fine-tuning."
     else:
         trained = (
-            f"At {rows} x {cols} its logits are LLaVA's. It has not been trained at a smaller grid: there it is a "
-            f"starting point for fine-tuning."
+            f"At {rows} x {cols} its logits are LLaVA's. It has not been trained at a smaller grid. There its tokens "
+            f"keep the positions of their patches (`image_positions`), and its accuracy has not been measured."
         )
     about = f"""\
 It has the weights of a LLaVA checkpoint (format: {checkpoint.format}). {trained}

@@ -108,6 +108,7 @@ def convert(
         "patch_grid": list(config.patch_grid),
         "pooled_grid_size": config.pooled_grid_size,
         "num_image_tokens": config.num_image_tokens,
+        "image_positions": config.image_positions,
         "chat_template": origin,
         "dropped": checkpoint.dropped,
     }

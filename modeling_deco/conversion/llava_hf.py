@@ -22,6 +22,7 @@ def read_llava_hf(source: Source, raw_config: dict, pooled_grid_size) -> LlavaCh
     add_tensors(checkpoint, source.read_weights(), LLAVA_HF)
     checkpoint.config = build_config(
         pooled_grid_size,
+        image_positions="patch",
         vision_config=llava_config.vision_config,
         text_config=llava_config.text_config,
         image_token_id=llava_config.image_token_index,

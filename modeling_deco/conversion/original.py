@@ -57,6 +57,7 @@ def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tow
     checkpoint.config = build_config(
         pooled_grid_size,
         grid_name,
+        image_positions="sequence" if checkpoint.is_trained_pooled else "patch",
         vision_config=read_vision_config(tower),
         text_config=_text_config(raw_config, checkpoint),
         image_token_id=0,  # `build_processor` sets it

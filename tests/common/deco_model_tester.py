@@ -21,6 +21,7 @@ class DecoModelTester:
     vocab_size = 99
     pad_token_id, bos_token_id, eos_token_id, image_token_id = range(4)
     pooled_grid_size = 2
+    image_positions = "patch"
     num_image_tokens = 4
     seq_length = encoder_seq_length = num_image_tokens + 7
     vision_config = {
@@ -55,6 +56,7 @@ class DecoModelTester:
             text_config=self.text_config,
             image_token_id=self.image_token_id,
             pooled_grid_size=self.pooled_grid_size,
+            image_positions=self.image_positions,
             vision_feature_layer=-1,
         )
 
@@ -89,8 +91,9 @@ class Siglip2Qwen3Tester(DecoModelTester):
 
 
 class Dinov2GemmaTester(DecoModelTester):
-    """A tower with register tokens, and tied embeddings."""
+    """A tower with register tokens, and tied embeddings; tokens are numbered one after another."""
 
+    image_positions = "sequence"
     vision_config = {
         **DecoModelTester.vision_config,
         "model_type": "dinov2_with_registers",

@@ -396,7 +396,10 @@ def test_a_pooled_grid_pools_as_the_authors_do(grid, rows_and_cols, tmp_path, vi
     llava_sources.write_original(tmp_path / "source", llava)
     convert(tmp_path / "source", tmp_path / "deco", pooled_grid_size=grid, vision_tower=vision_tower(llava))
     llava.pooled_grid = rows_and_cols
-    assert_equals_original(load_deco(tmp_path / "deco"), llava)
+    model = load_deco(tmp_path / "deco")
+    assert model.config.image_positions == "patch"
+    model.config.image_positions = "sequence"  # the authors' numbering
+    assert_equals_original(model, llava)
 
 
 @pytest.mark.parametrize(("num_layers", "pooled_grid"), [(1, None), (3, (2, 2))])
@@ -408,6 +411,7 @@ def test_a_projector_of_another_depth(num_layers, pooled_grid, tmp_path, vision_
     convert(tmp_path / "source", tmp_path / "deco", pooled_grid_size=grid, vision_tower=vision_tower(llava))
     model = load_deco(tmp_path / "deco")
     assert model.config.projector_num_layers == num_layers
+    assert model.config.image_positions == ("sequence" if pooled_grid else "patch")  # as it was trained
     assert_equals_original(model, llava)
 
 

@@ -40,7 +40,8 @@ class GenerationTesterMixin:
         num_new_tokens = sequences.shape[1] - inputs["input_ids"].shape[1]
         new_mask = torch.ones(len(sequences), num_new_tokens, dtype=torch.long)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], new_mask], dim=1)
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        if model.config.image_positions == "sequence":  # the other positions are computed in `forward`
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
             logits = model(**{**inputs, "input_ids": sequences}, use_cache=False).logits
         return logits[:, -num_new_tokens - 1 : -1]
