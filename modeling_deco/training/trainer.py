@@ -124,6 +124,9 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
         rng = np.random.default_rng([self.args.seed, step])
         return int(rng.choice(self.args.pooled_grid_sizes, p=np.array(weights) / sum(weights)))
 
+    def _expanded(self, inputs: dict, grid: int | None) -> dict:
+        return expand_images(inputs, grid, self.processing_class, self._unwrapped().model)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.state.global_step >= self.state.max_steps:  # Trainer would take more steps after a resume at the end
             self.control.should_training_stop = True
@@ -171,7 +174,7 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
 
     def training_step(self, model, inputs, *args, **kwargs):
         sample_ids = inputs["sample_ids"]
-        inputs = expand_images(inputs, self.grid_of_step(self.state.global_step), self.processing_class)
+        inputs = self._expanded(inputs, self.grid_of_step(self.state.global_step))
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -187,7 +190,7 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        return super().prediction_step(model, expand_images(inputs, None, self.processing_class), *args, **kwargs)
+        return super().prediction_step(model, self._expanded(inputs, None), *args, **kwargs)
 
     def end_training(self) -> None:
         """End the trackers of the run, and the process group if there is one."""
