@@ -95,7 +95,7 @@ def compare(
     found.answers = {grid: [] for grid in grids}
     answers = GridAnswers(model, processor, [question.text for question in questions], max_new_tokens)
     num_questions = len(choose_questions(questions, Random(seed)))
-    timed: list[tuple[EncodedPicture, str]] = []
+    timed: list[EncodedPicture] = []
     chunk: list[tuple[EncodedPicture, list[Question]]] = []
     tower_seconds = []
     with _progress(len(pictures) * num_questions * len(grids)) as progress:
@@ -111,7 +111,7 @@ def compare(
                 chunk.append((picture, asked))
                 tower_seconds.append(picture.seconds)
                 if len(timed) < MOST_TIMED:
-                    timed.append((picture, asked[0].text))
+                    timed.append(picture)
             if len(chunk) * num_questions >= batch_size or number == len(pictures):
                 for grid in reversed(grids):  # the largest first: what does not fit shows at once
                     found.answers[grid] += _answer(answers, chunk, grid, batch_size, progress.update)
@@ -122,13 +122,13 @@ def compare(
         name, problem = next(iter(found.unreadable.items()))
         raise ValueError(f"None of {len(pictures)} pictures can be read; the first: {problem}")
     found.tower_seconds = median(tower_seconds[1:] or tower_seconds)  # the first call is a warm-up
-    for grid, seconds in _time_first_tokens(answers, timed, grids).items():
+    for grid, seconds in _time_first_tokens(answers, timed, found.asked[0][0].text, grids).items():
         found.first_token_seconds[grid] = [found.tower_seconds + time for time in seconds]
     return found
 
 
 def _progress(total: int) -> tqdm:
-    return tqdm(total=total, desc="budgets", unit="answer", disable=None, file=sys.stderr, leave=False)
+    return tqdm(total=total, desc="budgets", unit=" answers", disable=None, file=sys.stderr, leave=False)
 
 
 def _answer(
@@ -151,20 +151,18 @@ def _answer(
 
 
 def _time_first_tokens(
-    answers: GridAnswers, timed: list[tuple[EncodedPicture, str]], grids: list[Grid]
+    answers: GridAnswers, pictures: list[EncodedPicture], text: str, grids: list[Grid]
 ) -> dict[Grid, list[float]]:
-    """Seconds from the vision tower's output to the first token, at each grid for each picture."""
+    """Seconds from the vision tower's output to the first token, at each grid for each picture. The question is always
+    the same, because the first pass for another number of tokens takes longer."""
 
-    def of_next(grid: Grid, queue: Iterator[tuple[EncodedPicture, str]]):
-        return answers.first_token(*next(queue), grid)
+    def run(grid: Grid, queue: Iterator[EncodedPicture]) -> None:
+        answers.first_token(next(queue), text, grid)
 
-    names = {str(grid): grid for grid in grids}
-    rounds = [timed[0], *timed]  # the first round is a warm-up
-    runs: dict[str, Callable[[], object]] = {
-        name: partial(of_next, grid, iter(rounds)) for name, grid in names.items()
-    }
-    times = time_interleaved(runs, repeats=len(timed), device=answers.model.device)
-    return {grid: times[name] for name, grid in names.items()}
+    rounds = [pictures[0], *pictures]  # the first round is a warm-up
+    runs: dict[str, Callable[[], object]] = {str(grid): partial(run, grid, iter(rounds)) for grid in grids}
+    times = time_interleaved(runs, repeats=len(pictures), device=answers.model.device)
+    return {grid: times[str(grid)] for grid in grids}
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
