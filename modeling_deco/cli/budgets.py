@@ -4,8 +4,6 @@
 
 import json
 import os
-from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -17,13 +15,16 @@ from ..utils.errors import first_names
 from ..utils.options import parse_grid_option
 from ..utils.program import print_error
 from .common import Device, DType, In4Bit, InInt8, MaxNewTokens, Revision, one_line_errors, quiet_transformers, table
+from .pictures import pictures_of
 
 OUT_OF_MEMORY = "out of memory. Choose a smaller --batch-size, or --4bit."
 
 
 def budgets(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a DeCo checkpoint.")],
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Folders, files or URLs of pictures.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGES", help="Pictures: folders, files, URLs, or data sets.")
+    ],
     questions: Annotated[
         Path | None,
         typer.Option(
@@ -42,6 +43,7 @@ def budgets(
             metavar="N|ROWSxCOLS,...", help="Grids to compare with the full one. Default: those of deco info."
         ),
     ] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split of a data set.")] = "train",
     limit: Annotated[
         int, typer.Option(metavar="N", min=1, help="Use at most N pictures, chosen at random with --seed.")
     ] = 400,
@@ -78,6 +80,7 @@ def budgets(
                 questions,
                 target,
                 grids,
+                split,
                 limit,
                 {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed},
                 {"revision": revision, "device": device, "dtype": dtype, "in_4bit": in_4bit, "in_int8": in_int8},
@@ -95,6 +98,7 @@ def _run(
     questions: Path | None,
     target: str,
     grids: str | None,
+    split: str,
     limit: int,
     asking: dict[str, Any],
     loading: dict[str, Any],
@@ -107,22 +111,21 @@ def _run(
     from ..inference.agreement import CONFIDENCE, parse_target
     from ..inference.budgets import compare, grids_to_compare, summarize
     from ..inference.loading import load, load_config
-    from ..inference.pictures import find_pictures
     from ..inference.questions import GENERAL_QUESTIONS, read_questions
     from ..utils.measure import environment
 
     share = parse_target(target)
     asked = read_questions(questions or GENERAL_QUESTIONS)
-    names = find_pictures(images)
-    if len(names) > limit:
-        names = [names[place] for place in sorted(Random(asking["seed"]).sample(range(len(names)), limit))]
+    pictures = pictures_of(images, split)
+    if len(pictures) > limit:
+        pictures = [pictures[place] for place in sorted(Random(asking["seed"]).sample(range(len(pictures)), limit))]
     quiet_transformers()
     compared = grids_to_compare(load_config(model, loading["revision"]), chosen_grids)
     loaded, processor = load(model, **loading)
-    found = compare(loaded, processor, [(name, _reader(name)) for name in names], asked, compared, **asking)
+    found = compare(loaded, processor, pictures, asked, compared, **asking)
     if found.unreadable:
         print_error(
-            f"deco budgets: {len(found.unreadable)} of {len(names)} pictures cannot be read and are left out: "
+            f"deco budgets: {len(found.unreadable)} of {len(pictures)} pictures cannot be read and are left out: "
             f"{first_names(found.unreadable)}."
         )
     summary = {
@@ -138,12 +141,6 @@ def _run(
     if plot is not None:
         _save_plot(summary, plot)
     return summary
-
-
-def _reader(name: str) -> Callable:
-    from ..inference.images import read_image
-
-    return partial(read_image, os.path.expanduser(name))
 
 
 def _check_plot(path: Path) -> None:
@@ -176,8 +173,8 @@ def to_text(summary: dict[str, Any]) -> str:
 
     *smaller, full = summary["grids"]
     lines = [
-        f"{summary['num_answers']} answers about {summary['num_pictures']} pictures at each grid, compared with those "
-        f"at {_grid(full)}",
+        f"{_counted(summary['num_answers'], 'answer')} about {_counted(summary['num_pictures'], 'picture')} at each "
+        f"grid, compared with those at {_grid(full)}",
         "",
     ]
     header = ("grid", "tokens", "equal answers", "accuracy changes by at most", "first token", "cache")
@@ -203,6 +200,10 @@ def _cells(row: dict[str, Any], cache: str) -> tuple[str, ...]:
 def _short(agreed: dict[str, Any]) -> str:
     share, low, high = (100 * agreed[name] for name in ("share", "low", "high"))
     return f"{share:.1f} ({low:.0f}-{high:.0f})"
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _grid(row: dict[str, Any]) -> str:

@@ -4,7 +4,9 @@
 
 import json
 import re
+from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -86,6 +88,23 @@ def test_the_pictures_that_are_missing_are_counted(world, tmp_path):
     result = budgets(world[0], "--questions", str(questions), "--grids", "6")
     assert "6 x 6 with 381 (375 more)." in result.stdout
     assert "equal answers, %" not in result.stdout
+
+
+def test_the_rows_of_a_data_set_are_pictures_too(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.parent / "cache")
+    images = [f"{world[0]}/{name}.png" for name in (0, 1, 2)]
+    column = {"image": [{"path": None, "bytes": Path(image).read_bytes()} for image in images]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(column, features).to_parquet(tmp_path / "data.parquet")
+    for source in (tmp_path, tmp_path / "data.parquet"):
+        result = budgets(str(source), "--questions", world[1], "--grids", "6", "--json")
+        report = json.loads(result.stdout)
+        assert (report["num_pictures"], report["unreadable"]) == (3, {})
+    alone = json.loads(budgets(*images, "--questions", world[1], "--grids", "6", "--json").stdout)
+    assert alone["grids"][0]["agreement"] == report["grids"][0]["agreement"]
+    result = budgets(str(tmp_path), "--split", "test")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(r"deco budgets: .*test.*\n", result.stderr)
 
 
 @pytest.mark.parametrize(
