@@ -16,6 +16,9 @@ Stage 2 tunes the result, or a converted LLaVA checkpoint, on instructions (stag
     accelerate launch recipes/sft.py --config recipes/configs/stage2_lora.yaml --data_path mix665k --output_dir tuned \
         --model_name_or_path align
 
+Without labels (tune_without_labels), the data are the model's own answers at the full grid, and it learns them at
+smaller grids. `--distill logits` has it learn its own probabilities there, too, in place of the words alone.
+
 `--data_path` is a folder that `python -m modeling_deco.training.data` wrote, or any data set with `messages` and
 `images`. The result is written to `output_dir`. With LoRA it is the adapter, and `--merge_adapter true` also writes
 the whole model, to `output_dir/merged`. `--resume_from_checkpoint latest` continues a run that was killed, or begins
@@ -78,7 +81,7 @@ def main(args: DecoArguments, training_args: DecoSFTConfig, model_args: ModelCon
         trainer.push_to_hub()
     trainer.end_training()
     if args.merge_adapter and trainer.is_world_process_zero():
-        merge_adapter(training_args.output_dir)
+        merge_adapter(training_args.output_dir, args.image_positions)
     return trainer
 
 

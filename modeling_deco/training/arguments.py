@@ -25,6 +25,14 @@ class DecoArguments:
     pooled_grid_size: int | None = field(
         default=None, metadata={"help": "Side of the model's own grid; default: 12, or the checkpoint's."}
     )
+    image_positions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Positions of image tokens, patch or sequence, see DecoConfig. Default: the checkpoint's; for two "
+            "backbones patch, if the projector's tokens have places and the language model takes positions.",
+            "choices": ["patch", "sequence"],
+        },
+    )
     projector_type: str | None = field(
         default=None,
         metadata={"help": "Type of a new projector: avg_pool (the default), or one of those that DecoConfig lists."},

@@ -35,6 +35,14 @@ class DecoSFTConfig(SFTConfig):
         default=False,
         metadata={"help": "Turns are independent questions about the same images; no turn attends to another."},
     )
+    distill: str | None = field(
+        default=None,
+        metadata={
+            "help": "logits: learn the next-token probabilities that the model without its adapter has at the full "
+            "grid, at the tokens of the answers. Default: learn the answers.",
+            "choices": ["logits"],
+        },
+    )
     overlong_samples: str = field(
         default="refuse",
         metadata={
@@ -71,6 +79,10 @@ class DecoSFTConfig(SFTConfig):
                     f"{name}={getattr(self, name)!r} has no effect here: the chat template marks what is learned. "
                     f"Choose a template with --chat_template."
                 )
+        if self.distill not in (None, "logits"):
+            raise ValueError(f"distill must be 'logits' or left out, got {self.distill!r}.")
+        if self.distill is not None and (self.loss_type != "nll" or self.label_smoothing_factor > 0):
+            raise ValueError("--distill logits is a loss of its own; leave out loss_type and label_smoothing_factor.")
         unknown = sorted(set(self.freeze) - set(PARTS))
         if unknown:
             raise ValueError(f"freeze names {', '.join(map(repr, unknown))}; the parts are {', '.join(PARTS)}.")

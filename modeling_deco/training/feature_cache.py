@@ -54,6 +54,8 @@ def grids_of_run(model, processor, args, evaluates: bool) -> list[str]:
     grids = list(args.pooled_grid_sizes or [processor.pooled_grid_size])
     if evaluates:
         grids.append(processor.pooled_grid_size)
+    if args.distill is not None:  # the teacher's
+        grids.append(model.config.patch_grid)
     return list(dict.fromkeys(map(grid_name, grids)))
 
 

@@ -23,6 +23,8 @@ from .config import DecoSFTConfig
 from .distributed import on_first_process
 from .output_dir import BASE, clear_output_dir
 
+IMAGE_POSITIONS = "patch"  # of models that are joined from two backbones
+
 
 def load_model_and_processor(
     args: DecoArguments, model_args: ModelConfig
@@ -61,6 +63,11 @@ def _join(vision_model: str, text_model: str, args: DecoArguments, model_args: M
     model = DecoForConditionalGeneration.from_vision_text_pretrained(
         vision_model, text_model, dtype=model_args.dtype, **grid, **projector
     )
+    try:
+        _set_image_positions(model, args.image_positions or IMAGE_POSITIONS)
+    except ValueError:
+        if args.image_positions is not None:
+            raise
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
     return model, DecoProcessor.from_vision_text_pretrained(
@@ -87,11 +94,22 @@ def _load(args: DecoArguments, model_args: ModelConfig):
         quantization_config=get_quantization_config(model_args),
         **grid,
     )
+    if args.image_positions not in (None, model.config.image_positions):
+        if model_args.use_peft and not args.merge_adapter:
+            raise ValueError(
+                f"An adapter keeps its model's image_positions, which are {model.config.image_positions!r} in {name}. "
+                f"With --image_positions {args.image_positions}, set --merge_adapter true too."
+            )
+        _set_image_positions(model, args.image_positions)
     return model, DecoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False, **grid)
 
 
 def _grid(args: DecoArguments) -> dict[str, Any]:
     return {} if args.pooled_grid_size is None else {"pooled_grid_size": args.pooled_grid_size}
+
+
+def _set_image_positions(model: DecoForConditionalGeneration, image_positions: str) -> None:
+    model.config.image_positions = model.model.check_image_positions(image_positions)
 
 
 def read_sizes(projector_config: str) -> dict[str, int]:
@@ -140,7 +158,8 @@ def save_joined_backbones(
     base = Path(training_args.output_dir, BASE).resolve()
     on_first_process(training_args, _write_base, args, model_args, base)
     args, model_args = copy(args), copy(model_args)
-    args.vision_model_name_or_path = args.projector_type = args.projector_config = args.pooled_grid_size = None
+    args.vision_model_name_or_path = args.projector_type = args.projector_config = None
+    args.pooled_grid_size = args.image_positions = None
     args.pad_images = args.overwrite_output_dir = False
     model_args.model_name_or_path = str(base)
     return args, model_args
@@ -157,8 +176,12 @@ def _write_base(args: DecoArguments, model_args: ModelConfig, base: Path) -> Non
     staged.rename(base)
 
 
-def merge_adapter(adapter_dir: str) -> None:
+def merge_adapter(adapter_dir: str, image_positions: str | None = None) -> None:
     """Write `adapter_dir/merged`: the adapter's base model with the adapter merged into it.
+
+    Args:
+        adapter_dir: a folder that training wrote.
+        image_positions: with which the adapter was trained. Default: the base model's.
 
     Raises:
         ValueError: the folder has no adapter.
@@ -168,6 +191,8 @@ def merge_adapter(adapter_dir: str) -> None:
     if adapter is None:
         raise ValueError(f"{adapter_dir} has no adapter; name a folder that was trained with --use_peft.")
     model = load_model(adapter.base, adapter.base_revision, dtype="auto", pooled_grid_size=processor.pooled_grid_size)
+    if image_positions is not None:
+        _set_image_positions(model, image_positions)
     merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload()
     merged.save_pretrained(Path(adapter_dir, "merged"))
     processor.save_pretrained(Path(adapter_dir, "merged"))

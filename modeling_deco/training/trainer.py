@@ -4,6 +4,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ..hub import base_models, model_card
 from .checkpoints import CompleteCheckpoints
 from .collator import DecoCollator, expand_images
 from .config import DecoSFTConfig
+from .distillation import as_teacher, check_teacher, kl_divergence, one_encoding, return_answer_states
 from .distributed import reduce_head_gradient
 from .feature_cache import CacheError, FeatureCache, features_as_pixels
 from .lengths import add_lengths
@@ -36,6 +38,7 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
     - A loss that is not finite raises an error with the step and the samples.
     - A checkpoint appears under its name only when it is complete.
     - With `feature_cache` the vision tower does not run. It stays in the model and in its checkpoints.
+    - With `distill` the loss is the divergence from the model without its adapter at the full grid.
 
     Args:
         model: a `DecoForConditionalGeneration`.
@@ -85,6 +88,9 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
             self._keep_trained_parameters_in_float32(model)
         if self.is_fsdp_enabled:
             reduce_head_gradient(self._unwrapped())
+        if args.distill is not None:
+            check_teacher(self.model, args.freeze)
+            return_answer_states(self._unwrapped())
 
     def _unwrapped(self):
         """The DeCo without PEFT's wrapper."""
@@ -124,8 +130,14 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
         rng = np.random.default_rng([self.args.seed, step])
         return int(rng.choice(self.args.pooled_grid_sizes, p=np.array(weights) / sum(weights)))
 
-    def _expanded(self, inputs: dict, grid: int | None) -> dict:
-        return expand_images(inputs, grid, self.processing_class, self._unwrapped().model)
+    def _expanded(self, batch: dict, grid: int | None) -> dict:
+        """The model's inputs at a grid and, as `teacher`, those at the full grid if the run learns from it."""
+        deco = self._unwrapped().model
+        inputs = expand_images(batch, grid, self.processing_class, deco)
+        if self.args.distill is not None:
+            full_grid = deco.patch_grids(batch.get("pixel_values"), batch.get("spatial_shapes"))
+            inputs["teacher"] = expand_images(batch, full_grid, self.processing_class, deco)
+        return inputs
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.state.global_step >= self.state.max_steps:  # Trainer would take more steps after a resume at the end
@@ -184,10 +196,31 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
         return loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.data_collator.feature_cache is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        with features_as_pixels(self._unwrapped().model):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        deco = self._unwrapped().model
+        with features_as_pixels(deco) if self.data_collator.feature_cache is not None else nullcontext():
+            if self.args.distill is None:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            return self._distillation_loss(model, inputs, *args, **kwargs)
+
+    def _distillation_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        deco, teacher_inputs = self._unwrapped(), inputs.pop("teacher")
+        tower = deco.model.vision_tower
+        is_frozen = not any(parameter.requires_grad for parameter in tower.parameters())
+        with one_encoding(tower) if is_frozen else nullcontext():
+            with as_teacher(self.model):
+                teacher_states = model(**teacher_inputs, answer_states=True)
+            states = model(**inputs, answer_states=True)
+        with self.accelerator.autocast():
+            divergence = kl_divergence(states, teacher_states, deco)
+        # as in TRL's loss: DDP averages gradients, and num_items_in_batch counts the tokens of all processes
+        num_tokens = len(states) if num_items_in_batch is None else num_items_in_batch
+        loss = divergence / torch.as_tensor(num_tokens).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         return super().prediction_step(model, self._expanded(inputs, None), *args, **kwargs)
