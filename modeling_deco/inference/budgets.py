@@ -208,6 +208,7 @@ def summarize(found: Comparison, model: PreTrainedModel, target: float) -> dict[
         "pictures_needed_if_all_agree": pictures_needed(1.0, target),
         "num_pictures": len(found.asked),
         "num_answers": sum(map(len, found.asked)),
+        "num_timed_pictures": len(full_seconds),
         "unreadable": found.unreadable,
         "vision_tower_seconds": float(f"{found.tower_seconds:.4g}"),
         "grids": rows,
