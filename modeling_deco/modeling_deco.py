@@ -479,6 +479,24 @@ class DecoModel(DecoPreTrainedModel):
         patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, num_images)
         return patch_position_ids(is_image, patch_grids, pooled_grids, attention_mask)
 
+    def check_encoded_images(self, mm_encoder_outputs, patch_grids, pooled_grid_sizes) -> None:
+        """Check that the grids are those of encoded images, whose places would be wrong otherwise.
+
+        Raises:
+            ValueError: they are not.
+        """
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if image_outputs is None:
+            return
+        found = [features.shape[0] for features in image_outputs.pooler_output]
+        _, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, len(found))
+        pooled_grids = [pooled_grids] * len(found) if isinstance(pooled_grids, tuple) else pooled_grids
+        if [rows * cols for rows, cols in pooled_grids] != found:
+            raise ValueError(
+                f"mm_encoder_outputs has images of {found} tokens, but their grids are {pooled_grids}: pass the "
+                f"pooled_grid_sizes with which they were encoded."
+            )
+
     def _new_position_ids(
         self, inputs_embeds, is_image, patch_grids, pooled_grid_sizes, attention_mask, cache
     ) -> torch.LongTensor | None:
@@ -561,6 +579,7 @@ class DecoModel(DecoPreTrainedModel):
         if position_ids is None and image_positions == "patch":
             is_image = None if placeholder_mask is None else placeholder_mask[..., 0]
             patch_grids = self.patch_grids(pixel_values, spatial_shapes)
+            self.check_encoded_images(mm_encoder_outputs, patch_grids, pooled_grid_sizes)
             position_ids = self._new_position_ids(
                 inputs_embeds, is_image, patch_grids, pooled_grid_sizes, attention_mask, cache
             )
@@ -770,14 +789,12 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         num_all, num_cached = attention_mask.shape[1], int(num_tokens(cache))
         if not has_moved(cache) and is_image.shape[1] == num_all:  # all tokens are here to be numbered
             num_cached = 0
+        patch_grids = self.model.patch_grids(model_kwargs.get("pixel_values"), model_kwargs.get("spatial_shapes"))
+        grids = patch_grids, model_kwargs.get("pooled_grid_sizes")
+        self.model.check_encoded_images(model_kwargs.get("mm_encoder_outputs"), *grids)
         num_new = num_all - num_cached
         start = next_position(cache) if has_moved(cache) else attention_mask[:, :num_cached].sum(-1, keepdim=True)
-        position_ids = self.model.patch_position_ids(
-            is_image[:, -num_new:],
-            self.model.patch_grids(model_kwargs.get("pixel_values"), model_kwargs.get("spatial_shapes")),
-            model_kwargs.get("pooled_grid_sizes"),
-            attention_mask[:, -num_new:],
-        )
+        position_ids = self.model.patch_position_ids(is_image[:, -num_new:], *grids, attention_mask[:, -num_new:])
         return nn.functional.pad(start + position_ids, (num_cached, 0))  # only those of new tokens are read
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the signature

@@ -19,6 +19,7 @@ from .common import (
     MODEL_HELP,
     Device,
     DType,
+    ImagePositions,
     In4Bit,
     InInt8,
     MaxNewTokens,
@@ -43,6 +44,7 @@ def ask(
     ),
     revision: Revision = None,
     pooled_grid_size: PooledGridSize = None,
+    image_positions: ImagePositions = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = None,
     seed: Seed = None,
@@ -90,7 +92,13 @@ def ask(
 
         quiet_transformers()
         loaded, processor = load(
-            model, revision=revision, device=device, dtype=dtype, in_4bit=in_4bit, in_int8=in_int8
+            model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            in_4bit=in_4bit,
+            in_int8=in_int8,
+            image_positions=image_positions,
         )
         start = time.perf_counter()
         inputs = encode(processor, with_system(processor, messages, system), grid)
@@ -109,6 +117,7 @@ def ask(
                 "images": images,
                 "model": model,
                 "pooled_grid_size": list(parse_grid(grid or processor.pooled_grid_size)),
+                "image_positions": loaded.config.image_positions,
                 "num_image_tokens": int((inputs["input_ids"] == processor.image_token_id).sum()),
                 "num_prompt_tokens": inputs["input_ids"].shape[1],
                 "seconds": time.perf_counter() - start,

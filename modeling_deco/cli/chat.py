@@ -17,6 +17,7 @@ from .common import (
     OUT_OF_MEMORY,
     Device,
     DType,
+    ImagePositions,
     In4Bit,
     InInt8,
     MaxNewTokens,
@@ -47,6 +48,7 @@ def chat(
     ] = None,
     revision: Revision = None,
     pooled_grid_size: PooledGridSize = None,
+    image_positions: ImagePositions = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = None,
     seed: Seed = None,
@@ -76,7 +78,15 @@ def chat(
         from ..inference.loading import load
 
         quiet_transformers()
-        loaded = load(model, revision=revision, device=device, dtype=dtype, in_4bit=in_4bit, in_int8=in_int8)
+        loaded = load(
+            model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            in_4bit=in_4bit,
+            in_int8=in_int8,
+            image_positions=image_positions,
+        )
         conversation = Conversation(*loaded, grid, max_new_tokens, temperature, seed, system)
         conversation.images += images
     is_interactive = sys.stdin.isatty()

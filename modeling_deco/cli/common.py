@@ -17,6 +17,14 @@ Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag o
 PooledGridSize = Annotated[
     str | None, typer.Option(metavar="N|ROWSxCOLS", help="Token budget of each image. Default: the checkpoint's.")
 ]
+ImagePositions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="patch|sequence",
+        help="Whether the language model sees image tokens at the positions of their patches, or one after another. "
+        "Default: the checkpoint's.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Maximum length of an answer, in tokens.")]
 Temperature = Annotated[
     float | None,

@@ -43,6 +43,7 @@ def _to_text(about: dict) -> str:
         f"-> {about['projector_type']} -> {pooled} = {about['num_image_tokens']} tokens "
         f"-> {text['type']}, {text['layers']} layers",
         "",
+        f"positions   {about['image_positions']}",
         f"licence     {about['license'] or 'not stated'}",
     ]
     if about["adapter_of"]:

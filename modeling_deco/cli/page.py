@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from .. import SHIPPED_CHECKPOINT
-from .common import Device, DType, In4Bit, InInt8, MaxNewTokens, Model, Revision, one_line_errors, quiet_transformers
+from .common import (
+    Device,
+    DType,
+    ImagePositions,
+    In4Bit,
+    InInt8,
+    MaxNewTokens,
+    Model,
+    Revision,
+    one_line_errors,
+    quiet_transformers,
+)
 
 
 def page(
@@ -29,6 +40,7 @@ def page(
     ] = False,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in this machine's browser.")] = False,
     max_new_tokens: MaxNewTokens = 128,
+    image_positions: ImagePositions = None,
     revision: Revision = None,
     device: Device = None,
     dtype: DType = "auto",
@@ -60,4 +72,5 @@ def page(
                 dtype=dtype,
                 in_4bit=in_4bit,
                 in_int8=in_int8,
+                image_positions=image_positions,
             )

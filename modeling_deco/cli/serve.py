@@ -11,6 +11,7 @@ from ..utils.options import parse_grid_option
 from .common import (
     Device,
     DType,
+    ImagePositions,
     In4Bit,
     InInt8,
     MaxNewTokens,
@@ -29,6 +30,7 @@ def serve(
     model: Model = str(SHIPPED_CHECKPOINT),
     revision: Revision = None,
     pooled_grid_size: PooledGridSize = None,
+    image_positions: ImagePositions = None,
     max_new_tokens: MaxNewTokens = 1024,
     temperature: Temperature = None,
     seed: Seed = None,
@@ -125,4 +127,5 @@ def serve(
             dtype=dtype,
             in_4bit=in_4bit,
             in_int8=in_int8,
+            image_positions=image_positions,
         )

@@ -97,6 +97,7 @@ def describe_config(config: DecoConfig) -> dict:
         "projector_type": config.projector_type,
         "pooled_grid_size": list(config.pooled_grid),
         "num_image_tokens": config.num_image_tokens,
+        "image_positions": config.image_positions,
         "takes_any_grid": config.takes_any_grid,
         "language_model": {
             "type": text.model_type,

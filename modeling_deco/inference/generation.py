@@ -59,17 +59,37 @@ def _template_errors() -> Iterator[None]:
         raise ValueError(f"The chat template rejects these messages: {one_line(error)}") from error
 
 
+def num_positions(model: PreTrainedModel, inputs: BatchFeature) -> int:
+    """The positions that the longest prompt takes. With `image_positions="patch"`, an image takes as many as it has
+    patches, however few its tokens are."""
+    deco = model.model
+    if deco.check_image_positions(inputs.get("image_positions")) == "sequence":
+        return inputs["input_ids"].shape[-1]
+    is_image = deco.find_placeholders(inputs["input_ids"], None)
+    patch_grids = deco.patch_grids(inputs.get("pixel_values"), inputs.get("spatial_shapes"))
+    grids, mask = inputs.get("pooled_grid_sizes"), inputs.get("attention_mask")
+    return int(deco.patch_position_ids(is_image, patch_grids, grids, mask).max()) + 1
+
+
 def check_length(model: PreTrainedModel, inputs: BatchFeature) -> None:
     """Raise a ValueError if a prompt leaves no room for an answer.
 
     Beyond its context a model still generates, but the text has no meaning.
     """
-    num_tokens = inputs["input_ids"].shape[-1]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and num_tokens >= context:
+    if context is None:
+        return
+    num_tokens, length = inputs["input_ids"].shape[-1], num_positions(model, inputs)
+    if num_tokens >= context:
         raise ValueError(
             f"The prompt has {num_tokens} tokens, but the model's context is {context}; shorten it, or choose a "
             f"smaller pooled_grid_size."
+        )
+    if length >= context:
+        raise ValueError(
+            f"The prompt takes {length} positions, because its images keep those of all their patches, but the "
+            f"model's context is {context}; shorten it, or set image_positions to 'sequence', where it takes "
+            f"{num_tokens}."
         )
 
 

@@ -31,6 +31,7 @@ def load(
     attn_implementation: str | None = None,
     in_4bit: bool = False,
     in_int8: bool = False,
+    image_positions: str | None = None,
 ) -> tuple[DecoForConditionalGeneration, ProcessorMixin]:
     """Load a checkpoint and its processor. An adapter is loaded onto its base model.
 
@@ -43,10 +44,11 @@ def load(
         attn_implementation: `"sdpa"`, `"flash_attention_2"`, ...; default: transformers' choice.
         in_4bit: quantize the language model's layers to NF4.
         in_int8: compute the layers that are not in 4 bits in int8, as `quantize_to_int8` does.
+        image_positions: `"patch"` or `"sequence"`, see `DecoConfig`. Default: the checkpoint's.
 
     Raises:
-        ValueError: there is no such checkpoint or device, or the checkpoint is not a DeCo, is broken, or has no chat
-            template. The message is one line.
+        ValueError: there is no such checkpoint or device, or the checkpoint is not a DeCo, is broken, has no chat
+            template, or cannot have these positions. The message is one line.
         ImportError: a library that the checkpoint needs is not installed.
     """
     if dtype not in DTYPES:
@@ -71,6 +73,8 @@ def load(
     loaded = load_model(model, revision, **arguments)
     if not has_accelerate:
         loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if image_positions is not None:
+        loaded.config.image_positions = loaded.model.check_image_positions(image_positions)
     return quantize_to_int8(loaded) if in_int8 else loaded, processor
 
 

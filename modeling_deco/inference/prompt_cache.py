@@ -70,6 +70,8 @@ class PromptCache:
         prompt = self._read(inputs)
         if prompt is None:
             return self.model.generate(**inputs)
+        if prompt.image_positions == "patch":
+            inputs["position_ids"] = self._position_ids(inputs)  # of all images, also those that are not passed on
         cache, length = self._take(prompt)
         num_seen = sum(image.end <= length for image in prompt.images)
         for name in IMAGE_INPUTS:
@@ -88,6 +90,12 @@ class PromptCache:
         self._keep(cache, prompt, sequences[0].cpu())
         return sequences
 
+    def _position_ids(self, inputs: dict) -> torch.LongTensor:
+        deco = self.model.model
+        is_image = deco.find_placeholders(inputs["input_ids"], None)
+        patch_grids = deco.patch_grids(inputs.get("pixel_values"), inputs.get("spatial_shapes"))
+        return deco.patch_position_ids(is_image, patch_grids, inputs.get("pooled_grid_sizes"))
+
     def _read(self, inputs: dict) -> "_Prompt | None":
         """Read the prompt from the arguments of `generate`; None if the cache cannot be used."""
         config = self.model.config
@@ -97,6 +105,7 @@ class PromptCache:
         generation_config.update(**self.model.generation_config.to_dict(), defaults_only=True)
         others = generation_config.update(**others)
         mask = others.pop("attention_mask", None)
+        image_positions = self.model.model.check_image_positions(others.pop("image_positions", None))
         is_plain = (
             "input_ids" in others
             and others.keys() <= {"input_ids", *IMAGE_INPUTS}  # others may change what is computed for a prompt
@@ -128,7 +137,7 @@ class PromptCache:
         for grid, *parts in zip(grids, *pixels, strict=True):
             own_places, places = places[: num_image_tokens(grid)], places[num_image_tokens(grid) :]
             images.append(_Image(own_places[0], own_places[-1] + 1, grid, _digest(parts)))
-        return _Prompt(token_ids, images)
+        return _Prompt(token_ids, images, image_positions)
 
     def _take(self, prompt: "_Prompt") -> tuple[DynamicCache, int]:
         """Build a cache for the longest known beginning of the prompt, and return it with its length."""
@@ -151,7 +160,7 @@ class PromptCache:
         if length is None or length != cache.get_seq_length():  # a full sliding window has fewer states
             return
         token_ids = token_ids[:length]  # the last token has not been run; after an error none of the answer is known
-        entry = _Entry(token_ids, prompt.images, states, min(len(prompt.token_ids), length))
+        entry = _Entry(token_ids, prompt.images, prompt.image_positions, states, min(len(prompt.token_ids), length))
         if entry.num_bytes > self.max_bytes:
             return
         with self._lock:
@@ -172,6 +181,7 @@ class _Image(NamedTuple):
 class _Prompt(NamedTuple):
     token_ids: torch.LongTensor  # (sequence,), on the CPU
     images: list[_Image]
+    image_positions: str
 
 
 @dataclass(eq=False)
@@ -180,11 +190,14 @@ class _Entry:
 
     token_ids: torch.LongTensor  # (sequence,), on the CPU
     images: list[_Image]
+    image_positions: str
     states: list[tuple[torch.Tensor, torch.Tensor]]  # per layer, each (1, heads, sequence, head_dim)
     num_prompt_tokens: int
 
     def shared_length(self, prompt: _Prompt) -> int:
         """Number of tokens at the beginning of the prompt that are the same here. No image is shared in part."""
+        if prompt.image_positions != self.image_positions:
+            return 0
         longest = min(len(self.token_ids), len(prompt.token_ids) - 1)  # the logits of the last token are needed
         differences = (self.token_ids[:longest] != prompt.token_ids[:longest]).nonzero().flatten().tolist()
         length = differences[0] if differences else longest

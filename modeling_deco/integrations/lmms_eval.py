@@ -23,7 +23,7 @@ from transformers import LogitsProcessorList
 from transformers.utils import logging
 
 from ..configuration_deco import check_grid, parse_grid
-from ..inference.generation import RefuseNaN, encode
+from ..inference.generation import RefuseNaN, encode, num_positions
 from ..inference.loading import load
 from ..utils.options import parse_grid_option
 
@@ -45,6 +45,7 @@ class Deco(lmms):
     Args:
         pretrained: folder or Hub id of a DeCo checkpoint or of an adapter.
         pooled_grid_size: token budget of each image, `8` or `8x12` (rows x columns). Default: the checkpoint's.
+        image_positions: `patch` or `sequence`, see `DecoConfig`. Default: the checkpoint's.
         batch_size: number of requests answered together.
         device: default: one GPU for each process, or the CPU.
         device_map: `auto` spreads one model over all GPUs; only for a single process.
@@ -64,6 +65,7 @@ class Deco(lmms):
         self,
         pretrained: str | None = None,
         pooled_grid_size: int | str | None = None,
+        image_positions: str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         device_map: str | None = None,
@@ -106,6 +108,7 @@ class Deco(lmms):
             dtype=dtype,
             attn_implementation=attn_implementation,
             in_4bit=load_in_4bit,
+            image_positions=image_positions,
         )
         self.device = self.model.device
         config = self.model.config
@@ -182,10 +185,10 @@ class Deco(lmms):
         input_tokens = inputs["attention_mask"].sum(1).tolist()
         output_tokens = (answers != self.processor.tokenizer.pad_token_id).sum(1).tolist()
         counts = list(zip(input_tokens, output_tokens, strict=True))
-        if self.max_length and max(map(sum, counts)) > self.max_length:
+        if self.max_length and num_positions(self.model, inputs) + answers.shape[1] > self.max_length:
             logger.warning_once(
                 f"Some prompts and their answers are longer than the language model's context of {self.max_length} "
-                f"tokens; choose a smaller pooled_grid_size."
+                f"tokens; choose a smaller pooled_grid_size or image_positions=sequence."
             )
         return [GenerationResult(text, TokenCounts(*count)) for text, count in zip(texts, counts, strict=True)]
 

@@ -144,6 +144,7 @@ def explain(
     answer: str | None = None,
     pooled_grid_size: int | list | tuple | None = None,
     method: str = "gae",
+    image_positions: str | None = None,
     **generate_kwargs,
 ) -> Relevance:
     """Compute relevance maps for the tokens of an answer about one image.
@@ -162,6 +163,7 @@ def explain(
         pooled_grid_size: token budget of the image. Default: the processor's.
         method: `"gae"`, or `"attention"`, a baseline without gradients: the attention of the language model, averaged
             over heads and layers, times the pooling matrix or the averaged attention from queries to patches.
+        image_positions: `"patch"` or `"sequence"`. Default: the config's.
         generate_kwargs: arguments of `model.generate`. A `streamer` receives the answer before its maps are computed.
 
     Returns:
@@ -187,11 +189,11 @@ def explain(
     with evaluation(deco):
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         inputs = encode(processor, [{"role": "user", "content": content}], pooled_grid_size).to(deco.device)
-        check_length(deco, inputs)
+        check_length(deco, inputs | {"image_positions": image_positions})
         prompt_ids, tokenizer = inputs["input_ids"][0].tolist(), processor.tokenizer
         image = encode_image(deco, inputs, method)
         if answer is None:
-            answer_ids = generate(deco, inputs, image, generate_kwargs)
+            answer_ids = generate(deco, inputs, image, {"image_positions": image_positions, **generate_kwargs})
         else:
             answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
         if deco.config.image_token_id in answer_ids:
@@ -202,7 +204,7 @@ def explain(
         token_ids = [answer_ids[index] for index in explained]
 
         targets = [len(prompt_ids) + index for index in explained]
-        run = run_answer(deco, image, [*prompt_ids, *answer_ids], targets, method)
+        run = run_answer(deco, image, [*prompt_ids, *answer_ids], targets, method, image_positions)
         explain_token = explain_by_gae if method == "gae" else explain_by_attention
         maps = [explain_token(run, index) for index in range(len(explained))]
 

@@ -38,6 +38,14 @@ class EncodedImage(NamedTuple):
     outputs: BaseModelOutputWithPooling
     call: ProjectorCall
 
+    @property
+    def grids(self) -> dict[str, torch.LongTensor]:
+        """The grids from which the model computes positions."""
+        return {
+            "pooled_grid_sizes": torch.tensor([self.call.pooled_grid]),
+            "spatial_shapes": torch.tensor([self.call.patch_grid]),
+        }
+
 
 @dataclass(frozen=True)
 class ForwardPass:
@@ -116,11 +124,18 @@ def generate(deco, inputs, image: EncodedImage, generate_kwargs: dict) -> list[i
     text_inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
     features = [features.detach() for features in image.outputs.pooler_output]
     encoded = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-    generated = deco.generate(**text_inputs, mm_encoder_outputs=encoded, **generate_kwargs)
+    generated = deco.generate(**text_inputs, **image.grids, mm_encoder_outputs=encoded, **generate_kwargs)
     return generated[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def run_answer(deco, image: EncodedImage, sequence: list[int], targets: list[int], method: str) -> ForwardPass:
+def run_answer(
+    deco,
+    image: EncodedImage,
+    sequence: list[int],
+    targets: list[int],
+    method: str,
+    image_positions: str | None = None,
+) -> ForwardPass:
     """Run the language model on `sequence`, whose tokens at `targets` are explained."""
     positions = [target - 1 for target in targets]
     input_ids = torch.tensor([sequence[: targets[-1]]], device=deco.device)
@@ -128,6 +143,8 @@ def run_answer(deco, image: EncodedImage, sequence: list[int], targets: list[int
         outputs = deco(
             input_ids=input_ids,
             mm_encoder_outputs={"image": image.outputs},
+            **image.grids,
+            image_positions=image_positions,
             logits_to_keep=torch.tensor(positions),
             output_attentions=True,
             use_cache=False,

@@ -11,7 +11,7 @@ from copy import deepcopy
 from starlette.requests import Request
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from ..inference.generation import encode, sampling
+from ..inference.generation import encode, num_positions, sampling
 from ..inference.picture_reader import PictureReader
 from ..inference.prompt_cache import PromptCache
 from ..utils.decoding import ImageError
@@ -73,7 +73,7 @@ class ChatEndpoint:
             if not chat.images:
                 inputs = await in_thread(self.texts, self._encode, chat)
             num_prompt_tokens = inputs["input_ids"].shape[-1]
-            config = self._generation_config(chat, num_prompt_tokens)
+            config = self._generation_config(chat, num_positions(self.model, inputs))
             seed = self.options.seed if chat.seed is None else chat.seed
             include_usage = chat.stream_options.get("include_usage", False)
             response_options = ResponseOptions(self.name, num_prompt_tokens, chat.stream, include_usage)
@@ -127,15 +127,16 @@ class ChatEndpoint:
         with _as_request_errors():
             return encode(self.processor, chat.messages, chat.grid).to(self.model.device)
 
-    def _generation_config(self, chat: ChatRequest, num_prompt_tokens: int) -> GenerationConfig:
+    def _generation_config(self, chat: ChatRequest, prompt_length: int) -> GenerationConfig:
         name = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
-        asked, room = getattr(chat, name), self.context - num_prompt_tokens
+        asked, room = getattr(chat, name), self.context - prompt_length
         if asked is not None and asked > self.options.max_new_tokens:
             raise wrong_value(
                 name, asked, f"an integer from 1 to {self.options.max_new_tokens}, this server's maximum"
             )
         if room < (asked or 1):
-            raise self._too_long(f"{num_prompt_tokens} tokens of the prompt and {asked or 1} of the answer")
+            unit = "positions" if self.model.config.image_positions == "patch" else "tokens"
+            raise self._too_long(f"{prompt_length} {unit} of the prompt and {asked or 1} of the answer")
         config = deepcopy(self.model.generation_config)
         config.update(num_beams=1, num_return_sequences=1, return_dict_in_generate=False)  # one answer, streamed
         config.max_new_tokens = asked or min(room, self.options.max_new_tokens)

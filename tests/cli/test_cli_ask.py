@@ -142,6 +142,7 @@ def test_options_reach_the_model(picture, monkeypatch):
     monkeypatch.setattr(loading, "load", recording_load)
     monkeypatch.setattr(generation, "stream", recording_stream)
     options = "--temperature 0.5 --seed 3 --device cpu --dtype bfloat16 --int8 --4bit --revision v1 --max-new-tokens 9"
+    options += " --image-positions patch"
     assert ask(picture, "Is there a 7?", *options.split(), "--system", "Read the digits.").exit_code == 0
     prompt, tokenizer = given_options.pop("prompt"), given_options.pop("tokenizer")
     system, question = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Read", "there"))
@@ -154,6 +155,7 @@ def test_options_reach_the_model(picture, monkeypatch):
         "in_int8": True,
         "in_4bit": True,
         "revision": "v1",
+        "image_positions": "patch",
         "max_new_tokens": 9,
     }
 

@@ -134,10 +134,12 @@ def test_options_reach_every_answer(scenes, monkeypatch):
     monkeypatch.setattr(modeling_deco.inference.loading, "load", recording_load)
     monkeypatch.setattr(modeling_deco.inference.generation, "stream", recording_stream)
     options = "--temperature 0.5 --seed 3 --device cpu --dtype bfloat16 --int8 --4bit --revision v1 --max-new-tokens 9"
+    options += " --image-positions patch"
     say = "Is there a 7?\nRead the digits.\n/clear\nIs there a 7?\n"
     result = chat("--image", path, "--system", "Be brief.", *options.split(), say=say)
     assert result.exit_code == 0
-    assert loaded == {"device": "cpu", "dtype": "bfloat16", "in_int8": True, "in_4bit": True, "revision": "v1"}
+    quantized = {"in_int8": True, "in_4bit": True}
+    assert loaded == {"device": "cpu", "dtype": "bfloat16", **quantized, "revision": "v1", "image_positions": "patch"}
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     same = {"first": system, "pooled_grid_size": None, "max_new_tokens": 9, "temperature": 0.5}
     assert given_options == [

@@ -98,6 +98,7 @@ def test_the_commands_options_reach_the_server(monkeypatch):
     given = []
     monkeypatch.setattr("modeling_deco.serving.serve", lambda model, **arguments: given.append((model, arguments)))
     options = "--revision main --pooled-grid-size 3x4 --max-new-tokens 9 --temperature 0.5 --seed 7 --system Be.brief"
+    options += " --image-positions patch"
     places = "--device cpu --dtype float32 --4bit --int8 --host 0.0.0.0 --port 9 --api-key k --max-connections 5"
     result = CliRunner().invoke(app, ["serve", "mine", *options.split(), *places.split()])
     assert result.exit_code == 0, result.stderr
@@ -119,6 +120,7 @@ def test_the_commands_options_reach_the_server(monkeypatch):
             "dtype": "float32",
             "in_4bit": True,
             "in_int8": True,
+            "image_positions": "patch",
             "host": "0.0.0.0",
             "port": 9,
             "served_model_name": None,
