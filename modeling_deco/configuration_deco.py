@@ -337,6 +337,12 @@ class DecoConfig(PreTrainedConfig):
         """Tokens that one image takes at the config's grid."""
         return num_image_tokens(self.pooled_grid_size)
 
+    @property
+    def mrope_section(self) -> list[int] | None:
+        """With `image_positions="patch"`, vLLM takes this as the sign that it must ask the model for positions, which
+        `DecoModel.get_rope_index` computes. vLLM reads the length: positions have three rows."""
+        return [1, 1, 1] if self.image_positions == "patch" else None
+
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         self._validate_choices()  # fields may have been set after construction
         self.auto_map = dict(AUTO_MAP)

@@ -268,6 +268,7 @@ class DecoModel(DecoPreTrainedModel):
         pooled_grid_sizes: torch.LongTensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode, pool and project images.
@@ -279,6 +280,7 @@ class DecoModel(DecoPreTrainedModel):
             pooled_grid_sizes: `(num_images, 2)`, the grid `[rows, cols]` that each image is pooled to. Default: the
                 config's grid for all images, which keeps the graph static for `torch.compile(fullgraph=True)`. With
                 `spatial_shapes`, the default grid is cut to each image's own patches.
+            image_grid_thw: vLLM's form of `pooled_grid_sizes`, see `get_rope_index`.
 
         Returns:
             The vision tower's output. Its `pooler_output` is replaced by a list with one `(rows * cols,
@@ -291,6 +293,8 @@ class DecoModel(DecoPreTrainedModel):
         """
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        if image_grid_thw is not None:
+            pooled_grid_sizes = image_grid_thw[:, 2:]
         # newer transformers keeps only the hidden state with this index; 5.19 takes any value but 0 as True
         keep_hidden_states = kwargs.pop("output_hidden_states", False)
         tower_inputs = self._tower_inputs(pixel_values, pixel_attention_mask, spatial_shapes)
@@ -497,6 +501,35 @@ class DecoModel(DecoPreTrainedModel):
                 f"pooled_grid_sizes with which they were encoded."
             )
 
+    def get_rope_index(
+        self,
+        input_ids: torch.LongTensor,
+        image_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Positions of prompts. vLLM's Transformers backend calls this if the config has an `mrope_section`.
+
+        Args:
+            input_ids: `(batch, sequence)`, without padding.
+            image_grid_thw: `(num_images, 4)`: height and width of the prepared pictures in pixels, and rows and
+                columns of their pooled grids. Default: the vision tower's own image size and the config's grid.
+            mm_token_type_ids: `(batch, sequence)`, 1 at image placeholders. Default: wherever the image token is.
+
+        Returns:
+            Positions `(3, batch, sequence)`, three times the same: other models count time, rows and columns. And
+            `(batch, 1)`, the next token's position minus the number of tokens.
+        """
+        is_image = (input_ids == self.config.image_token_id) if mm_token_type_ids is None else mm_token_type_ids == 1
+        if self.config.image_positions == "sequence":
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+        elif image_grid_thw is None:
+            position_ids = self.patch_position_ids(is_image, self.config.patch_grid)
+        else:
+            patch_size = self.config.vision_config.patch_size
+            patch_grids = [(rows, cols) for rows, cols in (image_grid_thw[:, :2] // patch_size).tolist()]
+            position_ids = self.patch_position_ids(is_image, patch_grids, image_grid_thw[:, 2:])
+        return position_ids.expand(3, -1, -1), position_ids[:, -1:] + 1 - input_ids.shape[1]
+
     def _new_position_ids(
         self, inputs_embeds, is_image, patch_grids, pooled_grid_sizes, attention_mask, cache
     ) -> torch.LongTensor | None:
@@ -576,6 +609,10 @@ class DecoModel(DecoPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_features)
 
         cache, is_numbered_here = kwargs.get(CACHE_NAME), False
+        if position_ids is not None and position_ids.ndim == 3:  # vLLM's, from get_rope_index
+            position_ids = position_ids[0]
+        elif position_ids is not None and image_positions == "patch":
+            _refuse_engine(self.config.text_config)
         if position_ids is None and image_positions == "patch":
             is_image = None if placeholder_mask is None else placeholder_mask[..., 0]
             patch_grids = self.patch_grids(pixel_values, spatial_shapes)
@@ -849,6 +886,20 @@ def build_projector(config: DecoConfig) -> nn.Module:
         return ResamplerProjector(*widths, config.pooled_grid, **sizes)
     abstractor = CAbstractorProjector if config.projector_type == "c_abstractor" else DAbstractorProjector
     return abstractor(*widths, config.pooled_grid, config.patch_grid, **sizes)
+
+
+def _refuse_engine(text_config) -> None:
+    """Refuse engines that run the model with their own attention and their own positions.
+
+    Raises:
+        ValueError: the language model's attention is an engine's.
+    """
+    engine = text_config._attn_implementation  # private, seen in transformers 5.19 to 5.24
+    if engine in ("vllm", "sglang", "tgi"):
+        raise ValueError(
+            f"image_positions='patch' needs an engine that asks the model for positions, and this version of "
+            f"{engine!r} numbers tokens one after another; use vLLM 0.32 or newer, or image_positions='sequence'."
+        )
 
 
 def _as_one_sequence(language_model: PreTrainedModel, position_ids: torch.Tensor, cache) -> dict[str, Any]:

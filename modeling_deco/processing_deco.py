@@ -148,7 +148,28 @@ class DecoProcessor(ProcessorMixin):
             ValueError: an image cannot be read, the number of images is not the number of image tokens, a grid is
                 malformed or (if `patch_size` is known) larger than an image's patch grid, or truncation cuts an image.
         """
-        return super().__call__(images=images, text=text, **kwargs)
+        inputs = super().__call__(images=images, text=text, **kwargs)
+        # transformers' chat templates ask for both kinds of offsets, vLLM for those of the images alone
+        if kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping"):
+            self._separate_images(inputs)
+        return inputs
+
+    def _separate_images(self, inputs) -> None:
+        """Change the processor's output to one entry for each image, which is what vLLM puts into its cache.
+
+        `image_grid_thw` then replaces `pooled_grid_sizes`. It is the one field that vLLM's Transformers backend passes
+        to `DecoModel.get_rope_index`, which explains its columns.
+        """
+        if "pixel_values" not in inputs:
+            return
+        grids = torch.tensor(self.image_grids(inputs, inputs.pop("pooled_grid_sizes", None)))
+        if "spatial_shapes" in inputs:
+            sizes = torch.as_tensor(inputs["spatial_shapes"]) * self.image_processor.patch_size
+        else:
+            sizes = torch.tensor([image.shape[-2:] for image in inputs["pixel_values"]])
+        for name in self.image_processor.model_input_names:
+            inputs[name] = list(inputs[name])
+        inputs["image_grid_thw"] = torch.cat([sizes, grids], dim=-1)  # (num_images, 4)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if images is not None:

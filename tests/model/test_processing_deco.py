@@ -133,6 +133,34 @@ def test_tokens_are_counted_without_a_text(grid, expected, processor):
     assert counts.num_image_patches == [1, 1]
 
 
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("grid", "expected"), [(None, [[24, 24, 3, 3]] * 2), ([[1, 2], [3, 3]], [[24, 24, 1, 2], [24, 24, 3, 3]])], ids=str
+)
+def test_one_who_asks_where_the_images_are_gets_them_one_by_one(grid, expected, processor):
+    """vLLM asks so, and keeps each image in its cache."""
+    call = {**TWO, "pooled_grid_size": grid, "return_tensors": "pt"}
+    inputs, separate = processor(**call), processor(**call, return_text_replacement_offsets=True)
+    assert separate["image_grid_thw"].tolist() == expected
+    assert isinstance(separate["pixel_values"], list)
+    assert torch.equal(torch.stack(separate["pixel_values"]), inputs["pixel_values"])
+    assert set(separate) == {*inputs, "text_replacement_offsets", "image_grid_thw"} - {"pooled_grid_sizes"}
+    assert "image_grid_thw" not in processor(text="what ?", return_text_replacement_offsets=True)
+
+
+def test_images_of_naflex_are_separated_with_their_shapes():
+    image_processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=36)
+    processor = DecoProcessor(image_processor, tiny.build_tokenizer(), pooled_grid_size=3, patch_size=4)
+    images = [tiny.picture(0, 20, 100), tiny.picture(1, 30, 30)]
+    call = {"images": images, "text": "<image> is <image>", "return_tensors": "pt"}
+    inputs, separate = processor(**call), processor(**call, return_text_replacement_offsets=True)
+    for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes"):
+        assert torch.equal(torch.stack(separate[name]), inputs[name])
+    sizes, grids = separate["image_grid_thw"].split(2, dim=-1)
+    assert torch.equal(sizes, inputs["spatial_shapes"] * 4)
+    assert grids.tolist() == [list(grid) for grid in processor.image_grids(inputs)]
+
+
 def test_no_tokens_are_counted_without_images(processor):
     assert "num_image_tokens" not in processor._get_num_multimodal_tokens()
 
