@@ -7,6 +7,7 @@ image. `expand_images` then gives each image as many placeholders as the grid of
 samples that grid, so all ranks have the same one, and so does a resumed run.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from .data.rows import read_row
 from .feature_cache import PATCHES, FeatureCache, grid_name
 
 IGNORE_INDEX = -100
+POSITIONS_ADVICE = "Set --image_positions sequence, or drop such samples with --overlong_samples drop."
 PADDING, SHARED = -1, 0  # owners of tokens; turns of a conversation are 1, 2, ...
 
 
@@ -53,6 +55,8 @@ class DecoCollator:
         largest_grid: the largest grid that an image may have. Default: the processor's.
         feature_cache: has the features of the images. Examples then have numbers of cached images in place of images.
         grids: the grids that steps may use; none may be larger than the patch grid of an image.
+        max_positions: the positions of the language model, if images keep those of their patches.
+        patches_per_image: the most patches that an image has, for `max_positions`.
     """
 
     processor: DecoProcessor
@@ -61,6 +65,8 @@ class DecoCollator:
     largest_grid: int | list[int] | None = None
     feature_cache: FeatureCache | None = None
     grids: list[int] | None = None
+    max_positions: int | None = None
+    patches_per_image: int = 0
 
     def __post_init__(self):
         tokenizer = self.processor.tokenizer
@@ -81,7 +87,7 @@ class DecoCollator:
             dict of features by grid; and `sample_ids`, a list.
 
         Raises:
-            ValueError: a sample cannot be read, or is longer than `max_length`.
+            ValueError: a sample cannot be read, is longer than `max_length`, or takes more than `max_positions`.
         """
         examples = [self.read(example) for example in examples]
         images = [image for example in examples for image in self._open(example)]
@@ -93,6 +99,7 @@ class DecoCollator:
                     f"Sample {example.get('id')!r} has {length} tokens, with {len(example['images'])} image(s), "
                     f"but max_length={self.max_length}. Raise it, or set --overlong_samples drop."
                 )
+            self.check_positions(example, row)
         if not images:
             shortest = min(rows, key=lambda row: len(row["input_ids"]))  # lengthens the batch the least
             shortest["input_ids"] = shortest["input_ids"] + [self.processor.image_token_id]
@@ -219,6 +226,24 @@ class DecoCollator:
         num_images = row["input_ids"].count(self.processor.image_token_id)
         tokens_per_image = num_image_tokens(self.largest_grid or self.processor.pooled_grid_size)
         return len(row["input_ids"]) + num_images * (tokens_per_image - 1)
+
+    def count_positions(self, row: dict[str, list[int]]) -> int:
+        """The positions of a tokenized conversation whose images keep those of their patches. Independent turns all
+        begin behind the images."""
+        num_images = row["input_ids"].count(self.processor.image_token_id)
+        tokens_of = Counter(row["owners"])
+        num_shared = tokens_of.pop(SHARED, 0)
+        return num_shared + max(tokens_of.values(), default=0) + num_images * (self.patches_per_image - 1)
+
+    def check_positions(self, example: dict[str, Any], row: dict[str, list[int]]) -> None:
+        """Raise a ValueError if a sample takes more than `max_positions`."""
+        num_positions = self.count_positions(row)
+        if self.max_positions is not None and num_positions > self.max_positions:
+            raise ValueError(
+                f"Sample {example.get('id')!r} takes {num_positions} positions, because each of its "
+                f"{len(example['images'])} image(s) keeps those of {self.patches_per_image} patches, but the language "
+                f"model has {self.max_positions} (max_position_embeddings). {POSITIONS_ADVICE}"
+            )
 
 
 def _columns_of_images(dataset: Dataset) -> list[str]:

@@ -70,6 +70,10 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
             largest_grid=max(grids, key=num_image_tokens),
             feature_cache=feature_cache,
             grids=args.pooled_grid_sizes,
+            max_positions=_max_positions(model.config),
+            patches_per_image=getattr(
+                processing_class.image_processor, "max_num_patches", num_image_tokens(model.config.patch_grid)
+            ),
         )
         with args.main_process_first(desc="counting tokens"):
             train_dataset = add_lengths(train_dataset, collator, args)
@@ -269,6 +273,13 @@ def _check_settings(model, args: DecoSFTConfig) -> None:
         raise ValueError(
             "independent_turns needs an attention mask that only sdpa attention takes; set --attn_implementation sdpa."
         )
+
+
+def _max_positions(config) -> int | None:
+    """The positions of the language model, if images keep those of their patches and can so exceed them."""
+    if config.image_positions == "sequence":
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _apply(function, dataset):
