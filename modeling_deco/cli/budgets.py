@@ -14,7 +14,18 @@ import typer
 from ..utils.errors import first_names
 from ..utils.options import parse_grid_option
 from ..utils.program import print_error
-from .common import Device, DType, In4Bit, InInt8, MaxNewTokens, Revision, one_line_errors, quiet_transformers, table
+from .common import (
+    Device,
+    DType,
+    ImagePositions,
+    In4Bit,
+    InInt8,
+    MaxNewTokens,
+    Revision,
+    one_line_errors,
+    quiet_transformers,
+    table,
+)
 from .pictures import pictures_of
 
 OUT_OF_MEMORY = "out of memory. Choose a smaller --batch-size, or --4bit."
@@ -57,6 +68,7 @@ def budgets(
     revision: Revision = None,
     device: Device = None,
     dtype: DType = "auto",
+    image_positions: ImagePositions = None,
     in_4bit: In4Bit = False,
     in_int8: InInt8 = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with the environment.")] = False,
@@ -83,7 +95,14 @@ def budgets(
                 split,
                 limit,
                 {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed},
-                {"revision": revision, "device": device, "dtype": dtype, "in_4bit": in_4bit, "in_int8": in_int8},
+                {
+                    "revision": revision,
+                    "device": device,
+                    "dtype": dtype,
+                    "in_4bit": in_4bit,
+                    "in_int8": in_int8,
+                    "image_positions": image_positions,
+                },
                 plot,
             )
     except KeyboardInterrupt:
