@@ -4,7 +4,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -130,6 +130,7 @@ class Answerer:
             `--independent_turns true`. Otherwise each question of `questions` is a row of its own, and in a
             conversation of a row each question is asked after the earlier ones and the model's own answers to them.
         seed: of the choice of questions, and of sampling.
+        report: is called after each batch with its number of questions.
     """
 
     def __init__(
@@ -139,7 +140,9 @@ class Answerer:
         questions_per_image: int | None = None,
         independent_turns: bool = False,
         seed: int = 0,
+        report: Callable[[int], object] = lambda num_questions: None,
     ):
+        self.report = report
         self.engine, self.questions, self.questions_per_image = engine, questions, questions_per_image
         self.independent_turns, self.seed = independent_turns, seed
 
@@ -206,6 +209,7 @@ class Answerer:
                 names = [f"{requests[position].talk.id} {requests[position].turn}" for position in asked]
                 seed = xxhash.xxh32_intdigest("\n".join([str(self.seed), *names]).encode())
                 answers |= zip(asked, self.engine(list(asked.values()), seed), strict=True)
+            self.report(len(batch))
         return [answers[position] for position in range(len(requests))]
 
 

@@ -8,8 +8,8 @@ returns an `Answer` for each. Its `batch_size` says how many conversations it ta
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -140,6 +140,11 @@ class VLLMEngine:
             raise ValueError("--engine vllm needs vLLM, which is not installed: pip install vllm")
         from vllm import LLM, SamplingParams
 
+        self.refusals: tuple[type[Exception], ...] = (ValueError,)
+        with suppress(ImportError):  # vLLM 0.32; in earlier releases a refusal is a ValueError
+            from vllm.exceptions import VLLMClientError
+
+            self.refusals += (VLLMClientError,)
         self.config = load_config(model, revision)
         self.processor = load_processor(model, revision)
         self.pooled_grid_size, self.batch_size = pooled_grid_size, batch_size
@@ -150,13 +155,19 @@ class VLLMEngine:
 
     def __call__(self, conversations: Sequence[list[dict]], seed: int = 0) -> list[Answer]:
         prompts = [self._prompt(conversation) for conversation in conversations]
-        sampling_params = [self.sampling(seed + offset) for offset in range(len(prompts))]
+        return self._generate(prompts, [self.sampling(seed + offset) for offset in range(len(prompts))])
+
+    def _generate(self, prompts: list[dict[str, Any]], sampling_params: list) -> list[Answer]:
         try:
             outputs = self.llm.generate(prompts, sampling_params, use_tqdm=False)
-        except ValueError as error:  # vLLM refuses all for one that is, for example, too long
-            if len(conversations) == 1:
+        except self.refusals as error:  # vLLM refuses all prompts for one that is, for example, too long
+            if len(prompts) == 1:
                 return [Answer("", fault=one_line(error.__cause__ or error))]
-            return [self([conversation], seed + offset)[0] for conversation, offset in zip(conversations, count())]
+            half = len(prompts) // 2
+            return [
+                *self._generate(prompts[:half], sampling_params[:half]),
+                *self._generate(prompts[half:], sampling_params[half:]),
+            ]
         choices = [output.outputs[0] for output in outputs]
         return [Answer(choice.text.strip(), choice.finish_reason == "length") for choice in choices]
 

@@ -4,6 +4,7 @@
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -168,7 +169,16 @@ def answer_data(
 def answer_shards(answerer: Answerer, source: Source, output: Output) -> None:
     """Answer the shards that no process has answered or is answering."""
     done = sum(len(output.rows_of(shard)) for shard in output.complete_shards())
-    with tqdm(total=len(source), initial=done, unit="row", desc="answer", disable=None) as bar:
+    num_asked = 0
+    is_first = os.environ.get("RANK", "0") == "0"
+    with tqdm(total=len(source), initial=done, unit="row", desc="answer", disable=None if is_first else True) as bar:
+
+        def report(num_questions: int) -> None:
+            nonlocal num_asked
+            num_asked += num_questions
+            bar.set_postfix_str(f"{num_asked:,} questions asked")
+
+        answerer.report = report
         for shard in range(output.num_shards):
             with output.claim(shard) as is_mine:
                 if is_mine:
