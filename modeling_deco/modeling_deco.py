@@ -531,29 +531,26 @@ class DecoModel(DecoPreTrainedModel):
         return position_ids.expand(3, -1, -1), position_ids[:, -1:] + 1 - input_ids.shape[1]
 
     def _new_position_ids(
-        self, inputs_embeds, is_image, patch_grids, pooled_grid_sizes, attention_mask, cache
+        self, inputs_embeds, is_image, image_positions, patch_grids, pooled_grid_sizes, attention_mask, cache
     ) -> torch.LongTensor | None:
         """Positions of new tokens, which continue those in the cache; None where the language model's own numbering
         is the same."""
         batch_size, length = inputs_embeds.shape[:2]
+        is_pattern = _is_pattern(attention_mask, length)
         if is_image is None:
-            is_same, is_image = True, inputs_embeds.new_zeros(batch_size, length, dtype=torch.bool)
-            patch_grids, pooled_grid_sizes = self.config.patch_grid, None
+            is_image = inputs_embeds.new_zeros(batch_size, length, dtype=torch.bool)
+            patch_grids = pooled_grids = self.config.patch_grid
         else:
             num_images = 0 if pooled_grid_sizes is None else len(pooled_grid_sizes)
             patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, num_images)
-            is_same = patch_grids == pooled_grids
-        if is_same and not has_moved(cache):
+        if image_positions == "sequence":
+            patch_grids = pooled_grids
+        if patch_grids == pooled_grids and not has_moved(cache) and not is_pattern:
             return None
-        is_mask = isinstance(attention_mask, torch.Tensor) and (
-            attention_mask.ndim == 2 or attention_mask.dtype == torch.bool
-        )
-        if not is_mask:
-            attention_mask = None
-        elif attention_mask.ndim == 2:
-            attention_mask = attention_mask[:, -length:]
-        position_ids = self.patch_position_ids(is_image, patch_grids, pooled_grid_sizes, attention_mask)
-        return next_position(cache) + position_ids
+        if not is_pattern:
+            is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+            attention_mask = attention_mask[:, -length:] if is_mask else None
+        return next_position(cache) + patch_position_ids(is_image, patch_grids, pooled_grids, attention_mask)
 
     @can_return_tuple
     def forward(
@@ -578,7 +575,8 @@ class DecoModel(DecoPreTrainedModel):
 
         `image_positions`, `"patch"` or `"sequence"`, is explained in `DecoConfig`, whose value is the default. It has
         no effect if `position_ids` are given. With a cache, the new tokens continue the positions of those that are
-        in it.
+        in it. With a boolean `attention_mask` `(batch, 1, sequence, sequence)`, a token's position counts only what it
+        attends to.
 
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds` are given, or both `pixel_values` and
@@ -613,12 +611,13 @@ class DecoModel(DecoPreTrainedModel):
             position_ids = position_ids[0]
         elif position_ids is not None and image_positions == "patch":
             _refuse_engine(self.config.text_config)
-        if position_ids is None and image_positions == "patch":
+        is_pattern = _is_pattern(attention_mask, inputs_embeds.shape[1])
+        if position_ids is None and (image_positions == "patch" or is_pattern):
             is_image = None if placeholder_mask is None else placeholder_mask[..., 0]
             patch_grids = self.patch_grids(pixel_values, spatial_shapes)
             self.check_encoded_images(mm_encoder_outputs, patch_grids, pooled_grid_sizes)
             position_ids = self._new_position_ids(
-                inputs_embeds, is_image, patch_grids, pooled_grid_sizes, attention_mask, cache
+                inputs_embeds, is_image, image_positions, patch_grids, pooled_grid_sizes, attention_mask, cache
             )
             is_numbered_here = position_ids is not None
         if is_numbered_here:
@@ -900,6 +899,13 @@ def _refuse_engine(text_config) -> None:
             f"image_positions='patch' needs an engine that asks the model for positions, and this version of "
             f"{engine!r} numbers tokens one after another; use vLLM 0.32 or newer, or image_positions='sequence'."
         )
+
+
+def _is_pattern(attention_mask, length: int) -> bool:
+    """Whether a mask says of each token to which others it attends. Then its position counts those alone, so that
+    independent texts in one row have the positions that they have in rows of their own."""
+    is_tensor = isinstance(attention_mask, torch.Tensor) and attention_mask.dtype == torch.bool
+    return is_tensor and attention_mask.ndim == 4 and attention_mask.shape[-2:] == (length, length)
 
 
 def _as_one_sequence(language_model: PreTrainedModel, position_ids: torch.Tensor, cache) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def patch_position_ids(
     offset = torch.where(is_image, offsets[index], 0)
     step = torch.where(is_image, steps[index], 1)
     if attention_mask is not None and attention_mask.ndim == 4:
-        attended = (attention_mask[:, 0] * step[:, None]).sum(-1)
+        attended = (attention_mask[:, 0].tril() * step[:, None]).sum(-1)
         return (attended - step + offset).clamp(min=0)
     if attention_mask is None:
         return step.cumsum(-1) - step + offset

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.chat_template_utils import render_jinja_template  # private, seen in transformers 5.19 to 5.24
 from trl.chat_template_utils import has_generation_markers  # private, seen in trl 1.16
 
-from .. import DecoModel, DecoProcessor, num_image_tokens
+from .. import DecoProcessor, num_image_tokens
 from ..chat_templates import CHAT_TEMPLATES
 from ..configuration_deco import check_grid, parse_grid
 from ..processing_deco import read_images
@@ -259,9 +259,7 @@ def _naming(example: dict[str, Any]) -> Iterator[None]:
         raise ValueError(f"Sample {example.get('id')!r}: {error}") from error
 
 
-def expand_images(
-    batch: dict[str, Any], pooled_grid_size, processor: DecoProcessor, model: DecoModel | None = None
-) -> dict[str, Any]:
+def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProcessor) -> dict[str, Any]:
     """Give each image of a compact batch the tokens of a grid.
 
     Args:
@@ -269,14 +267,12 @@ def expand_images(
         pooled_grid_size: an int (square) or `[rows, cols]`. None means the processor's grid; the result then has no
             `pooled_grid_sizes`, so its graph is static. (SigLIP 2's images of any shape have at most as many tokens as
             patches.)
-        model: gets the batch. With `image_positions="patch"` in its config, the turns of `independent_turns` continue
-            behind the patches of the images. Default: behind their tokens.
 
     Returns:
         The model's inputs with `labels`; cached features are its `pixel_values`, for `features_as_pixels`.
         `attention_mask` is `(batch, sequence)`. For independent turns it is `(batch, 1, sequence, sequence)`, true
-        where a token may attend, and the `position_ids` of every turn continue those of the images, so that the logits
-        equal those of one sample per turn.
+        where a token may attend. From that the model knows the positions of every turn, which continue those of the
+        images, so that the logits equal those of one sample per turn.
     """
     inputs = {name: value for name, value in batch.items() if name not in ("owners", "sample_ids")}
     owners = batch["owners"]
@@ -298,7 +294,6 @@ def expand_images(
         inputs["pooled_grid_sizes"] = torch.tensor(grids, device=owners.device)
     if (owners > SHARED).any():
         inputs["attention_mask"] = _independent(owners)
-        inputs["position_ids"] = _positions(inputs, owners, processor, model)
     else:
         inputs["attention_mask"] = (owners != PADDING).long()
     return inputs
@@ -310,19 +305,6 @@ def _independent(owners: torch.Tensor) -> torch.Tensor:
     causal = torch.ones(length, length, dtype=torch.bool, device=owners.device).tril()
     same_turn = owners[:, :, None] == owners[:, None, :]
     return ((same_turn | (owners == SHARED)[:, None, :]) & causal)[:, None]
-
-
-def _positions(
-    inputs: dict[str, Any], owners: torch.Tensor, processor: DecoProcessor, model: DecoModel | None
-) -> torch.Tensor:
-    """The positions `(batch, sequence)` of independent turns. A token's position counts what it attends to, padding
-    aside."""
-    seen = inputs["attention_mask"] & (owners != PADDING)[:, None, None, :]
-    if model is None or model.config.image_positions == "sequence":
-        return (seen[:, 0].sum(-1) - 1).clamp(min=0)
-    is_image = inputs["input_ids"] == processor.image_token_id
-    patch_grids = model.patch_grids(inputs["pixel_values"], inputs.get("spatial_shapes"))
-    return model.patch_position_ids(is_image, patch_grids, inputs.get("pooled_grid_sizes"), seen)
 
 
 def _end_of_images(ids: list[int], image_token_id: int) -> int:

@@ -137,10 +137,10 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
     def _expanded(self, batch: dict, grid: int | None) -> dict:
         """The model's inputs at a grid and, as `teacher`, those at the full grid if the run learns from it."""
         deco = self._unwrapped().model
-        inputs = expand_images(batch, grid, self.processing_class, deco)
+        inputs = expand_images(batch, grid, self.processing_class)
         if self.args.distill is not None:
             full_grid = deco.patch_grids(batch.get("pixel_values"), batch.get("spatial_shapes"))
-            inputs["teacher"] = expand_images(batch, full_grid, self.processing_class, deco)
+            inputs["teacher"] = expand_images(batch, full_grid, self.processing_class)
         return inputs
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -30,8 +30,8 @@ def model():
     return tiny.build_model()
 
 
-def collate(processor, *examples, grid=None, model=None, **kwargs):
-    return expand_images(DecoCollator(processor, **kwargs)(list(examples)), grid, processor, model)
+def collate(processor, *examples, grid=None, **kwargs):
+    return expand_images(DecoCollator(processor, **kwargs)(list(examples)), grid, processor)
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,14 @@ def test_mixed_batches_have_the_losses_of_their_samples(processor, model):
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2])
-@pytest.mark.parametrize("grid", [None, 2])
+@pytest.mark.parametrize("grid", [None, 2, 6])
 @pytest.mark.parametrize("image_positions", ["patch", "sequence"])
 def test_independent_turns_have_the_logits_of_separate_samples(
     image_positions, num_images, grid, processor, model, monkeypatch
 ):
     monkeypatch.setattr(model.config, "image_positions", image_positions)
     example, other = conversation(0, num_images=num_images, num_turns=3), conversation(1, num_turns=1)
-    packed = collate(processor, example, other, grid=grid, model=model.model, independent_turns=True)
+    packed = collate(processor, example, other, grid=grid, independent_turns=True)
     with torch.no_grad():
         packed_logits = model(**packed).logits[0]
     learned = packed["labels"][0] != IGNORE_INDEX

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 pytest.importorskip("trl")
 
 import tiny_training
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_training import arguments, build_dataset, conversation, conversations, launch, launch_on_cpus, run
 from trl import ModelConfig, TrlParser
 
@@ -53,8 +53,7 @@ def log_probabilities(model, example, grid, independent_turns=False) -> torch.Te
     """Of all next tokens, at the tokens of the answers."""
     processor = tiny_training.build_processor()
     collator = DecoCollator(processor, independent_turns=independent_turns)
-    deco = (model.get_base_model() if isinstance(model, PeftModel) else model).model
-    batch = expand_images(collator([example]), grid, processor, deco)
+    batch = expand_images(collator([example]), grid, processor)
     is_learned = batch.pop("labels")[0, 1:] != IGNORE_INDEX
     with torch.no_grad():
         return model(**batch).logits[0, :-1][is_learned].log_softmax(-1)

@@ -37,7 +37,7 @@ def forced_accuracy(model, processor, pictures: list[tuple]) -> dict[str, float]
             {"images": [scene.image], "messages": [message for question in asked for message in turn(question)]}
             for scene, asked in chunk
         ]
-        inputs = expand_images(collator(examples), None, processor, model.model)
+        inputs = expand_images(collator(examples), None, processor)
         labels = inputs.pop("labels")
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
         predictions = model(**inputs).logits.argmax(-1).cpu()
