@@ -247,6 +247,8 @@ class DecoModel(DecoPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
+        # noted before anything wraps it
+        self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
         self.check_image_positions(config.image_positions)
         self.post_init()
 
@@ -254,8 +256,7 @@ class DecoModel(DecoPreTrainedModel):
         """`DecoConfig.check_image_positions`; it also refuses `"patch"` if the language model takes no positions."""
         image_positions = self.config.check_image_positions(image_positions)
         text_config = self.config.text_config
-        takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
-        if image_positions == "patch" and (not takes_positions or getattr(text_config, "alibi", False)):
+        if image_positions == "patch" and (not self._takes_positions or getattr(text_config, "alibi", False)):
             raise ValueError(
                 f"image_positions='patch' needs a language model that takes position_ids, and that of "
                 f"text_config.model_type={text_config.model_type!r} does not; use 'sequence'."

@@ -104,13 +104,14 @@ def num_tokens(cache) -> int | torch.Tensor:
 
 
 def has_moved(cache) -> bool:
-    """Whether `set_next_position` was called for a cache."""
-    return getattr(cache, _OFFSET, None) is not None
+    """Whether `set_next_position` was called for the tokens in a cache. A cache that was reset has none."""
+    return getattr(cache, _OFFSET, None) is not None and bool(num_tokens(cache) > 0)
 
 
 def next_position(cache) -> int | torch.Tensor:
     """The position behind the tokens of a key-value cache, `(batch, 1)` if `set_next_position` was called for it."""
-    return num_tokens(cache) + getattr(cache, _OFFSET, 0)
+    length = num_tokens(cache)
+    return length + getattr(cache, _OFFSET) if has_moved(cache) else length
 
 
 def set_next_position(cache, position_ids: torch.Tensor, length: int | torch.Tensor) -> None:

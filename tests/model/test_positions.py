@@ -308,6 +308,20 @@ def test_a_second_turn_continues_from_the_cache(model, kept, ids):
     assert torch.equal(continued[:, -5:], expected)
 
 
+def test_a_cache_that_is_reset_begins_at_its_first_position(model):
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    inputs = prompt_inputs([[(2, 4)]])
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, CACHE_NAME: cache}
+    first = model.generate(**inputs, **options)
+    cache.reset()
+    assert torch.equal(model.generate(**inputs, **options), first)
+    cache.reset()
+    with seen_positions(model) as seen, torch.no_grad():
+        model(**inputs)
+        model(**inputs, **{CACHE_NAME: cache})
+    assert torch.equal(*seen)
+
+
 @pytest.mark.slow
 def test_the_graph_at_a_fixed_grid_is_static(model):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

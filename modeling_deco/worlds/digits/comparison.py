@@ -75,6 +75,7 @@ def config_of(args: CompareArguments, run: Run) -> DecoConfig:
         "projector_type": run.projector_type,
         "projector_config": args.projectors[run.projector_type] or None,
         "pooled_grid_size": run.pooled_grid_size,
+        "image_positions": "sequence",  # tokens of learned queries have no place in the picture
     }
     return DecoConfig(**config)
 

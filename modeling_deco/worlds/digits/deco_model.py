@@ -41,6 +41,7 @@ def build_model(
         text_config=text_config,
         image_token_id=processor.image_token_id,
         pooled_grid_size=processor.pooled_grid_size,
+        image_positions="patch",
         projector_type=projector_type,
         vision_feature_layer=-1,
     )
