@@ -343,6 +343,20 @@ class DecoConfig(PreTrainedConfig):
         `DecoModel.get_rope_index` computes. vLLM reads the length: positions have three rows."""
         return [1, 1, 1] if self.image_positions == "patch" else None
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """`PreTrainedConfig.get_config_dict`, which `from_pretrained` calls. The fields of a LLaVA of transformers
+        become those of a DeCo at its patch grid, where its logits are LLaVA's. No conversion is needed.
+
+        Raises:
+            ValueError: the config is neither DeCo's nor that of a LLaVA that DeCo supports.
+        """
+        arguments = dict(kwargs)
+        fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type", cls.model_type) != cls.model_type:
+            fields = _fields_of_llava(fields, pretrained_model_name_or_path, arguments)
+        return fields, unused
+
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         self._validate_choices()  # fields may have been set after construction
         self.auto_map = dict(AUTO_MAP)
@@ -398,6 +412,50 @@ def _text_config(text_config) -> PreTrainedConfig:
             f"text_config.model_type must be that of a decoder-only language model, got {text_config.model_type!r}."
         )
     return text_config
+
+
+def _fields_of_llava(fields: dict, name, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the `DecoConfig` that the converter makes of a LLaVA of transformers, at the patch grid.
+
+    Args:
+        arguments: those of `from_pretrained`.
+    """
+    # imported here to avoid a circle: it imports modules of transformers that import the one that registers DecoConfig
+    from .llava import (
+        check_features,
+        check_image_token,
+        check_vocabulary,
+        deco_fields,
+        find_llava,
+        has_processor,
+        hub_arguments,
+        is_llava,
+        load_tokenizer,
+        refusal,
+    )
+
+    if not is_llava(fields):
+        raise ValueError(refusal(fields.get("model_type"), name))
+    where = f"config.json of {name}"
+    check_features(fields, where)
+    for part in ("vision_config", "text_config"):
+        _check_sizes(part, fields.get(part) or {})
+    config_fields = deco_fields(fields, where)
+    config = DecoConfig(**config_fields, pooled_grid_size=1)
+    folder = find_llava(name, **hub_arguments(arguments))
+    if folder is not None and has_processor(folder):
+        tokenizer = load_tokenizer(folder)
+        check_image_token(tokenizer, config.image_token_id, name)
+        check_vocabulary(tokenizer, config.text_config.vocab_size, name)
+        config_fields["text_config"].pad_token_id = tokenizer.pad_token_id
+    rows, cols = config.patch_grid
+    return config_fields | {
+        "model_type": DecoConfig.model_type,
+        "pooled_grid_size": rows if rows == cols else [rows, cols],
+        "dtype": fields.get("dtype", fields.get("torch_dtype")),
+        "architectures": ["DecoForConditionalGeneration"],
+        "auto_map": dict(AUTO_MAP),
+    }
 
 
 __all__ = ["DecoConfig"]

@@ -32,6 +32,7 @@ _REMOTE_CODE_FILES = (
     "chat_templates.py",
     "configuration_deco.py",
     "hub.py",
+    "llava.py",
     "modeling_deco.py",
     "pixels.py",
     "positions.py",

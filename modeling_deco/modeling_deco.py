@@ -49,6 +49,17 @@ from transformers.utils import (  # private, seen in transformers 5.19 to 5.24
 
 from .configuration_deco import DecoConfig, check_grid, fit_grid
 from .hub import base_models, files_of, model_card, upload
+from .llava import (
+    KEY_MAPPING,
+    check_safetensors,
+    find_llava,
+    generation_config_of,
+    has_processor,
+    hub_arguments,
+    load_tokenizer,
+    read_settings,
+    suppress_image_token,
+)
 from .positions import has_moved, next_position, num_tokens, patch_position_ids, set_next_position
 from .projectors import (
     AvgPoolProjector,
@@ -148,14 +159,72 @@ class DecoPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, quantization_config=None, **kwargs):
-        """`PreTrainedModel.from_pretrained`. A `quantization_config` applies to the language model's layers only.
-        Vision tower, projector and `lm_head` keep their dtype, unless the config lists the modules to skip."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, quantization_config=None, key_mapping=None, **kwargs
+    ):
+        """`PreTrainedModel.from_pretrained`, with two additions.
+
+        - A LLaVA of transformers (llava-hf) is loaded as it is, from its safetensors files: its parameters have the
+          same names. The grid is its patch grid, where its logits are LLaVA's, unless `pooled_grid_size` is given.
+          `save_pretrained` then writes a DeCo.
+        - A `quantization_config` applies to the language model's layers only. Vision tower, projector and `lm_head`
+          keep their dtype, unless the config lists the modules to skip.
+
+        Example:
+
+            >>> model = DecoForConditionalGeneration.from_pretrained("llava-hf/llava-1.5-7b-hf", pooled_grid_size=12)
+
+        Raises:
+            ValueError: the checkpoint is neither a DeCo nor a LLaVA that DeCo supports, or a LLaVA without safetensors
+                files.
+        """
         if quantization_config is not None:
             quantization_config = _with_modules_to_skip(quantization_config)
-        return super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, quantization_config=quantization_config, **kwargs
+        hub = hub_arguments(kwargs)
+        llava = find_llava(pretrained_model_name_or_path, **hub)
+        if llava is not None:
+            kwargs = cls._arguments_for_llava(pretrained_model_name_or_path, hub, kwargs)
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            quantization_config=quantization_config,
+            key_mapping={**KEY_MAPPING, **(key_mapping or {})},
+            **kwargs,
         )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _forget_llavas_names(model)
+        if llava is not None:
+            model._finish_llava(llava, keeps_generation_config="generation_config" in kwargs)
+        return loaded
+
+    @classmethod
+    def _arguments_for_llava(cls, name, hub: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `from_pretrained` for a LLaVA. Its dtype is that of its weights, not that in its config."""
+        if kwargs.get("variant") is None:
+            check_safetensors(name, **hub)
+        kwargs = {**kwargs, "use_safetensors": True}
+        dtypes = {kwargs.get("dtype") or "auto", kwargs.get("torch_dtype") or "auto"}
+        if kwargs.get("config") is None and dtypes == {"auto"}:
+            kwargs.pop("config", None)
+            config, kwargs = cls.config_class.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+            config.dtype = None
+            kwargs = {**kwargs, **hub, "config": config}
+        return kwargs
+
+    def _finish_llava(self, folder: Path, keeps_generation_config: bool) -> None:
+        """What the converter writes into the config and the generation config of a LLaVA.
+
+        Args:
+            folder: of the small files.
+        """
+        embeddings, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if self.config.tie_word_embeddings and head is not None and head.weight is not embeddings.weight:
+            self.config.tie_word_embeddings = self.config.text_config.tie_word_embeddings = False
+        if self.can_generate() and not keeps_generation_config:
+            tokenizer = load_tokenizer(folder) if has_processor(folder) else None
+            settings = read_settings(folder / "generation_config.json")
+            self.generation_config = generation_config_of(settings, tokenizer)
+            suppress_image_token(self.generation_config, self.config.image_token_id)
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
         """`PreTrainedModel.save_pretrained`. With `push_to_hub=True` it also uploads what it writes, and takes the
@@ -250,6 +319,14 @@ class DecoModel(DecoPreTrainedModel):
         # noted before anything wraps it
         self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
         self.check_image_positions(config.image_positions)
+        # a LLaVA has these: layers above the one that is used, and SigLIP's attention pooling
+        num_layers = config.vision_config.num_hidden_layers
+        unused = range(num_layers, num_layers + config.vision_config.num_cut_layers)
+        # private, seen in transformers 5.19 to 5.24
+        self._keys_to_ignore_on_load_unexpected = [
+            r"vision_tower\.head\.",
+            *(rf"vision_tower\.encoder\.layers?\.{layer}\." for layer in unused),
+        ]
         self.post_init()
 
     def check_image_positions(self, image_positions: str | None = None) -> str:
@@ -1064,6 +1141,15 @@ def _take_language_model(model, text_model: PreTrainedModel, own_logits: dict[bo
                 f"its own logits and those of its decoder and head alone differ by {difference:.3g}; the largest "
                 f"logit is {largest:.3g}",
             )
+
+
+def _forget_llavas_names(model: PreTrainedModel) -> None:
+    """`save_pretrained` gives weights the names that they were loaded by. A DeCo is saved with its own."""
+    # private, seen in transformers 5.19 to 5.24
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        own = set(KEY_MAPPING.values())
+        model._weight_conversions = [entry for entry in conversions if own.isdisjoint(entry.target_patterns)]
 
 
 def _with_modules_to_skip(quantization_config):

@@ -14,8 +14,17 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.tokenization_utils_base import TextInput
 
 from .chat_templates import CHAT_TEMPLATES, adapt_chat_template, parts_to_text
-from .configuration_deco import check_grid, fit_grid, num_image_tokens, parse_grid
+from .configuration_deco import DecoConfig, check_grid, fit_grid, num_image_tokens, parse_grid
 from .hub import AUTO_MAP, copy_remote_code, upload
+from .llava import (
+    HUB_ARGUMENTS,
+    choose_chat_template,
+    find_llava,
+    hub_arguments,
+    load_chat_template,
+    load_image_processor,
+    load_tokenizer,
+)
 from .pixels import channels_first, read_image
 
 
@@ -83,6 +92,36 @@ class DecoProcessor(ProcessorMixin):
             if isinstance(chat_template, str) and "image" not in chat_template:
                 chat_template = parts_to_text(chat_template)  # an untrusted template, so it is not rendered here
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """`ProcessorMixin.from_pretrained`, which also loads the processor of a LLaVA of transformers (llava-hf).
+
+        The chat template then marks the assistant's words for training where LLaVA's own does not, and the grid is the
+        patch grid, unless `pooled_grid_size` is given.
+
+        Example:
+
+            >>> processor = DecoProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf", pooled_grid_size=12)
+
+        Raises:
+            ValueError: it is neither a DeCo nor a LLaVA that DeCo supports, or it has no processor.
+        """
+        hub = hub_arguments(kwargs)
+        folder = find_llava(pretrained_model_name_or_path, **hub)
+        if folder is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config = DecoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        own = {"pooled_grid_size": config.pooled_grid_size, "patch_size": config.vision_config.patch_size}
+        own |= {name: kwargs.pop(name) for name in (*own, "chat_template", "image_token") if name in kwargs}
+        others = {name: value for name, value in kwargs.items() if name not in (*HUB_ARGUMENTS, "trust_remote_code")}
+        tokenizer = load_tokenizer(folder, **others)
+        image_processor = load_image_processor(folder, **others)
+        if own.get("chat_template") is None:
+            template = load_chat_template(folder, tokenizer)
+            own["chat_template"], _ = choose_chat_template(template, tokenizer, config.text_config.model_type)
+        tokenizer.chat_template = own["chat_template"]  # it may replace several named templates
+        return cls(image_processor, tokenizer, **own)
 
     @classmethod
     def from_vision_text_pretrained(

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from .. import __version__
 from ..configuration_deco import parse_grid
+from ..llava import suppress_image_token
 from ..processing_deco import DecoProcessor
 from ..utils.errors import InputError, as_input_errors, wrap_errors
 from ..utils.staging import check_destination
@@ -138,8 +139,7 @@ def _generation_config(checkpoint: LlavaCheckpoint, processor: DecoProcessor | N
     folder = (checkpoint.sources["source"] if has_own else checkpoint.tokenizer).folder
     with wrap_errors(f"generation_config.json of {folder}"):
         generation_config = load_generation_config(folder, getattr(processor, "tokenizer", None))
-        suppressed = [*(generation_config.suppress_tokens or []), checkpoint.config.image_token_id]
-        generation_config.suppress_tokens = list(dict.fromkeys(suppressed))
+        suppress_image_token(generation_config, checkpoint.config.image_token_id)
     return generation_config
 
 

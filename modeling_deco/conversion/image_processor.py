@@ -5,9 +5,10 @@ code."""
 
 from pathlib import Path
 
+from ..llava import build_image_processor, image_processor_settings
 from ..utils.errors import InputError, one_line
 from ..utils.files import read_settings
-from ..utils.image_processors import build_image_processor, pad_to_square
+from ..utils.image_processors import pad_to_square
 
 
 def load_image_processor(folder, image_aspect_ratio=None):
@@ -24,16 +25,14 @@ def load_image_processor(folder, image_aspect_ratio=None):
     folder = Path(folder)
     if image_aspect_ratio not in (None, "square", "pad"):
         raise InputError(f"image_aspect_ratio must be 'pad' or 'square', got {image_aspect_ratio!r}.")
-    settings = read_settings(folder / "processor_config.json").get("image_processor")
-    settings = settings or read_settings(folder / "preprocessor_config.json")
-    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    kind, settings = image_processor_settings(folder, read_settings)
     if kind is None:
         raise InputError(
             f"{folder} names no image processor: neither preprocessor_config.json nor processor_config.json has an "
             f"image_processor_type; pass the folder of the vision tower."
         )
     try:
-        processor = build_image_processor(kind.replace("FeatureExtractor", "ImageProcessor"), settings)
+        processor = build_image_processor(kind, settings)
         if image_aspect_ratio == "pad":
             processor = pad_to_square(processor)
     except (ValueError, TypeError, OSError) as error:

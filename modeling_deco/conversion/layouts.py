@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..llava import KEY_MAPPING
+
 BUFFER = "a buffer, computed from the config"
 COPIED_TOWER = "a copy of the frozen vision tower: like the original code, the one that the config names is used"
 TIED = "tied to the embeddings"
@@ -46,12 +48,7 @@ _BUFFERS = ((r".*\.rotary_emb\.inv_freq", BUFFER), (r".*embeddings\.position_ids
 # transformers: the names that it writes, the older ones on the Hub, and those in memory
 LLAVA_HF = Layout(
     drops=_BUFFERS,
-    renames=(
-        (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)", _VISION),
-        (r"(?:model\.)?multi_modal_projector\.(.+)", r"model.multi_modal_projector.\1"),
-        (r"(?:language_model\.model|model\.language_model)\.(.+)", _TEXT),
-        (r"(?:language_model\.)?lm_head\.weight", "lm_head.weight"),
-    ),
+    renames=tuple((rf"{start}(.+)", rf"{name}\1") for start, name in KEY_MAPPING.items()),
 )
 
 # haotian-liu/LLaVA with its own projector or that of DeCo's authors, and its base: plain language models

@@ -9,6 +9,7 @@ of its own.
 import re
 from pathlib import Path
 
+from ..llava import TEXT_MODELS
 from ..utils.errors import InputError
 from ..utils.files import read_json
 from .checkpoints import EMBEDDINGS, LlavaCheckpoint, add_tensors, build_config
@@ -19,8 +20,6 @@ from .sources import Source, open_source
 from .vision_tower import read_vision_config, read_vision_tower
 from .weights import read_weight_file, weight_entry
 
-# model types of the original code, and those of their language models
-TEXT_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 # fields that the original code adds to the config of a language model, and fields of the file itself
 _NOT_TEXT_FIELD = (
     r"(mm|tune_mm|freeze_mm|unfreeze_mm|use_mm|image|s2)_.*|.*query_num|tokenizer_(model_max_length|padding_side)|"

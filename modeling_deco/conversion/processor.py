@@ -5,12 +5,12 @@
 import logging
 import math
 from functools import partial
-from pathlib import Path
 
 from ..inference.folders import check_processor
+from ..llava import check_image_token, has_processor
 from ..processing_deco import DecoProcessor
 from ..utils.child_process import run_within_limits
-from ..utils.errors import InputError, as_input_errors
+from ..utils.errors import as_input_errors
 from .chat_template import choose_chat_template, load_chat_template, named_chat_template
 from .checkpoints import EMBEDDINGS, LlavaCheckpoint
 from .image_processor import load_image_processor
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> tuple[DecoProcessor | None, str | None]:
     """The processor and the origin of its chat template. The ids of the tokenizer are set in the config."""
     config, source = checkpoint.config, checkpoint.sources["source"]
-    if checkpoint.format == "llava-hf" and not _has_processor_files(source.folder):
+    if checkpoint.format == "llava-hf" and not has_processor(source.folder):
         logger.warning(
             f"{source.name} has no tokenizer or no image processor, so the converted folder has no processor. Add the "
             f"files to the source and convert again, or save a DecoProcessor to the converted folder."
@@ -30,12 +30,10 @@ def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> t
         return None, None
     tokenizer = load_tokenizer(checkpoint.tokenizer.folder, checkpoint.extra_tokens)
     image_processor = load_image_processor(checkpoint.image_processor.folder, checkpoint.image_aspect_ratio)
+    if checkpoint.format == "llava-hf":
+        with as_input_errors():
+            check_image_token(tokenizer, config.image_token_id, source.name)
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    if checkpoint.format == "llava-hf" and image_token_id != config.image_token_id:
-        raise InputError(
-            f"image_token_index is {config.image_token_id} in config.json of {source.name}, and the id of '<image>' "
-            f"in its tokenizer is {image_token_id}; they must be equal."
-        )
     num_rows = checkpoint.tensors[EMBEDDINGS[0]].shape[0]
     if len(tokenizer) > num_rows:
         num_rows = math.ceil(len(tokenizer) / 64) * 64
@@ -56,9 +54,3 @@ def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> t
     with as_input_errors():
         check_processor(processor, source.name)
     return processor, origin
-
-
-def _has_processor_files(folder: Path) -> bool:
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    image_processors = ("preprocessor_config.json", "processor_config.json")
-    return all(any((folder / name).exists() for name in names) for names in (tokenizers, image_processors))

@@ -6,10 +6,11 @@ The files of a checkpoint show its format: the config of transformers' LLaVA has
 `text_config`; the config of the original code has `mm_*` fields.
 """
 
-from ..utils.errors import InputError, wrap_errors
+from ..llava import TEXT_MODELS, check_features, is_llava
+from ..utils.errors import InputError, as_input_errors, wrap_errors
 from .checkpoints import LlavaCheckpoint, check_complete
 from .llava_hf import read_llava_hf
-from .original import TEXT_MODELS, read_original
+from .original import read_original
 from .sources import Source
 
 
@@ -29,7 +30,7 @@ def read_checkpoint(source: Source, pooled_grid_size=None, vision_tower=None, ba
     with wrap_errors(f"config.json of {source.name}"):
         raw_config = source.read_config()
         _check_architecture(raw_config, source)
-        if "vision_config" in raw_config or "text_config" in raw_config:
+        if is_llava(raw_config):
             checkpoint = read_llava_hf(source, raw_config, pooled_grid_size)
         else:
             checkpoint = read_original(source, raw_config, pooled_grid_size, vision_tower, base_model)
@@ -45,21 +46,5 @@ def _check_architecture(raw_config: dict, source: Source) -> None:
         raise InputError(
             f"model_type {model_type!r} in {where} is not LLaVA-1.5's; {', '.join(TEXT_MODELS)} can be converted."
         )
-    if raw_config.get("quantization_config"):
-        raise InputError(
-            f"{where} has a quantization_config: quantized weights cannot be converted; convert the float "
-            f"checkpoint that they were made from."
-        )
-    if raw_config.get("s2") or raw_config.get("mm_vision_s2"):
-        raise InputError(f"s2 in {where}: DeCo does not support multi-scale (S2) features.")
-    aspect_ratio = raw_config.get("image_aspect_ratio") or "square"
-    if aspect_ratio not in ("square", "pad"):
-        raise InputError(
-            f"image_aspect_ratio {aspect_ratio!r} in {where}: DeCo supports one view of an image ('pad' or "
-            f"'square'), and not anyres."
-        )
-    merge_type = raw_config.get("mm_patch_merge_type") or "flat"
-    if merge_type != "flat":
-        raise InputError(f"mm_patch_merge_type {merge_type!r} in {where}: DeCo supports 'flat', and not anyres.")
-    if raw_config.get("mm_resampler_type"):
-        raise InputError(f"mm_resampler_type {raw_config['mm_resampler_type']!r} in {where}: DeCo has none.")
+    with as_input_errors():
+        check_features(raw_config, where)

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from ..chat_templates import IMAGE_TOKEN
+from ..llava import add_special_tokens, read_tokenizer
 from ..utils.errors import InputError, one_line
 from ..utils.files import read_settings
 
@@ -33,27 +34,17 @@ def load_tokenizer(folder, extra_tokens=()) -> PreTrainedTokenizerFast:
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, padding_side="left")
+            tokenizer = read_tokenizer(folder)
         except Exception as error:  # tokenizers and transformers raise many types
             raise InputError(f"{folder}: the tokenizer cannot be read: {one_line(error)}") from error
-        tokenizer.init_kwargs.pop("auto_map", None)  # it names code, which is not copied
     elif (folder / "tokenizer.model").is_file():
         tokenizer = _convert_sentencepiece(folder, extra_tokens)
     else:
         raise InputError(
             f"{folder} has no tokenizer.json and no tokenizer.model; copy those of its language model there."
         )
-    for token in (*extra_tokens, IMAGE_TOKEN):
-        _add_token(tokenizer, token)
-    if tokenizer.pad_token in (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token):
-        _add_token(tokenizer, "<pad>")
-        tokenizer.pad_token = "<pad>"
+    add_special_tokens(tokenizer, extra_tokens)
     return tokenizer
-
-
-def _add_token(tokenizer, token: str) -> None:
-    if token not in tokenizer.get_added_vocab():
-        tokenizer.add_tokens(AddedToken(token, special=True, normalized=False), special_tokens=True)
 
 
 def _convert_sentencepiece(folder: Path, extra_tokens) -> PreTrainedTokenizerFast:

@@ -11,7 +11,10 @@ import torch
 from transformers import AutoProcessor, ProcessorMixin
 
 from ..configuration_deco import DecoConfig
+from ..llava import check_safetensors, is_llava, refusal
 from ..modeling_deco import DecoForConditionalGeneration
+from ..processing_deco import DecoProcessor
+from ..utils.child_process import run_within_limits
 from .adapters import add_adapter, check_adapter, find_adapter
 from .errors import named_errors
 from .folders import check_fields, check_folder, check_processor
@@ -33,7 +36,10 @@ def load(
     in_int8: bool = False,
     image_positions: str | None = None,
 ) -> tuple[DecoForConditionalGeneration, ProcessorMixin]:
-    """Load a checkpoint and its processor. An adapter is loaded onto its base model.
+    """Load a checkpoint and its processor.
+
+    It is a DeCo, a LLaVA of transformers, which is loaded as it is at its patch grid, or an adapter, which is loaded
+    onto its base model.
 
     Args:
         model: folder or Hub id.
@@ -103,9 +109,15 @@ def load_processor(model: str | os.PathLike, revision: str | None = None) -> Pro
     if adapter is not None and not has_file(model, "processor_config.json", revision):
         model, revision = adapter.base, adapter.base_revision
     with named_errors(model):
-        processor = AutoProcessor.from_pretrained(
-            checkpoint_name(model), revision=revision or "main", trust_remote_code=False
-        )
+        path, arguments = checkpoint_name(model), {"revision": revision or "main", "trust_remote_code": False}
+        if _is_llava(model, revision):
+            # a template that never ends is refused before it is rendered here
+            template = run_within_limits(
+                lambda: DecoProcessor.from_pretrained(path, **arguments).chat_template, "its chat template"
+            )
+            processor = DecoProcessor.from_pretrained(path, chat_template=template, **arguments)
+        else:
+            processor = AutoProcessor.from_pretrained(path, **arguments)
         if processor.chat_template is None:
             raise ValueError("it has no chat template.")
     check_processor(processor, model)
@@ -113,10 +125,10 @@ def load_processor(model: str | os.PathLike, revision: str | None = None) -> Pro
 
 
 def load_config(name: str | os.PathLike, revision: str | None = None) -> DecoConfig:
-    """Load the config of a DeCo checkpoint, a folder or Hub id. For an adapter it is that of its base model.
+    """Load the config of a DeCo or LLaVA, a folder or Hub id. For an adapter it is that of its base model.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is not a DeCo.
+        ValueError: there is no such checkpoint, or it is neither a DeCo nor a LLaVA that DeCo supports.
     """
     path = checkpoint_name(name)
     if os.path.isdir(path):
@@ -128,6 +140,9 @@ def load_config(name: str | os.PathLike, revision: str | None = None) -> DecoCon
     if fields is None:
         raise ValueError(f"{name} is not a model: it has no config.json.")
     check_fields(fields, f"config.json of {name}")
+    if is_llava(fields):
+        with named_errors(name):
+            return DecoConfig.from_pretrained(path, revision=revision or "main")
     check_is_deco(fields.get("model_type"), os.fspath(name))
     with named_errors(name):
         return DecoConfig.from_dict(fields)
@@ -136,14 +151,15 @@ def load_config(name: str | os.PathLike, revision: str | None = None) -> DecoCon
 def check_is_deco(model_type: str | None, name: str) -> None:
     """Raise a ValueError if the `model_type` of a config.json is not DeCo's. `name` is that of the model."""
     if model_type != DecoConfig.model_type:
-        raise ValueError(
-            f"{name} is a {model_type!r} model, not a DeCo. deco convert makes one of a LLaVA; recipes/sft.py joins a "
-            f"vision tower and a language model (--vision_model_name_or_path)."
-        )
+        raise ValueError(refusal(model_type, name))
+
+
+def _is_llava(name: str | os.PathLike, revision: str | None) -> bool:
+    return is_llava(read_json(name, "config.json", revision) or {})
 
 
 def load_model(name: str | os.PathLike, revision: str | None = None, **arguments) -> DecoForConditionalGeneration:
-    """Load a DeCo checkpoint and check that no weights are missing.
+    """Load a DeCo or LLaVA and check that no weights are missing.
 
     For an adapter, load its base model and merge the adapter into it. If the weights are quantized, keep the adapter
     as separate layers.
@@ -154,7 +170,8 @@ def load_model(name: str | os.PathLike, revision: str | None = None, **arguments
         arguments: arguments of `DecoForConditionalGeneration.from_pretrained`.
 
     Raises:
-        ValueError: there is no such checkpoint, it is not a DeCo, or its weights are not those of its config.
+        ValueError: there is no such checkpoint, it is neither a DeCo nor a LLaVA, or its weights are not those of its
+            config.
     """
     adapter = find_adapter(name, revision)
     if adapter is not None:
@@ -163,6 +180,8 @@ def load_model(name: str | os.PathLike, revision: str | None = None, **arguments
     config = load_config(name, revision)
     path = checkpoint_name(name)
     if os.path.isdir(path):
+        if _is_llava(name, revision):
+            check_safetensors(path)
         check_weights(name, revision, config)  # before memory is allocated for the sizes in the config
     with named_errors(name):
         model, info = DecoForConditionalGeneration.from_pretrained(

@@ -19,6 +19,7 @@ from transformers.core_model_loading import (  # private, seen in transformers 5
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_deco import DecoConfig
+from ..llava import KEY_MAPPING
 from ..modeling_deco import DecoForConditionalGeneration
 from ..utils.errors import first_names, one_line
 from .errors import named_errors
@@ -65,8 +66,8 @@ def check_tensors(name: str | os.PathLike, num_tensors, missing, mismatched, une
         raise ValueError(
             f"{name} has {len(mismatched)} tensors whose shape differs from its config.json: {first_names(shapes)}."
         )
-    # the unchanged vision tower of a LLaVA has layers that DeCo does not use
-    unexpected = [key for key in unexpected if "vision_tower." not in key]
+    # the unchanged vision tower of a LLaVA has layers that DeCo does not use; older versions also saved frequencies
+    unexpected = [key for key in unexpected if "vision_tower." not in key and not key.endswith("rotary_emb.inv_freq")]
     if unexpected:
         raise ValueError(
             f"{name} has {len(unexpected)} tensors that are not in the model of its config.json: "
@@ -88,7 +89,7 @@ def _renamed(model, shapes: dict[str, tuple]) -> tuple[dict[str, tuple], set[str
         several stored tensors (experts).
     """
     expected = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, KEY_MAPPING)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamed, converted = {}, set()

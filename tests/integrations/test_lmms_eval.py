@@ -517,12 +517,11 @@ def test_one_device_for_several_processes_is_refused(deco, checkpoint, monkeypat
 
 @pytest.mark.slow
 def test_another_kind_of_model_is_refused(deco, tmp_path):
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaNextConfig
 
-    config = LlavaConfig(vision_config=tiny.VISION_CONFIGS["clip"], text_config=tiny.TEXT_CONFIGS["llama"])
-    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
-    tiny.build_processor().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a 'llava' model, not a DeCo"):
+    config = LlavaNextConfig(vision_config=tiny.VISION_CONFIGS["clip"], text_config=tiny.TEXT_CONFIGS["llama"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a 'llava_next' model, not a DeCo"):
         deco.Deco(str(tmp_path))
 
 

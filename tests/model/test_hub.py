@@ -37,6 +37,7 @@ CODE_FILES = {
     "chat_templates.py",
     "configuration_deco.py",
     "hub.py",
+    "llava.py",
     "modeling_deco.py",
     "pixels.py",
     "positions.py",

@@ -831,11 +831,11 @@ def test_a_pushed_run_has_decos_card(config, checkpoint, data, template, tmp_pat
     assert {weights, "processor_config.json"} <= {path.name for path in hub.snapshot("me/it").iterdir()}
 
 
-def test_a_llava_checkpoint_is_refused_with_what_to_do(data, tmp_path):
-    from transformers import LlavaConfig
+def test_another_model_is_refused_with_what_to_do(data, tmp_path):
+    from transformers import LlavaNextConfig
 
-    LlavaConfig().save_pretrained(tmp_path / "llava")
-    with pytest.raises(ValueError, match=r"is a 'llava' model, not a DeCo\. deco convert makes one of a LLaVA"):
+    LlavaNextConfig().save_pretrained(tmp_path / "llava")
+    with pytest.raises(ValueError, match=r"is a 'llava_next' model, not a DeCo\. deco convert makes one of a LLaVA"):
         run(tmp_path / "llava", data, tmp_path / "out")
 
 
