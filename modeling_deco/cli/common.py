@@ -11,7 +11,7 @@ import typer
 from ..utils.errors import one_line
 from ..utils.program import print_error
 
-MODEL_HELP = "Folder or Hub id of a DeCo checkpoint. Default: the shipped one, which knows only digits"
+MODEL_HELP = "Folder or Hub id of a DeCo or of a llava-hf LLaVA. Default: the shipped one, which knows only digits"
 Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.")]
 PooledGridSize = Annotated[

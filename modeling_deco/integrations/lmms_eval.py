@@ -43,7 +43,7 @@ class Deco(lmms):
     With `accelerate launch -m lmms_eval`, each process has a whole model and answers its share of the requests.
 
     Args:
-        pretrained: folder or Hub id of a DeCo checkpoint or of an adapter.
+        pretrained: folder or Hub id of a DeCo, of a LLaVA of transformers, or of an adapter.
         pooled_grid_size: token budget of each image, `8` or `8x12` (rows x columns). Default: the checkpoint's.
         image_positions: `patch` or `sequence`, see `DecoConfig`. Default: the checkpoint's.
         batch_size: number of requests answered together.
