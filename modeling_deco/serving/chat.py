@@ -73,7 +73,9 @@ class ChatEndpoint:
             if not chat.images:
                 inputs = await in_thread(self.texts, self._encode, chat)
             num_prompt_tokens = inputs["input_ids"].shape[-1]
-            config = self._generation_config(chat, num_positions(self.model, inputs))
+            with _as_request_errors():
+                prompt_length = num_positions(self.model, inputs)
+            config = self._generation_config(chat, prompt_length)
             seed = self.options.seed if chat.seed is None else chat.seed
             include_usage = chat.stream_options.get("include_usage", False)
             response_options = ResponseOptions(self.name, num_prompt_tokens, chat.stream, include_usage)
