@@ -11,9 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
+
+from modeling_deco import SHIPPED_CHECKPOINT
+from modeling_deco.inference import load
+from modeling_deco.worlds.digits.evaluate import answer
+from modeling_deco.worlds.digits.scenes import render
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -262,6 +268,68 @@ def test_scaling_counts_the_work_of_each_point(run, tmp_path):
 def test_conversations_are_timed_turn_by_turn(run, tmp_path):
     report = run("chat", shape="tiny", num_layers=1, turns=3, answer_tokens=4, repeats=1, out=tmp_path)
     assert [row["prompt_tokens"] for row in report["time_to_first_token"]] == [168, 196, 224]
+
+
+# --- full grid -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load(SHIPPED_CHECKPOINT, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("image_positions", ["patch", "sequence"])
+def test_answers_that_are_read_off_drafts_are_those_of_generate(benchmark, shipped, image_positions, monkeypatch):
+    full_grid, (model, processor) = benchmark("full_grid"), shipped
+    pictures = full_grid.read_pictures(model.model.vision_tower, processor, "test", range(2))
+    found = full_grid.greedy_answers(model, processor, pictures, 4, image_positions)
+    monkeypatch.setattr(model.config, "image_positions", image_positions)
+    for index, (turns, answers) in enumerate(zip(pictures.turns, found, strict=True)):
+        image, texts = render("test", index, min_digits=2).image, [turn.question.text for turn in turns]
+        with torch.autocast("cpu", torch.bfloat16):  # as the benchmark
+            assert answers == answer(model, processor, [image] * len(texts), texts, 4)
+
+
+def test_other_ways_to_fewer_tokens_are_what_they_say(benchmark, shipped):
+    full_grid, (model, _) = benchmark("full_grid"), shipped
+    features = torch.randn(1, 144, 128)
+    project = model.model.multi_modal_projector.project
+    patches = features.view(12, 12, 128)
+    expected = torch.stack([patches[row, col] for row in (1, 4, 7, 10) for col in (1, 4, 7, 10)])
+    torch.testing.assert_close(full_grid.central_patches(model, features, 4)[0], project(expected))
+    means = project(patches).view(4, 3, 4, 3, 128).mean((1, 3)).flatten(0, 1)
+    torch.testing.assert_close(full_grid.pooled_after_mlp(model, features, 4)[0], means)
+
+
+def test_a_conversation_teaches_every_answer_at_varied_distances(benchmark, shipped):
+    full_grid, (model, processor) = benchmark("full_grid"), shipped
+    (turns,) = full_grid.read_pictures(model.model.vision_tower, processor, "test", range(1)).turns
+    distances = set()
+    for seed in range(8):
+        row = full_grid.conversation(turns, processor.tokenizer, np.random.default_rng(seed))
+        learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == token]
+        assert sorted(learned) == sorted(token for turn in turns for token in turn.answer)
+        distances.add(row["input_ids"].index(turns[0].asked[-1]) - row["input_ids"].index(processor.image_token_id))
+    assert len(distances) > 4
+
+
+@pytest.mark.slow
+def test_positions_and_tuning_without_labels_are_measured_from_the_same_starts(run, tmp_path):
+    options = {"seeds": [1, 2], "small": True, "runs": tmp_path / "runs", "out": tmp_path}
+    report = run("positions", **options)
+    assert report == json.loads((tmp_path / "positions.json").read_text())
+    starts = ["llama fixed", "llama varied", "qwen2 fixed", "qwen2 varied"]
+    assert list(report["untrained"]) == starts
+    assert list(report["untrained"]["llama fixed"]["average pooling"]) == [
+        *("144", "100", "64", "49", "36", "25", "16", "9", "4")
+    ]
+    assert list(report["elastic"]) == [f"{name} {positions}" for name in starts for positions in ("patch", "sequence")]
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
+    assert report["untrained"] == run("positions", **options)["untrained"]  # from its cells
+    tuned = run("without_labels", **options)["tuned"]
+    assert list(tuned) == ["fixed", "varied"]
+    assert len(tuned["fixed"]) == 2 * 2 * 1 + 2
+    assert all(path.stat().st_mtime_ns == written for path, written in cells.items())
 
 
 @pytest.fixture

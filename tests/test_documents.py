@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -242,6 +243,19 @@ def test_the_table_of_accuracy_shows_what_was_measured():
 def test_the_comparison_shows_what_was_measured():
     table = (RESULTS / "compare_projectors" / "table.md").read_text().split("\n\n")[0]
     assert table.split("\n", 2)[2] in text("docs/projectors.md")
+
+
+def test_the_tables_of_positions_show_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    positions, without_labels = import_module("positions"), import_module("without_labels")
+    page = text("docs/positions.md")
+    measured = json.loads((RESULTS / "positions.json").read_text())
+    tables = [positions.table(measured, name) for name in positions.LANGUAGE_MODELS]
+    tables += [positions.table_of_ways(measured, f"llama {distances}") for distances in positions.DISTANCES]
+    tables += [positions.table_of_training(measured)]
+    measured = json.loads((RESULTS / "without_labels.json").read_text())
+    tables += [without_labels.table(measured, distances) for distances in positions.DISTANCES]
+    assert [rows[0] for rows in tables if as_table(rows) not in page] == []
 
 
 def as_table(rows: list[list[str]]) -> str:
