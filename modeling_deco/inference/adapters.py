@@ -77,6 +77,7 @@ def check_adapter(adapter: Adapter) -> None:
 def add_adapter(model: DecoForConditionalGeneration, adapter: Adapter, reads_weights: bool = True):
     """Add an adapter to a model: merged into its weights or, if they are quantized, as separate layers."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft.utils import ModulesToSaveWrapper
 
     file = find_file(adapter.name, "adapter_model.safetensors", adapter.revision)
     if file is None:
@@ -108,6 +109,9 @@ def add_adapter(model: DecoForConditionalGeneration, adapter: Adapter, reads_wei
     with named_errors(adapter.name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted.load_adapter(path, "default", revision=adapter.revision, low_cpu_mem_usage=True)
+        for module in adapted.modules():  # trained in float32, beside parts that may have 16 bits
+            if isinstance(module, ModulesToSaveWrapper):
+                module.modules_to_save.to(next(module.original_module.parameters()).dtype)
         if getattr(model.config, "quantization_config", None) is not None:
             return adapted.get_base_model()  # merging would round the weights again
         return adapted.merge_and_unload()

@@ -422,6 +422,16 @@ def test_an_adapters_own_processor_and_grid_are_used(whole, tmp_path):
     )
 
 
+def test_what_an_adapter_trained_in_float32_has_the_type_of_its_base(whole, tmp_path):
+    """The recipes train the projector in float32 on a base of 16 bits."""
+    save_adapter(whole, tmp_path / "adapter")
+    load_model(whole, dtype=torch.bfloat16).save_pretrained(whole)
+    model, _ = load(str(tmp_path / "adapter"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    inputs = {"input_ids": torch.tensor([tiny.prompt("what", 9, "?")]), "pixel_values": tiny.pixels(1).bfloat16()}
+    assert model(**inputs).logits.isfinite().all()
+
+
 def test_an_adapter_of_a_base_on_the_hub(whole, tmp_path, monkeypatch):
     hub = FakeHub(tmp_path / "hub").install(monkeypatch)
     hub.commit("me/base", whole)

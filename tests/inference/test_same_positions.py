@@ -139,3 +139,14 @@ def test_encoded_images_come_with_their_grids(model, processor):
     for call in (model, model.generate):
         with pytest.raises(ValueError, match=r"images of \[4\] tokens.*\(3, 3\).*pass the pooled_grid_sizes"):
             call(**text, mm_encoder_outputs=dict(encoded))
+
+
+def test_an_adapter_keeps_the_positions_of_its_model(processor):
+    peft = pytest.importorskip("peft")
+    model = tiny.build_model(image_positions="patch")
+    asked = [*messages(1, 2), {"role": "assistant", "content": "red"}, *messages(3, text="is this red ?")]
+    expected = {name: plain(model, processor, asked, 2, name) for name in (None, "sequence")}
+    config = peft.LoraConfig(target_modules=r".*language_model.*\.q_proj")
+    adapted = peft.get_peft_model(model, config)  # a new adapter changes nothing
+    for image_positions, answer in expected.items():
+        assert torch.equal(plain(adapted, processor, asked, 2, image_positions), answer)
