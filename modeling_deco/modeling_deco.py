@@ -60,7 +60,14 @@ from .llava import (
     read_settings,
     suppress_image_token,
 )
-from .positions import has_moved, next_position, num_tokens, patch_position_ids, set_next_position
+from .positions import (
+    has_moved,
+    next_position,
+    num_tokens,
+    patch_position_ids,
+    position_behind,
+    set_next_position,
+)
 from .projectors import (
     AvgPoolProjector,
     CAbstractorProjector,
@@ -94,6 +101,11 @@ _LANGUAGE_MODEL_FIELDS = [field.name for field in fields(BaseModelOutputWithPast
 CACHE_NAME = "cache" if "cache" in _LANGUAGE_MODEL_FIELDS else "past_key_values"
 
 IMAGE_INPUTS = ("pixel_values", "pooled_grid_sizes", "pixel_attention_mask", "spatial_shapes")  # one row per image
+
+# Where a prompt ends in an image, the answer does not begin one position behind the last token, as `generate` counts.
+# This argument of a call says where instead: `(batch, 2)`, the position of the last token, and what is to be added to
+# those behind it.
+_GAP = "gap_behind_prompt"
 
 _PUSH_ARGUMENTS = (
     "repo_id",
@@ -561,6 +573,18 @@ class DecoModel(DecoPreTrainedModel):
         patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, num_images)
         return patch_position_ids(is_image, patch_grids, pooled_grids, attention_mask)
 
+    def position_behind(
+        self,
+        is_image: torch.BoolTensor,
+        patch_grids: tuple[int, int] | list[tuple[int, int]],
+        pooled_grid_sizes: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.LongTensor:
+        """Position `(batch, 1)` behind the tokens of `patch_position_ids`, where the answer to a prompt begins."""
+        num_images = 0 if pooled_grid_sizes is None else len(pooled_grid_sizes)
+        patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, num_images)
+        return position_behind(is_image, patch_grids, pooled_grids, attention_mask)
+
     def check_encoded_images(self, mm_encoder_outputs, patch_grids, pooled_grid_sizes) -> None:
         """Check that the grids are those of encoded images, whose places would be wrong otherwise.
 
@@ -600,19 +624,20 @@ class DecoModel(DecoPreTrainedModel):
         is_image = (input_ids == self.config.image_token_id) if mm_token_type_ids is None else mm_token_type_ids == 1
         if self.config.image_positions == "sequence":
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
-        elif image_grid_thw is None:
-            position_ids = self.patch_position_ids(is_image, self.config.patch_grid)
-        else:
+            return position_ids.expand(3, -1, -1), torch.zeros_like(position_ids[:, :1])
+        grids: tuple = (self.config.patch_grid,)
+        if image_grid_thw is not None:
             patch_size = self.config.vision_config.patch_size
             patch_grids = [(rows, cols) for rows, cols in (image_grid_thw[:, :2] // patch_size).tolist()]
-            position_ids = self.patch_position_ids(is_image, patch_grids, image_grid_thw[:, 2:])
-        return position_ids.expand(3, -1, -1), position_ids[:, -1:] + 1 - input_ids.shape[1]
+            grids = patch_grids, image_grid_thw[:, 2:]
+        position_ids = self.patch_position_ids(is_image, *grids)
+        return position_ids.expand(3, -1, -1), self.position_behind(is_image, *grids) - input_ids.shape[1]
 
     def _new_position_ids(
         self, inputs_embeds, is_image, image_positions, patch_grids, pooled_grid_sizes, attention_mask, cache
-    ) -> torch.LongTensor | None:
-        """Positions of new tokens, which continue those in the cache; None where the language model's own numbering
-        is the same."""
+    ) -> tuple[torch.LongTensor | None, torch.LongTensor | None]:
+        """Positions of new tokens, which continue those in the cache, and of the token behind them; None where the
+        language model's own numbering is the same."""
         batch_size, length = inputs_embeds.shape[:2]
         is_pattern = _is_pattern(attention_mask, length)
         if is_image is None:
@@ -624,11 +649,15 @@ class DecoModel(DecoPreTrainedModel):
         if image_positions == "sequence":
             patch_grids = pooled_grids
         if patch_grids == pooled_grids and not has_moved(cache) and not is_pattern:
-            return None
+            return None, None
         if not is_pattern:
             is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
             attention_mask = attention_mask[:, -length:] if is_mask else None
-        return next_position(cache) + patch_position_ids(is_image, patch_grids, pooled_grids, attention_mask)
+        start = next_position(cache)
+        position_ids = start + patch_position_ids(is_image, patch_grids, pooled_grids, attention_mask)
+        if is_pattern:  # its rows are not continued
+            return position_ids, position_ids[:, -1:] + 1
+        return position_ids, start + position_behind(is_image, patch_grids, pooled_grids, attention_mask)
 
     @can_return_tuple
     def forward(
@@ -684,7 +713,7 @@ class DecoModel(DecoPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_features)
 
-        cache, is_numbered_here = kwargs.get(CACHE_NAME), False
+        cache, behind = kwargs.get(CACHE_NAME), None
         if position_ids is not None and position_ids.ndim == 3:  # vLLM's, from get_rope_index
             position_ids = position_ids[0]
         elif position_ids is not None and image_positions == "patch":
@@ -694,11 +723,10 @@ class DecoModel(DecoPreTrainedModel):
             is_image = None if placeholder_mask is None else placeholder_mask[..., 0]
             patch_grids = self.patch_grids(pixel_values, spatial_shapes)
             self.check_encoded_images(mm_encoder_outputs, patch_grids, pooled_grid_sizes)
-            position_ids = self._new_position_ids(
+            position_ids, behind = self._new_position_ids(
                 inputs_embeds, is_image, image_positions, patch_grids, pooled_grid_sizes, attention_mask, cache
             )
-            is_numbered_here = position_ids is not None
-        if is_numbered_here:
+        if behind is not None:  # numbered here
             kwargs |= _as_one_sequence(self.language_model, position_ids, cache)
             if attention_mask is None and cache is None:  # or positions that jump are taken for packed sequences
                 attention_mask = torch.ones_like(position_ids)
@@ -709,9 +737,9 @@ class DecoModel(DecoPreTrainedModel):
             **kwargs,
         )
         outputs = {name: outputs.get(name) for name in _LANGUAGE_MODEL_FIELDS}
-        if is_numbered_here:
+        if behind is not None:
             cache = outputs[CACHE_NAME]
-            set_next_position(cache, position_ids, num_tokens(cache))
+            set_next_position(cache, behind, num_tokens(cache))
         return DecoModelOutputWithPast(**outputs, image_outputs=image_outputs)
 
 
@@ -867,6 +895,7 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         - The image token is never generated: it is added to the `suppress_tokens` of the call or the config.
         - `stop_strings` work with every tokenizer. transformers' own search fails with word-level tokenizers.
         """
+        kwargs.pop(_GAP, None)  # of a model that this one assists
         if generation_config is not None:
             generation_config = copy.deepcopy(generation_config)
         settings = [config for config in (generation_config, self.generation_config) if config is not None]
@@ -908,11 +937,18 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         self.model.check_encoded_images(model_kwargs.get("mm_encoder_outputs"), *grids)
         num_new = num_all - num_cached
         start = next_position(cache) if has_moved(cache) else attention_mask[:, :num_cached].sum(-1, keepdim=True)
-        position_ids = self.model.patch_position_ids(is_image[:, -num_new:], *grids, attention_mask[:, -num_new:])
-        return nn.functional.pad(start + position_ids, (num_cached, 0))  # only those of new tokens are read
+        is_image, attention_mask = is_image[:, -num_new:], attention_mask[:, -num_new:]
+        position_ids = start + self.model.patch_position_ids(is_image, *grids, attention_mask)
+        last = position_ids[:, -1:]
+        behind = start + self.model.position_behind(is_image, *grids, attention_mask)
+        gap = behind - last - 1
+        if gap.any():
+            model_kwargs[_GAP] = torch.cat([last, gap], dim=1)
+        return nn.functional.pad(position_ids, (num_cached, 0))  # only those of new tokens are read
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the signature
     def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
+        gap = kwargs.pop(_GAP, None)
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -921,8 +957,13 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             return inputs
         if cache is None and inputs.get("attention_mask") is None:  # `generate` drops a mask of ones
             inputs["attention_mask"] = torch.ones_like(position_ids)
+        behind = position_ids[:, -1:] + 1
+        if gap is not None:
+            last, gap = gap.to(position_ids.device).split(1, dim=1)
+            inputs["position_ids"] = position_ids = position_ids + gap * (position_ids > last)
+            behind = behind + gap * (behind > last)
         if is_first_iteration:
-            set_next_position(cache, position_ids, num_tokens(cache) + position_ids.shape[1])
+            set_next_position(cache, behind, num_tokens(cache) + position_ids.shape[1])
         return inputs | _as_one_sequence(self.model.language_model, position_ids, cache)
 
     def _with_image_token(self, tokens: list[int]) -> list[int]:

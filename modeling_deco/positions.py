@@ -9,6 +9,7 @@ grid this is the usual numbering, in which each token is one further than the la
 """
 
 import torch
+from torch import nn
 
 Grid = tuple[int, int]
 
@@ -83,6 +84,20 @@ def patch_position_ids(
     return (step.cumsum(-1) - step + offset).masked_fill(attention_mask == 0, 0)
 
 
+def position_behind(
+    is_image: torch.BoolTensor,
+    patch_grids: Grid | list[Grid],
+    pooled_grids: Grid | list[Grid],
+    attention_mask: torch.Tensor | None = None,
+) -> torch.LongTensor:
+    """Position `(batch, 1)` of a token of text behind the last one of each row, which may be an image's: then it is
+    behind all patches of the image. Arguments are those of `patch_position_ids`, with a mask of two dimensions."""
+    is_image = nn.functional.pad(is_image, (0, 1))
+    if attention_mask is not None:
+        attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)
+    return patch_position_ids(is_image, patch_grids, pooled_grids, attention_mask)[:, -1:]
+
+
 def _steps(patch_grid: Grid, pooled_grid: Grid, device) -> torch.LongTensor:
     """How far each token of an image moves the text behind it: the last one by the image's span, the others by 0."""
     steps = torch.zeros(pooled_grid[0] * pooled_grid[1], dtype=torch.long, device=device)
@@ -114,12 +129,12 @@ def next_position(cache) -> int | torch.Tensor:
     return length + getattr(cache, _OFFSET) if has_moved(cache) else length
 
 
-def set_next_position(cache, position_ids: torch.Tensor, length: int | torch.Tensor) -> None:
+def set_next_position(cache, position: torch.Tensor, length: int | torch.Tensor) -> None:
     """Note in a key-value cache at which position its next token is.
 
     Args:
-        position_ids: `(batch, sequence)` of the last tokens in the cache.
+        position: `(batch, 1)`.
         length: the number of tokens in the cache.
     """
     if cache is not None:
-        setattr(cache, _OFFSET, position_ids[:, -1:] + 1 - length)
+        setattr(cache, _OFFSET, position - length)

@@ -68,7 +68,7 @@ def num_positions(model: PreTrainedModel, inputs: BatchFeature) -> int:
     is_image = deco.find_placeholders(inputs["input_ids"], None)
     patch_grids = deco.patch_grids(inputs.get("pixel_values"), inputs.get("spatial_shapes"))
     grids, mask = inputs.get("pooled_grid_sizes"), inputs.get("attention_mask")
-    return int(deco.patch_position_ids(is_image, patch_grids, grids, mask).max()) + 1
+    return int(deco.position_behind(is_image, patch_grids, grids, mask).max())
 
 
 def check_length(model: PreTrainedModel, inputs: BatchFeature) -> None:

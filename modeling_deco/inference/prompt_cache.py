@@ -17,6 +17,7 @@ from transformers.generation import GenerationMode
 
 from ..configuration_deco import num_image_tokens
 from ..modeling_deco import CACHE_NAME, IMAGE_INPUTS
+from ..positions import set_next_position
 from .errors import is_out_of_memory
 
 # arguments of `generate` that do not change what the model computes for a prompt
@@ -70,9 +71,9 @@ class PromptCache:
         prompt = self._read(inputs)
         if prompt is None:
             return self.model.generate(**inputs)
-        if prompt.image_positions == "patch":
-            inputs["position_ids"] = self._position_ids(inputs)  # of all images, also those that are not passed on
         cache, length = self._take(prompt)
+        if prompt.image_positions == "patch" and length > 0:
+            set_next_position(cache, self._position_behind(inputs, length), length)
         num_seen = sum(image.end <= length for image in prompt.images)
         for name in IMAGE_INPUTS:
             if num_seen > 0 and inputs.get(name) is not None:
@@ -90,11 +91,12 @@ class PromptCache:
         self._keep(cache, prompt, sequences[0].cpu())
         return sequences
 
-    def _position_ids(self, inputs: dict) -> torch.LongTensor:
+    def _position_behind(self, inputs: dict, length: int) -> torch.LongTensor:
+        """Where the tokens of a prompt go on behind the first `length`, which have whole images."""
         deco = self.model.model
-        is_image = deco.find_placeholders(inputs["input_ids"], None)
+        is_image = deco.find_placeholders(inputs["input_ids"], None)[:, :length]
         patch_grids = deco.patch_grids(inputs.get("pixel_values"), inputs.get("spatial_shapes"))
-        return deco.patch_position_ids(is_image, patch_grids, inputs.get("pooled_grid_sizes"))
+        return deco.position_behind(is_image, patch_grids, inputs.get("pooled_grid_sizes"))
 
     def _read(self, inputs: dict) -> "_Prompt | None":
         """Read the prompt from the arguments of `generate`; None if the cache cannot be used."""

@@ -259,6 +259,40 @@ def test_every_mode_of_generate_has_these_positions(model, mode, images):
     assert torch.equal(model.generate(**inputs, **options, do_sample=False)[:, length:], expected)
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "beams"])
+def test_an_answer_begins_behind_all_patches_of_an_image_that_ends_the_prompt(model, mode):
+    """As a caption does in training (the chat template `plain`). Rows that end in text are not changed."""
+    if mode == "chunked prefill" and CACHE_NAME != "cache":
+        pytest.skip("transformers before 5.24 loses the images of a prompt in chunks")
+    rows, images = [prompt("the", 9), conversation((2, 2)), prompt("is", 4, 6)], [[(3, 3)], [(2, 2)], [(2, 2), (1, 6)]]
+    if mode == "prompt lookup":  # is for one prompt at a time
+        rows, images = rows[-1:], images[-1:]
+    grids = torch.tensor([grid for row in images for grid in row])
+    inputs = {**batch(*rows), "pixel_values": pixels(len(grids)), "pooled_grid_sizes": grids}
+    expected = reference(model, inputs, images, 4)
+    with torch.no_grad():  # and in a loop over forward
+        cache = model(**inputs, use_cache=True)[CACHE_NAME]
+        step = {
+            "input_ids": expected[:, :1],
+            "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
+            CACHE_NAME: cache,
+        }
+        with seen_positions(model) as seen:
+            model(**step)
+    assert seen[0][:, 0].tolist() == [
+        expected_positions([*ids, 5], row)[-1] for ids, row in zip(rows, images, strict=True)
+    ]
+    length = inputs["input_ids"].shape[1]
+    if mode == "inputs_embeds":
+        inputs["inputs_embeds"], length = model.get_input_embeddings()(inputs.pop("input_ids")), 0
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **MODES[mode]}
+    assert torch.equal(model.generate(**inputs, **options)[:, length:], expected)
+    for ids, row in zip(rows, images, strict=True):
+        ids, sizes = torch.tensor([ids]), torch.tensor([[24, 24, *grid] for grid in row])
+        _, delta = model.model.get_rope_index(ids, sizes)
+        assert delta.item() + ids.shape[1] == expected_positions([*ids[0].tolist(), 5], row)[-1]
+
+
 def test_assisted_decoding_by_a_smaller_grid_or_by_text_gives_the_same(model):
     inputs = prompt_inputs([[(3, 3), (2, 4)]])
     expected = reference(model, inputs, [[(3, 3), (2, 4)]], 6)
