@@ -18,8 +18,9 @@ from tiny import (
     picture,
     pixels,
     prompt,
+    randomize,
 )
-from transformers import DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration
 from modeling_deco.modeling_deco import CACHE_NAME
@@ -293,13 +294,14 @@ def test_an_answer_begins_behind_all_patches_of_an_image_that_ends_the_prompt(mo
         assert delta.item() + ids.shape[1] == expected_positions([*ids[0].tolist(), 5], row)[-1]
 
 
-def test_assisted_decoding_by_a_smaller_grid_or_by_text_gives_the_same(model):
+def test_assisted_decoding_gives_the_same_whatever_assists(model):
     inputs = prompt_inputs([[(3, 3), (2, 4)]])
     expected = reference(model, inputs, [[(3, 3), (2, 4)]], 6)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    assistant = build_model(seed=1, image_positions="patch")
-    generated = model.generate(**inputs, **options, assistant_model=assistant)
-    assert torch.equal(generated[:, inputs["input_ids"].shape[1] :], expected)
+    text_model = randomize(AutoModelForCausalLM.from_config(AutoConfig.for_model(**TEXT_CONFIGS["llama"])))
+    for assistant in (build_model(seed=1, image_positions="patch"), build_model(seed=2), text_model):
+        generated = model.generate(**inputs, **options, assistant_model=assistant)
+        assert torch.equal(generated[:, inputs["input_ids"].shape[1] :], expected)
 
 
 def test_a_loop_over_forward_continues_behind_the_span(model):
