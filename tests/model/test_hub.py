@@ -588,7 +588,7 @@ def measured():
             row = json.loads(line)
             asked = {"in conversation": "in_conversation", "in 4 bits": "in_4bit", "in int8": "in_int8"}
             how = next((how for how, field in asked.items() if row[field]), "alone")
-            found[how, row["pooled_grid_size"]] = row["accuracy"]
+            found[how, row["pooled_grid_size"][0]] = row["accuracy"]
     return found
 
 
