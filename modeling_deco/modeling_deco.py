@@ -14,6 +14,7 @@ Parameters have LLaVA's names.
 
 import copy
 import inspect
+import re
 import tempfile
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -328,8 +329,7 @@ class DecoModel(DecoPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
-        # noted before anything wraps it
-        self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
+        self._uses_positions = _uses_positions(self.language_model)  # noted before anything wraps it
         self.check_image_positions(config.image_positions)
         # a LLaVA has these: layers above the one that is used, and SigLIP's attention pooling
         num_layers = config.vision_config.num_hidden_layers
@@ -342,13 +342,12 @@ class DecoModel(DecoPreTrainedModel):
         self.post_init()
 
     def check_image_positions(self, image_positions: str | None = None) -> str:
-        """`DecoConfig.check_image_positions`; it also refuses `"patch"` if the language model takes no positions."""
+        """`DecoConfig.check_image_positions`; it also refuses `"patch"` if the language model uses no positions."""
         image_positions = self.config.check_image_positions(image_positions)
-        text_config = self.config.text_config
-        if image_positions == "patch" and (not self._takes_positions or getattr(text_config, "alibi", False)):
+        if image_positions == "patch" and not self._uses_positions:
             raise ValueError(
-                f"image_positions='patch' needs a language model that takes position_ids, and that of "
-                f"text_config.model_type={text_config.model_type!r} does not; use 'sequence'."
+                f"image_positions='patch' needs a language model that takes position_ids and has embeddings of them, "
+                f"unlike text_config.model_type={self.config.text_config.model_type!r}; use 'sequence'."
             )
         return image_positions
 
@@ -1004,6 +1003,17 @@ def build_projector(config: DecoConfig) -> nn.Module:
         return ResamplerProjector(*widths, config.pooled_grid, **sizes)
     abstractor = CAbstractorProjector if config.projector_type == "c_abstractor" else DAbstractorProjector
     return abstractor(*widths, config.pooled_grid, config.patch_grid, **sizes)
+
+
+def _uses_positions(language_model: PreTrainedModel) -> bool:
+    """Whether `position_ids` change what a language model computes. Some hybrids take them but have no embeddings of
+    positions (Jamba, Nemotron-H), and with ALiBi a model counts tokens."""
+    takes_positions = "position_ids" in inspect.signature(language_model.forward).parameters
+    if not takes_positions or getattr(language_model.config, "alibi", False):
+        return False
+    names = [name for name, _ in (*language_model.named_modules(), *language_model.named_buffers())]
+    # the names in transformers 5.19 to 5.24: rotary_emb, embed_positions, positions_embed, pos_encoding, wpe
+    return any(re.search(r"rotary|positions|pos_encoding|wpe", name.rpartition(".")[2]) for name in names)
 
 
 def _refuse_engine(text_config) -> None:

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from .. import SHIPPED_CHECKPOINT
-from .common import Model, Revision, one_line_errors, quiet_transformers, table
+from .common import ImagePositions, Model, Revision, one_line_errors, quiet_transformers, table
 
 
 def info(
     model: Model = str(SHIPPED_CHECKPOINT),
     revision: Revision = None,
+    image_positions: ImagePositions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with memory in bytes.")] = False,
 ):
     """Show a checkpoint's token flow, parameters, memory and licence, without loading its weights.
@@ -26,7 +27,7 @@ def info(
         from ..inference.costs import describe
 
         quiet_transformers()
-        description = describe(model, revision)
+        description = describe(model, revision, image_positions)
     typer.echo(json.dumps(description) if as_json else _to_text(description))
 
 
@@ -43,7 +44,7 @@ def _to_text(about: dict) -> str:
         f"-> {about['projector_type']} -> {pooled} = {about['num_image_tokens']} tokens "
         f"-> {text['type']}, {text['layers']} layers",
         "",
-        f"positions   {about['image_positions']}",
+        f"positions   {about['image_positions']}: an image takes {about['num_image_positions']} of the context",
         f"licence     {about['license'] or 'not stated'}",
     ]
     if about["adapter_of"]:

@@ -41,7 +41,7 @@ def format_size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} {units[0]}" if num_bytes < 1000 else f"{num_bytes:.0f} {units[0]}"
 
 
-def describe(model: str, revision: str | None = None) -> dict:
+def describe(model: str, revision: str | None = None, image_positions: str | None = None) -> dict:
     """Describe a DeCo checkpoint: its licence, and what `describe_config` reads from its config.
 
     The names and shapes of the weights are compared with the config. The weights are not read.
@@ -49,11 +49,13 @@ def describe(model: str, revision: str | None = None) -> dict:
     Args:
         model: folder or Hub id. For an adapter, its base model is described.
         revision: branch, tag or commit on the Hub.
+        image_positions: as in `load`.
 
     Raises:
         ValueError: there is no such checkpoint, it is not a DeCo, or its weights do not fit its config.
     """
     config, adapter = load_config(model, revision), find_adapter(model, revision)
+    config.image_positions = config.check_image_positions(image_positions)
     check_checkpoint(model, revision, config)
     card = _read_card(model, revision)
     return {
@@ -98,6 +100,7 @@ def describe_config(config: DecoConfig) -> dict:
         "pooled_grid_size": list(config.pooled_grid),
         "num_image_tokens": config.num_image_tokens,
         "image_positions": config.image_positions,
+        "num_image_positions": rows * cols if config.image_positions == "patch" else config.num_image_tokens,
         "takes_any_grid": config.takes_any_grid,
         "language_model": {
             "type": text.model_type,

@@ -77,11 +77,13 @@ def test_4bit_weights_are_as_large_as_those_that_are_loaded():
     assert describe(str(SHIPPED_CHECKPOINT))["weights"]["4bit"] == held
 
 
-def test_text_says_flow_parameters_memory_and_licence():
-    result = info()
+@pytest.mark.parametrize(("image_positions", "taken"), [("patch", 144), ("sequence", 36)])
+def test_text_says_flow_positions_parameters_memory_and_licence(image_positions, taken):
+    result = info("--image-positions", image_positions)
     assert result.exit_code == 0
     for words in (
         r"12 x 12 patches of 8 pixels -> avg_pool -> 6 x 6 = 36 tokens -> llama, 4 layers",
+        rf"positions +{image_positions}: an image takes {taken} of the context",
         r"licence +apache-2\.0",
         r"projector +33,024",
         r"total +1,730,432",

@@ -2,11 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every way to ask a model gives the tokens of plain `generate` with the same image positions."""
 
+import json
+
 import pytest
 import tiny
 import torch
 from transformers import pipeline
+from typer.testing import CliRunner
 
+from modeling_deco.cli import app
 from modeling_deco.inference import PromptCache, encode, load, quantize_to_int8, stream
 from modeling_deco.inference.generation import check_length, num_positions
 from modeling_deco.relevance import explain
@@ -110,6 +114,37 @@ def test_a_checkpoint_keeps_its_positions_or_gets_others_at_loading(tmp_path, mo
         assert torch.equal(plain(loaded, processor, asked, 2), expected)
     with pytest.raises(ValueError, match="image_positions must be 'patch' or 'sequence', got 'both'"):
         load(tmp_path, device="cpu", image_positions="both")
+
+
+def test_the_commands(tmp_path, model, processor):
+    """`deco ask`, and the page, which encodes an image once for all grids."""
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    tiny.picture(1).save(tmp_path / "picture.png")
+    command = ["ask", str(tmp_path / "picture.png"), "what is this ?", "--model", str(tmp_path), "--json"]
+    command += ["--pooled-grid-size", "2x4", "--max-new-tokens", "6", "--device", "cpu"]
+    asked = messages(1)
+    images = pytest.importorskip("modeling_deco.page.encoded_images").EncodedImages(model)
+    for image_positions in (None, "sequence"):
+        expected = text_of(processor, plain(model, processor, asked, [2, 4], image_positions))
+        options = [] if image_positions is None else ["--image-positions", image_positions]
+        result = CliRunner().invoke(app, [*command, *options])
+        assert json.loads(result.stdout)["answer"] == expected
+    expected = text_of(processor, plain(model, processor, asked, [2, 4]))
+    for _ in range(2):
+        with images.in_use():
+            pieces = stream(model, processor, asked, pooled_grid_size=[2, 4], max_new_tokens=6)
+            assert "".join(pieces).strip() == expected
+    result = CliRunner().invoke(app, [*command, "--image-positions", "both"])
+    assert result.exit_code == 2
+    assert result.stderr == "deco ask: image_positions must be 'patch' or 'sequence', got 'both'.\n"
+
+
+def test_a_batch_has_the_answers_of_its_rows(model, processor):
+    asked = [messages(1), messages(2, 3, text="is this red ?"), messages(text="what ?")]
+    together = plain(model, processor, asked, 2)
+    for row, one in zip(together, asked, strict=True):
+        assert torch.equal(row, plain(model, processor, one, 2)[0])
 
 
 def test_the_context_is_used_up_by_positions(processor):

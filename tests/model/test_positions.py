@@ -477,6 +477,57 @@ def test_a_config_without_the_field_means_sequence(tmp_path):
     assert DecoConfig(**fields).image_positions == "sequence"
 
 
+_SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+_SIZES |= {"hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+# learned embeddings, one of which has an offset; a window that is shorter than the image; recurrent layers
+OTHER_KINDS = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 128},
+    "opt": {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 128},
+    "gemma3_text": {**_SIZES, "head_dim": 16, "sliding_window": 8},
+    "recurrent_gemma": {**_SIZES, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 64},
+}
+
+
+def of_kind(model_type, sizes, image_positions="patch"):
+    text = {"model_type": model_type, **sizes}
+    config = DecoConfig(
+        vision_config=VISION_CONFIGS["clip"],
+        text_config=text,
+        image_token_id=IMAGE_TOKEN_ID,
+        pooled_grid_size=3,
+        image_positions=image_positions,
+    )
+    return randomize(DecoForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize("model_type", OTHER_KINDS)
+def test_other_kinds_of_language_models_have_these_positions(model_type):
+    model = of_kind(model_type, OTHER_KINDS[model_type])
+    images = [[(2, 4), (3, 3)]]
+    inputs = prompt_inputs(images)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    generated = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    assert torch.equal(generated, reference(model, inputs, images, 3))
+    with torch.no_grad():
+        logits = [model(**inputs, image_positions=name).logits for name in ("patch", "sequence")]
+    assert not torch.allclose(*logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("jamba", {**_SIZES, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1}),
+        ("granitemoehybrid", {**_SIZES, **_MAMBA, "layer_types": ["mamba", "attention"]}),
+        ("falcon", {**_SIZES, "alibi": True}),
+    ],
+)
+def test_a_language_model_that_ignores_positions_is_refused(model_type, sizes):
+    of_kind(model_type, sizes, "sequence")
+    with pytest.raises(ValueError, match=rf"has embeddings of them.*'{model_type}'.*'sequence'"):
+        of_kind(model_type, sizes)
+
+
 def test_impossible_choices_are_refused():
     with pytest.raises(ValueError, match="image_positions must be 'patch' or 'sequence', got 'patches'"):
         build_config(image_positions="patches")
