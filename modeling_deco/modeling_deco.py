@@ -607,14 +607,22 @@ class DecoModel(DecoPreTrainedModel):
         input_ids: torch.LongTensor,
         image_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pooled_grid_sizes: torch.LongTensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.LongTensor | None = None,
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Positions of prompts. vLLM's Transformers backend calls this if the config has an `mrope_section`.
 
         Args:
-            input_ids: `(batch, sequence)`, without padding.
+            input_ids: `(batch, sequence)`.
             image_grid_thw: `(num_images, 4)`: height and width of the prepared pictures in pixels, and rows and
-                columns of their pooled grids. Default: the vision tower's own image size and the config's grid.
+                columns of their pooled grids, in place of the arguments below. vLLM passes only this.
             mm_token_type_ids: `(batch, sequence)`, 1 at image placeholders. Default: wherever the image token is.
+            attention_mask: `(batch, sequence)`, 0 at padding. Default: no padding.
+            pixel_values, pooled_grid_sizes, pixel_attention_mask, spatial_shapes: as in `get_image_features`. Default:
+                the vision tower's own image size and the config's grid.
 
         Returns:
             Positions `(3, batch, sequence)`, three times the same: other models count time, rows and columns. And
@@ -622,15 +630,16 @@ class DecoModel(DecoPreTrainedModel):
         """
         is_image = (input_ids == self.config.image_token_id) if mm_token_type_ids is None else mm_token_type_ids == 1
         if self.config.image_positions == "sequence":
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
-            return position_ids.expand(3, -1, -1), torch.zeros_like(position_ids[:, :1])
-        grids: tuple = (self.config.patch_grid,)
-        if image_grid_thw is not None:
+            is_image, patch_grids, pooled_grid_sizes = torch.zeros_like(is_image), self.config.patch_grid, None
+        elif image_grid_thw is None:
+            patch_grids = self.patch_grids(pixel_values, spatial_shapes)
+        else:
             patch_size = self.config.vision_config.patch_size
             patch_grids = [(rows, cols) for rows, cols in (image_grid_thw[:, :2] // patch_size).tolist()]
-            grids = patch_grids, image_grid_thw[:, 2:]
-        position_ids = self.patch_position_ids(is_image, *grids)
-        return position_ids.expand(3, -1, -1), self.position_behind(is_image, *grids) - input_ids.shape[1]
+            pooled_grid_sizes = image_grid_thw[:, 2:]
+        arguments = is_image, patch_grids, pooled_grid_sizes, attention_mask
+        position_ids = self.patch_position_ids(*arguments)
+        return position_ids.expand(3, -1, -1), self.position_behind(*arguments) - input_ids.shape[1]
 
     def _new_position_ids(
         self, inputs_embeds, is_image, image_positions, patch_grids, pooled_grid_sizes, attention_mask, cache
