@@ -629,17 +629,16 @@ class DecoModel(DecoPreTrainedModel):
             `(batch, 1)`, the next token's position minus the number of tokens.
         """
         is_image = (input_ids == self.config.image_token_id) if mm_token_type_ids is None else mm_token_type_ids == 1
+        patch_grids = self.patch_grids(pixel_values, spatial_shapes)
         if self.config.image_positions == "sequence":
             is_image, patch_grids, pooled_grid_sizes = torch.zeros_like(is_image), self.config.patch_grid, None
-        elif image_grid_thw is None:
-            patch_grids = self.patch_grids(pixel_values, spatial_shapes)
-        else:
+        elif image_grid_thw is not None:
             patch_size = self.config.vision_config.patch_size
             patch_grids = [(rows, cols) for rows, cols in (image_grid_thw[:, :2] // patch_size).tolist()]
             pooled_grid_sizes = image_grid_thw[:, 2:]
-        arguments = is_image, patch_grids, pooled_grid_sizes, attention_mask
-        position_ids = self.patch_position_ids(*arguments)
-        return position_ids.expand(3, -1, -1), self.position_behind(*arguments) - input_ids.shape[1]
+        position_ids = self.patch_position_ids(is_image, patch_grids, pooled_grid_sizes, attention_mask)
+        behind = self.position_behind(is_image, patch_grids, pooled_grid_sizes, attention_mask)
+        return position_ids.expand(3, -1, -1), behind - input_ids.shape[1]
 
     def _new_position_ids(
         self, inputs_embeds, is_image, image_positions, patch_grids, pooled_grid_sizes, attention_mask, cache
