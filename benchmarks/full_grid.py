@@ -25,13 +25,13 @@ from tqdm import tqdm
 from transformers import LlamaConfig, Qwen2Config
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoModel, pool_patch_grid
+from modeling_deco import DecoForConditionalGeneration, DecoModel, pool_patch_grid
 from modeling_deco.configuration_deco import IMAGE_POSITIONS
 from modeling_deco.positions import image_offsets
 from modeling_deco.training.collator import IGNORE_INDEX, PADDING, SHARED, expand_images
 from modeling_deco.training.feature_cache import PATCHES
 from modeling_deco.utils.staging import staged_file
-from modeling_deco.worlds.digits.deco_model import whiten_projector
+from modeling_deco.worlds.digits.deco_model import build_model, whiten_projector
 from modeling_deco.worlds.digits.processor import build_processor
 from modeling_deco.worlds.digits.questions import KINDS, TRAINING_KINDS, Question, questions, score
 from modeling_deco.worlds.digits.scenes import render
@@ -307,35 +307,12 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 # --- starts ----------------------------------------------------------------------------------------------------------
 
 
-def build_start(language_model: str, tower, processor) -> DecoForConditionalGeneration:
-    """An untrained projector and an untrained language model of four layers behind the trained tower."""
+def build_start(language_model: str, processor) -> DecoForConditionalGeneration:
+    """An untrained projector and an untrained language model behind the trained tower, which is frozen."""
     config_class, special = LANGUAGE_MODELS[language_model]
-    tokenizer = processor.tokenizer
-    text_config = config_class(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        rope_parameters={"rope_type": "default", **special},
-    )
-    config = DecoConfig(
-        vision_config=tower.config,
-        text_config=text_config,
-        image_token_id=processor.image_token_id,
-        pooled_grid_size=FULL,
-        vision_feature_layer=-1,
-    )
-    model = DecoForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
+    rope_parameters = {"rope_type": "default", **special}
+    model = build_model(BACKBONES, processor, text_config_class=config_class, rope_parameters=rope_parameters)
     model.model.vision_tower.requires_grad_(False)
-    model.generation_config.max_new_tokens = 16
     pixels = torch.stack([pixel_values(render("train", index, min_digits=2)) for index in range(96)])
     whiten_projector(model, pixels)
     return model
@@ -439,7 +416,7 @@ def start(world: World, language_model: str, distances: str, seed: int) -> DecoF
         )
 
     def build():
-        model = build_start(language_model, world.tower, world.processor)
+        model = build_start(language_model, world.processor)
         warm = warm_language_model(world, language_model)
         model.model.language_model.load_state_dict(warm.model.language_model.state_dict())
         return model
@@ -452,7 +429,7 @@ def warm_language_model(world: World, language_model: str) -> DecoForConditional
     """A model whose language model has learned the questions at the full grid."""
     if language_model == "llama":
         return DecoForConditionalGeneration.from_pretrained(BACKBONES, dtype="float32")
-    build = partial(build_start, language_model, world.tower, world.processor)
+    build = partial(build_start, language_model, world.processor)
     pictures = with_fewer_questions(world.pool, {"existence": 2, "locate": 2})
     return _trained(world, f"{language_model}-base", build, muon, world.sizes.scratch_steps, 1, "fixed", pictures)
 

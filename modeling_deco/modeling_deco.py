@@ -451,12 +451,13 @@ class DecoModel(DecoPreTrainedModel):
             for index, (grid, patch_grid) in enumerate(grids, start=1)
         ]
 
-    def _grids_of(self, patch_grids, pooled_grid_sizes, num_images: int):
-        """The patch grid and the pooled grid of all images, or a list of each if images may differ."""
+    def _grids_of(self, patch_grids, pooled_grid_sizes, num_images: int | None = None):
+        """The patch grid and the pooled grid of all images, or a list of each if images may differ. Without
+        `num_images` there are as many as `pooled_grid_sizes`."""
         if isinstance(patch_grids, tuple) and pooled_grid_sizes is None:
             return patch_grids, self.config.pooled_grid
         if isinstance(patch_grids, tuple):
-            patch_grids = [patch_grids] * num_images
+            patch_grids = [patch_grids] * (len(pooled_grid_sizes) if num_images is None else num_images)
         return patch_grids, self.image_grids(patch_grids, pooled_grid_sizes)
 
     def project_features(
@@ -568,8 +569,7 @@ class DecoModel(DecoPreTrainedModel):
             pooled_grid_sizes: as in `get_image_features`.
             attention_mask: as in `positions.patch_position_ids`.
         """
-        num_images = 0 if pooled_grid_sizes is None else len(pooled_grid_sizes)
-        patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, num_images)
+        patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes)
         return patch_position_ids(is_image, patch_grids, pooled_grids, attention_mask)
 
     def position_behind(
@@ -580,8 +580,7 @@ class DecoModel(DecoPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.LongTensor:
         """Position `(batch, 1)` behind the tokens of `patch_position_ids`, where the answer to a prompt begins."""
-        num_images = 0 if pooled_grid_sizes is None else len(pooled_grid_sizes)
-        patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, num_images)
+        patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes)
         return position_behind(is_image, patch_grids, pooled_grids, attention_mask)
 
     def check_encoded_images(self, mm_encoder_outputs, patch_grids, pooled_grid_sizes) -> None:
@@ -651,8 +650,7 @@ class DecoModel(DecoPreTrainedModel):
             is_image = inputs_embeds.new_zeros(batch_size, length, dtype=torch.bool)
             patch_grids = pooled_grids = self.config.patch_grid
         else:
-            num_images = 0 if pooled_grid_sizes is None else len(pooled_grid_sizes)
-            patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, num_images)
+            patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes)
         if image_positions == "sequence":
             patch_grids = pooled_grids
         if patch_grids == pooled_grids and not has_moved(cache) and not is_pattern:

@@ -8,6 +8,8 @@ of its window has in the full grid, and the text behind the image goes on behind
 grid this is the usual numbering, in which each token is one further than the last (`image_positions="sequence"`).
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -51,7 +53,7 @@ def patch_position_ids(
         is_image: `(batch, sequence)`, true at image placeholders, with all placeholders of every image.
         patch_grids: `(rows, cols)` of all images' patches, or a list with one for each image, in the order of their
             placeholders.
-        pooled_grids: `(rows, cols)` of all images' tokens, or such a list.
+        pooled_grids: `(rows, cols)` of all images' tokens, or a list if `patch_grids` is one.
         attention_mask: `(batch, sequence)`, 0 at padding, which takes no position and has position 0. Or `(batch, 1,
             sequence, sequence)`, true where a token attends to another or to itself: then a token's position counts
             only what it attends to. Default: no padding.
@@ -66,12 +68,9 @@ def patch_position_ids(
         steps = _steps(patch_grids, pooled_grids, device)
         index = index % len(offsets)
     else:
-        num_images = len(pooled_grids) if isinstance(pooled_grids, list) else len(patch_grids)
-        patch_grids = [patch_grids] * num_images if isinstance(patch_grids, tuple) else patch_grids
-        pooled_grids = [pooled_grids] * num_images if isinstance(pooled_grids, tuple) else pooled_grids
-        images = list(zip(patch_grids, pooled_grids, strict=True))
-        offsets = torch.cat([image_offsets(*grids, device) for grids in images])
-        steps = torch.cat([_steps(*grids, device) for grids in images])
+        images: list[tuple[Any, Any]] = list(zip(patch_grids, pooled_grids, strict=True))
+        offsets = torch.cat([image_offsets(patches, pooled, device) for patches, pooled in images])
+        steps = torch.cat([_steps(patches, pooled, device) for patches, pooled in images])
         index = index.clamp(0, len(offsets) - 1)  # the model refuses a wrong number of placeholders
     offset = torch.where(is_image, offsets[index], 0)
     step = torch.where(is_image, steps[index], 1)

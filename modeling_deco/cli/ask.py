@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +27,10 @@ from .common import (
     Seed,
     System,
     Temperature,
+    check_figure,
     one_line_errors,
     quiet_transformers,
+    save_figure,
     write,
 )
 
@@ -124,7 +125,9 @@ def ask(
             }
             typer.echo(json.dumps(report if relevance is None else report | {"relevance": str(relevance)}))
         if relevance is not None:
-            _save_relevance(explained, level, relevance)
+            from ..relevance import plot_relevance
+
+            save_figure("--relevance", plot_relevance(explained, level), relevance)
 
 
 def _read(images: list[str]) -> list:
@@ -157,24 +160,5 @@ def _check_relevance(path: Path, level: str | None, images: list[str], system: s
         raise ValueError("--relevance does not support --system; leave one of them out.")
     if level not in (None, *levels):
         raise ValueError(f"--relevance-level must be one of {', '.join(levels)}, got {level!r}.")
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--relevance writes a PNG file; {str(path)!r} does not end in .png.")
-    if path.is_dir():
-        raise ValueError(f"--relevance: {str(path)!r} is a folder.")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--relevance: there is no folder {str(path.parent)!r} that can be written to.")
-    if find_spec("matplotlib") is None:
-        raise ValueError("--relevance needs matplotlib: pip install matplotlib")
+    check_figure("--relevance", path)
     return level or levels[0]
-
-
-def _save_relevance(explained, level: str, path: Path) -> None:
-    from ..relevance import plot_relevance
-    from ..utils.staging import staged_file
-
-    figure = plot_relevance(explained, level)
-    try:
-        with staged_file(path) as incomplete:
-            figure.savefig(incomplete, format="png")
-    except OSError as error:
-        raise OSError(f"--relevance {str(path)!r} cannot be written: {error.strerror}.") from error

@@ -3,8 +3,6 @@
 """`deco budgets`: which token budget a model can afford on a user's own pictures and questions."""
 
 import json
-import os
-from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -22,8 +20,10 @@ from .common import (
     InInt8,
     MaxNewTokens,
     Revision,
+    check_figure,
     one_line_errors,
     quiet_transformers,
+    save_figure,
     table,
 )
 from .pictures import pictures_of
@@ -125,7 +125,7 @@ def _run(
 ) -> dict[str, Any]:
     chosen_grids = None if grids is None else [parse_grid_option(grid.strip()) for grid in grids.split(",")]
     if plot is not None:
-        _check_plot(plot)
+        check_figure("--plot", plot)
 
     from ..inference.agreement import CONFIDENCE, parse_target
     from ..inference.budgets import compare, grids_to_compare, summarize
@@ -158,29 +158,10 @@ def _run(
         "environment": environment(loaded.device),
     }
     if plot is not None:
-        _save_plot(summary, plot)
+        from ..inference.budgets_figure import plot_budgets
+
+        save_figure("--plot", plot_budgets(summary), plot)
     return summary
-
-
-def _check_plot(path: Path) -> None:
-    """Raise a ValueError if a figure cannot be drawn or written."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--plot writes a PNG file; {str(path)!r} does not end in .png.")
-    if path.is_dir():
-        raise ValueError(f"--plot: {str(path)!r} is a folder.")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--plot: there is no folder {str(path.parent)!r} that can be written to.")
-    if find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
-
-
-def _save_plot(summary: dict[str, Any], path: Path) -> None:
-    from ..inference.budgets_figure import plot_budgets
-    from ..utils.staging import staged_file
-
-    figure = plot_budgets(summary)
-    with staged_file(path) as incomplete:
-        figure.savefig(incomplete, format="png", dpi=120)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

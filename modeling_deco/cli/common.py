@@ -2,8 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several commands share: options, errors in one line, and the streaming of answers."""
 
+import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -127,6 +130,33 @@ def write(pieces: Generator[str, None, Any], *, quiet: bool = False, stoppable: 
     if answer and not quiet:
         typer.echo()
     return answer, result
+
+
+def check_figure(option: str, path: Path) -> None:
+    """Raise a ValueError if a figure cannot be drawn, or not be written to the path of an option."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{option} writes a PNG file; {str(path)!r} does not end in .png.")
+    if path.is_dir():
+        raise ValueError(f"{option}: {str(path)!r} is a folder.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{option}: there is no folder {str(path.parent)!r} that can be written to.")
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"{option} needs matplotlib: pip install matplotlib")
+
+
+def save_figure(option: str, figure, path: Path) -> None:
+    """Write a figure of matplotlib to the path of an option: a whole PNG file, or nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from ..utils.staging import staged_file
+
+    try:
+        with staged_file(path) as incomplete:
+            figure.savefig(incomplete, format="png")
+    except OSError as error:
+        raise OSError(f"{option} {str(path)!r} cannot be written: {error.strerror}.") from error
 
 
 def quiet_transformers() -> None:

@@ -20,7 +20,7 @@ def plot_budgets(summary: dict[str, Any]):
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("Drawing budgets needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(dpi=120, figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_agreement(left, summary)
     _draw_times(right, summary)

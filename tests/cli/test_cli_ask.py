@@ -252,7 +252,7 @@ def test_relevance_is_refused_before_the_model_is_loaded(arguments, message, tmp
 
 
 def test_relevance_without_matplotlib_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_deco.cli.ask.find_spec", lambda name: None if name == "matplotlib" else True)
+    monkeypatch.setattr("modeling_deco.cli.common.find_spec", lambda name: None if name == "matplotlib" else True)
     result = ask("missing.png", "Is there a 7?", "--model", "no/such/model", "--relevance", str(tmp_path / "map.png"))
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "deco ask: --relevance needs matplotlib: pip install matplotlib\n"

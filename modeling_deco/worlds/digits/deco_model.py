@@ -5,25 +5,31 @@
 import os
 
 import torch
-from transformers import AutoConfig, CLIPVisionModel, LlamaConfig
+from transformers import AutoConfig, CLIPVisionModel, LlamaConfig, PreTrainedConfig
 
 from ... import DecoConfig, DecoForConditionalGeneration, DecoModel, DecoProcessor, pool_patch_grid
 
 
 def build_model(
-    tower_dir: str | os.PathLike, processor: DecoProcessor, projector_type: str = "avg_pool"
+    tower_dir: str | os.PathLike,
+    processor: DecoProcessor,
+    projector_type: str = "avg_pool",
+    text_config_class: type[PreTrainedConfig] = LlamaConfig,
+    **text_fields,
 ) -> DecoForConditionalGeneration:
-    """Join a trained tower with an untrained projector and an untrained Llama of four layers and width 128.
+    """Join a trained tower with an untrained projector and an untrained language model of four layers and width 128.
 
     Args:
         tower_dir: a tower, or a DeCo checkpoint with one.
+        text_config_class: the kind of language model.
+        text_fields: more fields of its config.
     """
     tokenizer = processor.tokenizer
     if AutoConfig.from_pretrained(tower_dir, trust_remote_code=False).model_type == "deco":
         vision_tower = DecoModel.from_pretrained(tower_dir).vision_tower
     else:
         vision_tower = CLIPVisionModel.from_pretrained(tower_dir)
-    text_config = LlamaConfig(
+    text_config = text_config_class(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
@@ -35,6 +41,7 @@ def build_model(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **text_fields,
     )
     config = DecoConfig(
         vision_config=vision_tower.config,
