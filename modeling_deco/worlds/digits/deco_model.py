@@ -17,7 +17,8 @@ def build_model(
     text_config_class: type[PreTrainedConfig] = LlamaConfig,
     **text_fields,
 ) -> DecoForConditionalGeneration:
-    """Join a trained tower with an untrained projector and an untrained language model of four layers and width 128.
+    """Join a trained tower with an untrained projector and an untrained language model of four layers and width 128,
+    all in float32.
 
     Args:
         tower_dir: a tower, or a DeCo checkpoint with one.
@@ -26,9 +27,9 @@ def build_model(
     """
     tokenizer = processor.tokenizer
     if AutoConfig.from_pretrained(tower_dir, trust_remote_code=False).model_type == "deco":
-        vision_tower = DecoModel.from_pretrained(tower_dir).vision_tower
+        vision_tower = DecoModel.from_pretrained(tower_dir, dtype=torch.float32).vision_tower
     else:
-        vision_tower = CLIPVisionModel.from_pretrained(tower_dir)
+        vision_tower = CLIPVisionModel.from_pretrained(tower_dir, dtype=torch.float32)
     text_config = text_config_class(
         vocab_size=len(tokenizer),
         hidden_size=128,
