@@ -38,6 +38,7 @@ _REMOTE_CODE_FILES = (
     "positions.py",
     "processing_deco.py",
     "projectors.py",
+    "videos.py",
 )
 
 _USAGE = """\

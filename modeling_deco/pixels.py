@@ -66,6 +66,19 @@ def _named(source: str) -> bytes | Path:
         request = urllib.request.Request(source, headers={"User-Agent": "modeling-deco", "Accept": "image/*"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             return response.read()
+    if scheme not in ("data", "file") and not os.path.exists(source):
+        try:
+            if encoded := base64.b64decode("".join(source.split()), validate=True):
+                open_image(io.BytesIO(encoded)).close()
+                return encoded
+        except (binascii.Error, UnicodeEncodeError, ValueError, OSError):
+            pass
+    return local(source)
+
+
+def local(source: str) -> bytes | Path:
+    """The content of a `data:` URL, or the file that a `file:` URL or a path names."""
+    scheme = source.partition(":")[0].lower()
     if scheme == "data":
         header, _, text = source.partition(",")
         data = urllib.parse.unquote_to_bytes(text)
@@ -75,12 +88,6 @@ def _named(source: str) -> bytes | Path:
     if os.path.isdir(source):
         raise ValueError("it is a folder")
     if not os.path.exists(source):
-        try:
-            if encoded := base64.b64decode("".join(source.split()), validate=True):
-                open_image(io.BytesIO(encoded)).close()
-                return encoded
-        except (binascii.Error, UnicodeEncodeError, ValueError, OSError):
-            pass
         raise ValueError("there is no such file")
     return Path(source)
 

@@ -26,6 +26,7 @@ from .llava import (
     load_tokenizer,
 )
 from .pixels import channels_first, read_image
+from .videos import read_video  # noqa: F401  remote code holds the files that this one imports
 
 
 class DecoProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]

@@ -42,6 +42,7 @@ CODE_FILES = {
     "positions.py",
     "processing_deco.py",
     "projectors.py",
+    "videos.py",
 }
 
 # --- registered by import --------------------------------------------------------------------------------------------
