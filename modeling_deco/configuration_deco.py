@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .hub import AUTO_MAP, copy_remote_code, upload
+from .views import Views, parse_aspect_ratio
 
 if TYPE_CHECKING:
     SubConfig = Any  # a config in every DecoConfig, whatever it was made from
@@ -51,12 +52,21 @@ LARGEST_SIZES = {
     "num_register_tokens": 2**10,
 }
 _MOST_PROJECTOR_LAYERS = 2**6
+_MOST_PINPOINTS = 2**10
+_MOST_TILES = 2**8  # of a pinpoint
+_MOST_FRAMES_PER_TOKEN_GRID = 2**10
 
 IMAGE_POSITIONS = ("patch", "sequence")
 
 
-def parse_grid(pooled_grid_size) -> tuple[int, int]:
+_VIDEO_GRID = 7  # default side of a frame's grid
+
+
+def parse_grid(pooled_grid_size, name: str = "pooled_grid_size") -> tuple[int, int]:
     """Read a grid given as an int (square) or as two ints.
+
+    Args:
+        name: for the message, the field, argument or option that has the grid.
 
     Returns:
         `(rows, cols)`.
@@ -68,7 +78,7 @@ def parse_grid(pooled_grid_size) -> tuple[int, int]:
     is_pair = isinstance(grid, (list, tuple)) and len(grid) == 2
     if not is_pair or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in grid):
         raise ValueError(
-            f"pooled_grid_size must be a positive int (a square grid) or two positive ints [rows, cols], "
+            f"{name} must be a positive int (a square grid) or two positive ints [rows, cols], "
             f"got {pooled_grid_size!r}."
         )
     return grid[0], grid[1]
@@ -97,7 +107,7 @@ def check_grid(
     Raises:
         ValueError: the grid is malformed, or has more rows or columns than there are patches.
     """
-    (rows, cols), (patch_rows, patch_cols) = parse_grid(pooled_grid_size), patch_grid
+    (rows, cols), (patch_rows, patch_cols) = parse_grid(pooled_grid_size, name), patch_grid
     if rows > patch_rows or cols > patch_cols:
         raise ValueError(
             f"{name}={pooled_grid_size!r}: {rows} x {cols} is larger than the {patch_rows} x {patch_cols} patches of "
@@ -109,6 +119,16 @@ def check_grid(
 def fit_grid(pooled_grid: tuple[int, int], patch_grid: tuple[int, int]) -> tuple[int, int]:
     """The default grid of an image, cut to the image's own patches."""
     return min(pooled_grid[0], patch_grid[0]), min(pooled_grid[1], patch_grid[1])
+
+
+def default_video_grid(full_grid: tuple[int, int]) -> tuple[int, int]:
+    """The default grid `(rows, cols)` of a video's frame: 7 x 7. Apollo (arXiv 2412.10360) found 8 to 32 tokens a
+    frame to be best.
+
+    Args:
+        full_grid: of a frame.
+    """
+    return fit_grid((_VIDEO_GRID, _VIDEO_GRID), full_grid)
 
 
 @strict
@@ -133,6 +153,23 @@ class DecoConfig(PreTrainedConfig):
             that it has there. `"sequence"`: all tokens are numbered one after another, as in the paper, which is right
             for models that were trained so. At the full grid both are the same. `forward` and `generate` take another
             value per call.
+        image_grid_pinpoints: sizes `[height, width]` in pixels. A picture is resized to one of them, and cut into
+            tiles of the tower's image size (LLaVA-NeXT). The tiles' patches are stitched to one map, which is pooled
+            by the same factor as a view: `pooled_grid_size` is the grid of a view. None: an image is one view.
+        image_overview: with pinpoints, whether the whole picture is one more view, whose tokens come first.
+        image_newline: with pinpoints, whether the parameter `image_newline` ends each row of the map. It is behind an
+            image that is not tiled.
+        vision_aspect_ratio: with pinpoints, `"anyres"`, or `"anyres_max_N"`, which shrinks maps of more than N views
+            to about N at the full grid (LLaVA-OneVision).
+        video_token_id: id of the placeholder token of videos. None: the model takes no videos.
+        pooled_video_grid_size: the grid that a frame of a video is pooled to. Default: 7 x 7, or the frame's full grid
+            if that is smaller. `forward`, `generate` and the processor take another grid per call.
+        frames_per_token_grid: neighbouring frames of a video that are averaged.
+        spatial_pool_mode, spatial_pool_stride: how the model that a checkpoint was made from shrinks frames: to
+            `patches / stride` tokens a side, by `"average"` pooling before the projector (LLaVA-NeXT-Video) or by
+            `"bilinear"` interpolation after it (LLaVA-OneVision). That is the full grid of a frame, at which both
+            models are equal. Default: a frame's full grid is its patch grid.
+        video_newline: whether the parameter `image_newline` is behind a video.
         projector_type: `"avg_pool"`, 2D adaptive average pooling before the MLP (DeCo, arXiv 2405.20985), or a
             projector that DeCo is compared with: `"mlp"` (LLaVA's, without compression: `pooled_grid_size` must be the
             patch grid), `"qformer"`, `"resampler"`, `"c_abstractor"`, `"d_abstractor"`. `"avg_pool"` and
@@ -154,7 +191,7 @@ class DecoConfig(PreTrainedConfig):
 
     model_type = "deco"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
-    attribute_map = {"image_token_index": "image_token_id"}
+    attribute_map = {"image_token_index": "image_token_id", "video_token_index": "video_token_id"}
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: SubConfig = None
@@ -162,6 +199,16 @@ class DecoConfig(PreTrainedConfig):
     image_token_id: int = 32000
     pooled_grid_size: int | list[int] | tuple[int, ...] = 12
     image_positions: str = "sequence"  # also that of folders written before the field existed
+    image_grid_pinpoints: list | None = None
+    image_overview: bool = True
+    image_newline: bool = False
+    vision_aspect_ratio: str = "anyres"
+    video_token_id: int | None = None
+    pooled_video_grid_size: int | list[int] | tuple[int, ...] | None = None
+    frames_per_token_grid: int = 1
+    spatial_pool_mode: str = "average"
+    spatial_pool_stride: int = 1
+    video_newline: bool = False
     projector_type: str = "avg_pool"
     projector_num_layers: int = 2
     projector_hidden_act: str = "gelu"
@@ -172,13 +219,16 @@ class DecoConfig(PreTrainedConfig):
     lm_head_bias: bool = False
 
     def __post_init__(self, **kwargs):
-        self.image_token_id = kwargs.pop("image_token_index", self.image_token_id)  # LLaVA's name for it
+        self.image_token_id = kwargs.pop("image_token_index", self.image_token_id)  # LLaVA's names for them
+        self.video_token_id = kwargs.pop("video_token_index", self.video_token_id)
         self.vision_config = _vision_config(self.vision_config)
         self.text_config = _text_config(self.text_config)
         tied_in_text = getattr(self.text_config, "tie_word_embeddings", False)  # some configs lack it
         self.tie_word_embeddings = self.tie_word_embeddings or tied_in_text
         if isinstance(self.pooled_grid_size, tuple):  # JSON knows lists only
             self.pooled_grid_size = list(self.pooled_grid_size)
+        if isinstance(self.pooled_video_grid_size, tuple):
+            self.pooled_video_grid_size = list(self.pooled_video_grid_size)
         self._validate_choices()
         self._check_select_strategy(kwargs.pop("vision_feature_select_strategy", "default"))
         self._cut_unused_vision_layers()
@@ -212,6 +262,72 @@ class DecoConfig(PreTrainedConfig):
             raise ValueError(
                 f"projector_type='mlp' does not compress: pooled_grid_size must be the patch grid "
                 f"[{patch_rows}, {patch_cols}], got {self.pooled_grid_size}."
+            )
+        self._validate_views()
+        self._validate_videos()
+
+    def _validate_views(self):
+        parse_aspect_ratio(self.vision_aspect_ratio)
+        if self.image_grid_pinpoints is None:
+            return
+        if self.projector_type not in ("avg_pool", "mlp"):
+            raise ValueError(
+                f"image_grid_pinpoints needs projector_type='avg_pool' or 'mlp', got {self.projector_type!r}: the "
+                f"other projectors make the tokens of one view."
+            )
+        if self.vision_config.model_type == "siglip2_vision_model":
+            raise ValueError(
+                "image_grid_pinpoints needs a vision tower with one image size; siglip2_vision_model takes pictures "
+                "of any shape in one view."
+            )
+        height, width = self.view_size
+        pinpoints = self.image_grid_pinpoints
+        if not isinstance(pinpoints, (list, tuple)) or not 0 < len(pinpoints) <= _MOST_PINPOINTS:
+            raise ValueError(
+                f"image_grid_pinpoints must be a list of 1 to {_MOST_PINPOINTS} sizes [height, width], got "
+                f"{str(pinpoints)[:80]}."
+            )
+        for pinpoint in pinpoints:
+            is_pair = isinstance(pinpoint, (list, tuple)) and len(pinpoint) == 2
+            is_pair = is_pair and all(isinstance(side, int) and not isinstance(side, bool) for side in pinpoint)
+            if not is_pair or min(pinpoint) < 1 or pinpoint[0] % height != 0 or pinpoint[1] % width != 0:
+                raise ValueError(
+                    f"image_grid_pinpoints has {str(pinpoint)[:80]}, which is not a [height, width] of multiples of "
+                    f"the vision tower's image size, {height} x {width}."
+                )
+            if (pinpoint[0] // height) * (pinpoint[1] // width) > _MOST_TILES:
+                raise ValueError(
+                    f"image_grid_pinpoints has {pinpoint}, which are more than {_MOST_TILES} tiles of {height} x "
+                    f"{width} pixels."
+                )
+
+    def _validate_videos(self):
+        (rows, cols), mode, stride = self.patch_grid, self.spatial_pool_mode, self.spatial_pool_stride
+        if mode not in ("average", "bilinear"):
+            raise ValueError(f"spatial_pool_mode must be 'average' or 'bilinear', got {mode!r}.")
+        if not 1 <= stride <= min(rows, cols) or (mode == "average" and (rows % stride or cols % stride)):
+            divisor = ", and divide it where spatial_pool_mode is 'average'" if mode == "average" else ""
+            raise ValueError(
+                f"spatial_pool_stride must be 1 to the patch grid's side, {min(rows, cols)}{divisor}; got {stride}."
+            )
+        if not 1 <= self.frames_per_token_grid <= _MOST_FRAMES_PER_TOKEN_GRID:
+            raise ValueError(
+                f"frames_per_token_grid must be 1 to {_MOST_FRAMES_PER_TOKEN_GRID}, got {self.frames_per_token_grid}."
+            )
+        if self.pooled_video_grid_size is not None:
+            check_grid(self.pooled_video_grid_size, self.patch_grid, name="pooled_video_grid_size")
+        if self.video_token_id is None:
+            return
+        vocab_size = self.text_config.vocab_size
+        if not 0 <= self.video_token_id < vocab_size or self.video_token_id == self.image_token_id:
+            raise ValueError(
+                f"video_token_id={self.video_token_id} must be in the vocabulary of text_config (0 to "
+                f"{vocab_size - 1}), and not image_token_id."
+            )
+        if self.projector_type != "avg_pool":
+            raise ValueError(
+                f"video_token_id needs projector_type='avg_pool', got {self.projector_type!r}, which does not pool "
+                f"frames."
             )
 
     def _check_select_strategy(self, strategy):
@@ -326,6 +442,38 @@ class DecoConfig(PreTrainedConfig):
         size = self.vision_config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return height // self.vision_config.patch_size, width // self.vision_config.patch_size
+
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """`(height, width)` in pixels of a view: the vision tower's own image size."""
+        (rows, cols), patch_size = self.patch_grid, self.vision_config.patch_size
+        size = getattr(self.vision_config, "image_size", None) or (rows * patch_size, cols * patch_size)
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width
+
+    @property
+    def view_settings(self) -> dict[str, Any]:
+        """The fields that say how pictures and videos are cut into views, which the processor needs too."""
+        of_images = ("image_overview", "image_newline", "vision_aspect_ratio")
+        of_videos = ("spatial_pool_mode", "spatial_pool_stride", "video_newline")
+        return {name: getattr(self, name) for name in (*of_images, *of_videos)}
+
+    @property
+    def views(self) -> Views:
+        """How pictures and videos are cut into views."""
+        return Views(self.view_size, self.patch_grid, self.image_grid_pinpoints, **self.view_settings)
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether the model has the parameter `image_newline`."""
+        return self.image_newline or self.video_newline
+
+    @property
+    def pooled_video_grid(self) -> tuple[int, int]:
+        """`(rows, cols)` of a frame's tokens."""
+        if self.pooled_video_grid_size is None:
+            return default_video_grid(self.views.full_video_grid)
+        return parse_grid(self.pooled_video_grid_size)
 
     @property
     def pooled_grid(self) -> tuple[int, int]:

@@ -39,6 +39,7 @@ _REMOTE_CODE_FILES = (
     "processing_deco.py",
     "projectors.py",
     "videos.py",
+    "views.py",
 )
 
 _USAGE = """\

@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeCo: LLaVA with its patch grid pooled before the projector.
 
-It differs from transformers' LLaVA (modeling_llava.py, 5.24) in four ways:
+It differs from transformers' LLaVA models (modeling_llava.py, modeling_llava_next.py and others, 5.24) in five ways:
 
 - Patches are pooled to a grid before the MLP.
 - The grid is an argument of each call.
 - The patch grid is read from the pixels' shape.
 - The vision tower has no layer above the one whose output is used.
+- Patches of tiles are stitched to one map, and padding is cut off, before the MLP.
 
 Parameters have LLaVA's names.
 """
@@ -16,8 +17,10 @@ import copy
 import inspect
 import re
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +37,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers import initialization as init
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -62,10 +66,12 @@ from .llava import (
     suppress_image_token,
 )
 from .positions import (
+    Places,
     has_moved,
     next_position,
     num_tokens,
     patch_position_ids,
+    places,
     position_behind,
     set_next_position,
 )
@@ -78,7 +84,9 @@ from .projectors import (
     QFormerProjector,
     QueryProjector,
     ResamplerProjector,
+    pool_patch_grid,
 )
+from .views import TokenMap, num_map_tokens, num_map_views, one_map
 
 if TYPE_CHECKING:  # transformers also reads this import, and fetches the file beside a model that is remote code
     from .processing_deco import DecoProcessor
@@ -101,7 +109,11 @@ _NOT_QUANTIZED = [
 _LANGUAGE_MODEL_FIELDS = [field.name for field in fields(BaseModelOutputWithPast)]
 CACHE_NAME = "cache" if "cache" in _LANGUAGE_MODEL_FIELDS else "past_key_values"
 
-IMAGE_INPUTS = ("pixel_values", "pooled_grid_sizes", "pixel_attention_mask", "spatial_shapes")  # one row per image
+# arguments with one row for each image, and for each video
+IMAGE_INPUTS = ("pixel_values", "pooled_grid_sizes", "pixel_attention_mask", "spatial_shapes", "image_sizes")
+VIDEO_INPUTS = ("pixel_values_videos", "pooled_video_sizes")
+
+_FRAMES_PER_PASS = 16  # frames of a video that the vision tower encodes together
 
 # Where a prompt ends in an image, the answer does not begin one position behind the last token, as `generate` counts.
 # This argument of a call says where instead: `(batch, 2)`, the position of the last token, and what is to be added to
@@ -126,11 +138,12 @@ _PUSH_ARGUMENTS = (
 class DecoModelOutputWithPast(BaseModelOutputWithPast):
     """Outputs of `DecoModel`.
 
-    `image_outputs` is the output of `get_image_features`, or None without images. The other fields are the language
-    model's.
+    `image_outputs` is the output of `get_image_features`, or None without images, and `video_outputs` that of
+    `get_video_features`. The other fields are the language model's.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
 
     @property
     def image_hidden_states(self) -> torch.FloatTensor | None:
@@ -147,13 +160,14 @@ class DecoCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
     image_hidden_states = DecoModelOutputWithPast.image_hidden_states
 
 
 class DecoPreTrainedModel(PreTrainedModel):
     config: DecoConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     # private, seen in transformers 5.19 to 5.24
     # projectors with residual connections; post_init adds the backbones' modules and drops those not in the model
@@ -304,6 +318,8 @@ class DecoPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (CAbstractorProjector, GridPositions, QueryProjector)):
             module.reset_parameters()
+        elif isinstance(module, DecoModel) and module.image_newline is not None:
+            init.normal_(module.image_newline, std=self.config.text_hidden_size**-0.5)
 
     def post_init(self):
         super().post_init()
@@ -328,6 +344,8 @@ class DecoModel(DecoPreTrainedModel):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.multi_modal_projector = build_projector(config)
+        newline = torch.empty(config.text_hidden_size) if config.has_newline else None
+        self.image_newline = None if newline is None else nn.Parameter(newline)
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self._uses_positions = _uses_positions(self.language_model)  # noted before anything wraps it
         self.check_image_positions(config.image_positions)
@@ -358,6 +376,8 @@ class DecoModel(DecoPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
         image_grid_thw: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        batch_num_images: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode, pool and project images.
@@ -365,42 +385,107 @@ class DecoModel(DecoPreTrainedModel):
         Args:
             pixel_values: `(num_images, 3, height, width)`; the patch grid is `height / patch_size` by
                 `width / patch_size`. From SigLIP 2's own image processor, `(num_images, max_num_patches, 3 *
-                patch_size ** 2)` with `pixel_attention_mask` and `spatial_shapes` (one patch grid per image).
-            pooled_grid_sizes: `(num_images, 2)`, the grid `[rows, cols]` that each image is pooled to. Default: the
-                config's grid for all images, which keeps the graph static for `torch.compile(fullgraph=True)`. With
-                `spatial_shapes`, the default grid is cut to each image's own patches.
+                patch_size ** 2)` with `pixel_attention_mask` and `spatial_shapes` (one patch grid per image). With
+                `image_sizes`, the views of each image, `(num_images, max_num_views, 3, height, width)`, or of all
+                images, `(num_views, 3, height, width)`.
+            pooled_grid_sizes: `(num_images, 2)`, the grid `[rows, cols]` that each image is pooled to, or, if the
+                config has `image_grid_pinpoints`, each of its views. Default: the config's grid for all images, which
+                keeps the graph static for `torch.compile(fullgraph=True)`. With `spatial_shapes`, the default grid is
+                cut to each image's own patches.
             image_grid_thw: vLLM's form of `pooled_grid_sizes`, see `get_rope_index`.
+            image_sizes: `(num_images, 2)`, `[height, width]` of pictures that are cut into views, before they are
+                resized. If the config has no `image_grid_pinpoints`, the size of the tiles together: their patches
+                become one map, which is pooled to the grid as a whole.
+            batch_num_images: `(num_samples,)`, the images of each sample: those of samples with several images are not
+                tiled (LLaVA-OneVision). Default: all are tiled.
 
         Returns:
-            The vision tower's output. Its `pooler_output` is replaced by a list with one `(rows * cols,
+            The vision tower's output. Its `pooler_output` is replaced by a list with one `(num_tokens,
             text_hidden_size)` tensor per image. Only the last hidden state is kept, unless `output_hidden_states=True`
             is given.
 
         Raises:
-            ValueError: a grid of `pooled_grid_sizes` is larger than the image's patch grid, or the number of grids is
-                not the number of images.
+            ValueError: a grid of `pooled_grid_sizes` is larger than the image's patch grid, the number of grids is not
+                the number of images, or the views are not those of the image sizes.
         """
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         if image_grid_thw is not None:
             pooled_grid_sizes = image_grid_thw[:, 2:]
+        self._check_views(pixel_values, image_sizes)
+        if image_sizes is not None:
+            maps = self.image_maps(pooled_grid_sizes, image_sizes=image_sizes, batch_num_images=batch_num_images)
+            views = _without_empty_views(pixel_values, [num_map_views(maps_of_image) for maps_of_image in maps])
+            image_outputs, view_features = self._encode(self._tower_inputs(views), **kwargs)
+            image_outputs.pooler_output = self.project_maps(view_features, maps)
+        else:
+            tower_inputs = self._tower_inputs(pixel_values, pixel_attention_mask, spatial_shapes)
+            image_outputs, patch_features = self._encode(tower_inputs, **kwargs)
+            patch_grids = self.patch_grids(pixel_values, spatial_shapes)
+            image_outputs.pooler_output = self.project_features(patch_features, patch_grids, pooled_grid_sizes)
+        return image_outputs if return_dict else image_outputs.to_tuple()
+
+    def _check_views(self, pixel_values: torch.FloatTensor, image_sizes: torch.LongTensor | None) -> None:
+        if image_sizes is None and (self.config.image_grid_pinpoints is not None or pixel_values.ndim == 5):
+            raise ValueError(
+                f"pixel_values {tuple(pixel_values.shape)} are views of images, and image_sizes is missing: pass "
+                f"everything that the processor returns to the model."
+            )
+
+    def _encode(
+        self, tower_inputs: dict[str, Any], **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[BaseModelOutputWithPooling, torch.FloatTensor]:
+        """The vision tower's output, and its patch features `(num_views, num_patches, vision_hidden_size)`."""
         # newer transformers keeps only the hidden state with this index; 5.19 takes any value but 0 as True
         keep_hidden_states = kwargs.pop("output_hidden_states", False)
-        tower_inputs = self._tower_inputs(pixel_values, pixel_attention_mask, spatial_shapes)
-        image_outputs = self.vision_tower(
+        outputs = self.vision_tower(
             **tower_inputs, return_dict=True, output_hidden_states=keep_hidden_states or -1, **kwargs
         )
         if not keep_hidden_states:  # 5.19 returns all, and they would stay in memory while the language model runs
-            num_others = len(image_outputs.hidden_states) - 1
-            image_outputs.hidden_states = (*[None] * num_others, image_outputs.hidden_states[-1])
+            num_others = len(outputs.hidden_states) - 1
+            outputs.hidden_states = (*[None] * num_others, outputs.hidden_states[-1])
         # hidden_states[-1], not last_hidden_state, which SigLIP and DINOv2 normalize
-        patch_features = image_outputs.hidden_states[-1][:, self.config.num_prefix_tokens :]
+        return outputs, outputs.hidden_states[-1][:, self.config.num_prefix_tokens :]
 
-        patch_grids = self.patch_grids(pixel_values, spatial_shapes)
-        image_outputs.pooler_output = self.project_features(patch_features, patch_grids, pooled_grid_sizes)
-        return image_outputs if return_dict else image_outputs.to_tuple()
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.FloatTensor,
+        pooled_video_sizes: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encode the frames of videos, pool them in space and time, and project them. The vision tower encodes a few
+        frames at a time.
 
-    def _tower_inputs(self, pixel_values, pixel_attention_mask, spatial_shapes) -> dict[str, Any]:
+        Args:
+            pixel_values_videos: `(num_videos, max_num_frames, 3, height, width)`.
+            pooled_video_sizes: `(num_videos, 4)`: the video's frames, the neighbouring frames that are averaged, and
+                `rows, cols` of the grid that they are pooled to. Default: all frames, and the config's
+                `frames_per_token_grid` and `pooled_video_grid_size`.
+
+        Returns:
+            The vision tower's output for the last frames. Its `pooler_output` is replaced by a list with one
+            `(num_tokens, text_hidden_size)` tensor per video.
+
+        Raises:
+            ValueError: the sizes are not those of the videos, or a grid is larger than the patch grid.
+        """
+        return_dict = kwargs.pop("return_dict", None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        maps = self.video_maps(pooled_video_sizes, pixel_values_videos)
+        num_frames = [num_map_views(maps_of_video) for maps_of_video in maps]
+        features: list[list[torch.Tensor]] = [[] for _ in maps]
+        video_outputs = None
+        for owners, maps_of_pass, frames in _passes(maps, _without_empty_views(pixel_values_videos, num_frames)):
+            video_outputs, frame_features = self._encode(self._tower_inputs(frames), **kwargs)
+            for owner, tokens in zip(
+                owners, self.project_maps(frame_features, [[token_map] for token_map in maps_of_pass]), strict=True
+            ):
+                features[owner].append(tokens)
+        video_outputs = BaseModelOutputWithPooling() if video_outputs is None else video_outputs
+        video_outputs.pooler_output = [torch.cat(tokens) for tokens in features]
+        return video_outputs if return_dict else video_outputs.to_tuple()
+
+    def _tower_inputs(self, pixel_values, pixel_attention_mask=None, spatial_shapes=None) -> dict[str, Any]:
         vision_config = self.config.vision_config
         if vision_config.model_type == "siglip2_vision_model":
             if pixel_values.ndim == 4:
@@ -460,6 +545,133 @@ class DecoModel(DecoPreTrainedModel):
             patch_grids = [patch_grids] * (len(pooled_grid_sizes) if num_images is None else num_images)
         return patch_grids, self.image_grids(patch_grids, pooled_grid_sizes)
 
+    def image_maps(
+        self,
+        pooled_grid_sizes: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        spatial_shapes: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+    ) -> list[list[TokenMap]]:
+        """The maps of each image. Arguments are those of `get_image_features`. If all images have one view, one patch
+        grid and the config's grid, there is one entry for all of them, and the graph is static."""
+        if image_sizes is None:
+            patch_grids, pooled_grids = self._grids_of(
+                self.patch_grids(pixel_values, spatial_shapes), pooled_grid_sizes
+            )
+            if isinstance(patch_grids, tuple):
+                return [one_map(patch_grids, pooled_grids)]
+            return [one_map(*grids) for grids in zip(patch_grids, pooled_grids, strict=True)]
+        views, sizes = self.config.views, [(height, width) for height, width in image_sizes.tolist()]
+        is_tiled = [True] * len(sizes)
+        if batch_num_images is not None:
+            is_tiled = [number == 1 for number in batch_num_images.tolist() for _ in range(number)]
+        has_pinpoints = self.config.image_grid_pinpoints is not None
+        # without pinpoints, the grid is that of the tiles together
+        largest = [(1, 1) if has_pinpoints else _tiles(size, self.config.view_size) for size in sizes]
+        patch_rows, patch_cols = self.config.patch_grid
+        patch_grids = [(rows * patch_rows, cols * patch_cols) for rows, cols in largest]
+        pooled_grids = self.image_grids(patch_grids, pooled_grid_sizes)
+        if len(is_tiled) != len(sizes):
+            raise ValueError(
+                f"batch_num_images has {len(is_tiled)} images in all, and image_sizes has {len(sizes)}; pass one size "
+                f"per image."
+            )
+        return [views.image_maps(*image) for image in zip(sizes, pooled_grids, is_tiled, strict=True)]
+
+    def video_maps(
+        self,
+        pooled_video_sizes: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+    ) -> list[list[TokenMap]]:
+        """The maps of each video, one for each grid of tokens. Arguments are those of `get_video_features`; either one
+        may be missing.
+
+        Raises:
+            ValueError: the sizes are not those of the videos, or a grid is larger than the patch grid.
+        """
+        if pooled_video_sizes is None:
+            num_videos, num_frames = (0, 0) if pixel_values_videos is None else pixel_values_videos.shape[:2]
+            sizes = [[num_frames, self.config.frames_per_token_grid, *self.config.pooled_video_grid]] * num_videos
+        else:
+            sizes = pooled_video_sizes.tolist()
+        if pixel_values_videos is not None:
+            num_videos, num_frames = pixel_values_videos.shape[:2]
+            if len(sizes) != num_videos or any(not 0 < size[0] <= num_frames for size in sizes):
+                raise ValueError(
+                    f"pooled_video_sizes has videos of {[size[0] for size in sizes]} frames, and pixel_values_videos "
+                    f"has {num_videos} of up to {num_frames}; pass everything that the processor returns to the model."
+                )
+        maps = []
+        for num_frames, frames_per_token_grid, *grid in sizes:
+            pooled_grid = check_grid(grid, self.config.patch_grid, of="a frame", name="pooled_video_sizes")
+            if frames_per_token_grid < 1:
+                raise ValueError(f"frames_per_token_grid must be at least 1, got {frames_per_token_grid}.")
+            maps.append(self.config.views.video_maps(num_frames, frames_per_token_grid, pooled_grid))
+        return maps
+
+    def token_maps(self, inputs: Mapping[str, Any]) -> dict[str, list[list[TokenMap]]]:
+        """The maps of a call's images and videos.
+
+        Args:
+            inputs: arguments of `forward`. Of these, the ones of `image_maps` and `video_maps` are read.
+
+        Returns:
+            `{"image": image_maps(...), "video": video_maps(...)}`
+        """
+        names = ("pooled_grid_sizes", "pixel_values", "spatial_shapes", "image_sizes", "batch_num_images")
+        return {
+            "image": self.image_maps(**{name: inputs.get(name) for name in names}),
+            "video": self.video_maps(inputs.get("pooled_video_sizes"), inputs.get("pixel_values_videos")),
+        }
+
+    def project_maps(self, view_features: torch.FloatTensor, maps: list[list[TokenMap]]) -> list[torch.FloatTensor]:
+        """Stitch, pool and project the patch features of views, and add newlines.
+
+        Args:
+            view_features: `(num_views, num_patches, vision_hidden_size)` of all maps, without prefix tokens.
+            maps: of each image or video.
+
+        Returns:
+            One `(num_tokens, text_hidden_size)` tensor per image or video.
+        """
+        all_maps = [token_map for maps_of_one in maps for token_map in maps_of_one]
+        views = view_features.split([token_map.num_views for token_map in all_maps])
+        pooled = [self._pool_map(*pair) for pair in zip(views, all_maps, strict=True)]
+        projected = self.multi_modal_projector.project(torch.cat(pooled))  # token by token, so all at once
+        tokens = iter(
+            self._finish_map(*pair)
+            for pair in zip(projected.split([len(part) for part in pooled]), all_maps, strict=True)
+        )
+        return [torch.cat([next(tokens) for _ in maps_of_one]) for maps_of_one in maps]
+
+    def _pool_map(self, views: torch.FloatTensor, token_map: TokenMap) -> torch.FloatTensor:
+        """What the projector gets of a map, `(rows * cols, vision_hidden_size)`."""
+        tile_grid, (top, left), (rows, cols) = token_map.tile_grid, token_map.padding, token_map.patch_grid
+        if token_map.num_frames > 1:
+            views = views.mean(0, keepdim=True)
+        tiles = views.unflatten(1, self.config.patch_grid).unflatten(0, tile_grid)
+        patch_map = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (padded_rows, padded_cols, vision_hidden)
+        patches = patch_map[top : top + rows, left : left + cols].flatten(0, 1)  # (rows * cols, vision_hidden)
+        if token_map.is_interpolated or 0 in token_map.pooled_grid:
+            return patches
+        return pool_patch_grid(patches[None], token_map.patch_grid, token_map.pooled_grid)[0]
+
+    def _finish_map(self, projected: torch.FloatTensor, token_map: TokenMap) -> torch.FloatTensor:
+        """The tokens of a projected map, `(num_tokens, text_hidden_size)`."""
+        rows, cols = token_map.pooled_grid
+        if token_map.is_interpolated:
+            feature_map = projected.T.unflatten(1, token_map.patch_grid)[None]
+            feature_map = nn.functional.interpolate(feature_map, token_map.pooled_grid, mode="bilinear")
+            projected = feature_map[0].flatten(1).T  # (rows * cols, text_hidden)
+        if self.image_newline is None or token_map.newline == "none" or rows == 0:
+            return projected
+        newline = self.image_newline.to(projected)
+        if token_map.newline == "end":
+            return torch.cat([projected, newline[None]])
+        token_rows = projected.unflatten(0, (rows, cols))
+        return torch.cat([token_rows, newline.expand(rows, 1, -1)], dim=1).flatten(0, 1)
+
     def project_features(
         self,
         patch_features: torch.FloatTensor,
@@ -493,29 +705,47 @@ class DecoModel(DecoPreTrainedModel):
                 image_features[index] = features
         return image_features
 
-    def find_placeholders(self, input_ids, inputs_embeds) -> torch.BoolTensor:
-        """`(batch, sequence)`, true at the image placeholders. Without ids they are found by their embedding."""
+    def find_placeholders(self, input_ids, inputs_embeds, modality: str = "image") -> torch.BoolTensor:
+        """`(batch, sequence)`, true at the placeholders of images, or of videos (`modality="video"`). Without ids they
+        are found by their embedding."""
+        token_id = self.config.image_token_id if modality == "image" else self.config.video_token_id
         if input_ids is not None and input_ids.numel() > 0:
-            return input_ids == self.config.image_token_id
-        image_token_id = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(-1)
+            return torch.zeros_like(input_ids, dtype=torch.bool) if token_id is None else input_ids == token_id
+        if token_id is None:
+            return torch.zeros_like(inputs_embeds[..., 0], dtype=torch.bool)
+        embedding = self.get_input_embeddings()(torch.full((), token_id, device=inputs_embeds.device))
+        return (inputs_embeds == embedding).all(-1)
 
-    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features, cache=None) -> torch.BoolTensor:
-        """`(batch, sequence, 1)`, true at the image placeholders.
+    def get_placeholder_mask(
+        self, input_ids, inputs_embeds, features, cache=None, modality: str = "image"
+    ) -> torch.BoolTensor:
+        """`(batch, sequence, 1)`, true at the placeholders of images, or of videos.
 
         Args:
-            image_features: a list, one `(rows * cols, text_hidden_size)` tensor per image.
+            features: a list, one `(num_tokens, text_hidden_size)` tensor per image or video.
             cache: the key-value cache, for the error's message.
 
         Raises:
-            ValueError: the number of placeholders is not the number of features.
+            ValueError: the number of placeholders is not the number of features, or the model takes no videos.
         """
-        placeholder_mask = self.find_placeholders(input_ids, inputs_embeds)
+        if modality == "video" and self.config.video_token_id is None:
+            raise ValueError("The model takes no videos: its config has no video_token_id.")
+        placeholder_mask = self.find_placeholders(input_ids, inputs_embeds, modality)
+        mismatch = self._mismatch if modality == "image" else self._video_mismatch
         torch_compilable_check(
-            placeholder_mask.sum() == sum(features.shape[0] for features in image_features),
-            lambda: self._mismatch(placeholder_mask, [features.shape[0] for features in image_features], cache),
+            placeholder_mask.sum() == sum(tokens.shape[0] for tokens in features),
+            lambda: mismatch(placeholder_mask, [tokens.shape[0] for tokens in features], cache),
         )
         return placeholder_mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def _video_mismatch(self, placeholder_mask, tokens_per_video: list[int], cache) -> str:
+        return (
+            f"Video features and video tokens do not match: {len(tokens_per_video)} video(s) give "
+            f"{sum(tokens_per_video)} features ({', '.join(map(str, tokens_per_video))} per video), but the text has "
+            f"{int(placeholder_mask.sum())} placeholders (video_token_id={self.config.video_token_id}): write the "
+            f"video token once for each video, let the processor expand it, and pass everything that it returns, "
+            f"including pooled_video_sizes, to the model."
+        )
 
     def _mismatch(self, placeholder_mask, tokens_per_image: list[int], cache) -> str:
         """The error's message: what does not match, in which way, and what to do."""
@@ -554,52 +784,46 @@ class DecoModel(DecoPreTrainedModel):
             f"(image_token_id={self.config.image_token_id}): {case}"
         )
 
-    def patch_position_ids(
-        self,
-        is_image: torch.BoolTensor,
-        patch_grids: tuple[int, int] | list[tuple[int, int]],
-        pooled_grid_sizes: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.LongTensor:
-        """Positions `(batch, sequence)` of tokens with `image_positions="patch"`.
+    def find_places(self, input_ids, inputs_embeds, maps: dict[str, list[list[TokenMap]]]) -> list[Places]:
+        """The places of images' and videos' tokens, for `positions.patch_position_ids`.
 
         Args:
-            is_image: `(batch, sequence)`, true at the image placeholders; see `find_placeholders`.
-            patch_grids: of the images, as the method `patch_grids` returns them.
-            pooled_grid_sizes: as in `get_image_features`.
-            attention_mask: as in `positions.patch_position_ids`.
+            maps: from `token_maps`.
         """
-        patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes)
-        return patch_position_ids(is_image, patch_grids, pooled_grids, attention_mask)
+        return [
+            places(self.find_placeholders(input_ids, inputs_embeds, modality), chain.from_iterable(maps[modality]))
+            for modality in maps
+        ]
 
-    def position_behind(
-        self,
-        is_image: torch.BoolTensor,
-        patch_grids: tuple[int, int] | list[tuple[int, int]],
-        pooled_grid_sizes: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.LongTensor:
-        """Position `(batch, 1)` behind the tokens of `patch_position_ids`, where the answer to a prompt begins."""
-        patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes)
-        return position_behind(is_image, patch_grids, pooled_grids, attention_mask)
+    def position_behind(self, inputs: Mapping[str, Any], length: int | None = None) -> torch.LongTensor:
+        """Position `(batch, 1)` behind the tokens of a prompt if images keep their places. There its answer begins.
 
-    def check_encoded_images(self, mm_encoder_outputs, patch_grids, pooled_grid_sizes) -> None:
-        """Check that the grids are those of encoded images, whose places would be wrong otherwise.
+        Args:
+            inputs: arguments of `forward`, with `input_ids`.
+            length: the number of tokens to count, with whole images. Default: all.
+        """
+        found = self.find_places(inputs["input_ids"], None, self.token_maps(inputs))
+        mask = inputs.get("attention_mask") if length is None else None
+        return position_behind([part._replace(mask=part.mask[:, :length]) for part in found], mask)
+
+    def check_encoded(self, mm_encoder_outputs, maps: dict[str, list[list[TokenMap]]]) -> None:
+        """Check that maps are those of encoded images and videos, whose places would be wrong otherwise.
 
         Raises:
             ValueError: they are not.
         """
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if image_outputs is None:
-            return
-        found = [features.shape[0] for features in image_outputs.pooler_output]
-        _, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes, len(found))
-        pooled_grids = [pooled_grids] * len(found) if isinstance(pooled_grids, tuple) else pooled_grids
-        if [rows * cols for rows, cols in pooled_grids] != found:
-            raise ValueError(
-                f"mm_encoder_outputs has images of {found} tokens, but their grids are {pooled_grids}: pass the "
-                f"pooled_grid_sizes with which they were encoded."
-            )
+        for modality, name in (("image", "pooled_grid_sizes"), ("video", "pooled_video_sizes")):
+            outputs = (mm_encoder_outputs or {}).get(modality)
+            if outputs is None:
+                continue
+            found = [features.shape[0] for features in outputs.pooler_output]
+            expected = [num_map_tokens(maps_of_one) for maps_of_one in maps[modality]]
+            expected = expected * len(found) if len(expected) == 1 else expected
+            if expected != found:
+                raise ValueError(
+                    f"mm_encoder_outputs has {modality}s of {found} tokens, and their grids give {expected}: pass the "
+                    f"{name} with which they were encoded, and all other inputs but the pixels."
+                )
 
     def get_rope_index(
         self,
@@ -611,58 +835,87 @@ class DecoModel(DecoPreTrainedModel):
         pooled_grid_sizes: torch.LongTensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        pooled_video_sizes: torch.LongTensor | None = None,
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Positions of prompts. vLLM's Transformers backend calls this if the config has an `mrope_section`.
 
         Args:
             input_ids: `(batch, sequence)`.
-            image_grid_thw: `(num_images, 4)`: height and width of the prepared pictures in pixels, and rows and
-                columns of their pooled grids, in place of the arguments below. vLLM passes only this.
+            image_grid_thw: `(num_images, 4)`: height and width in pixels, and rows and columns of the pooled grid, in
+                place of the arguments below. vLLM passes only this. The size is that of the prepared picture, of one
+                of its tiles, or, if the config has `image_grid_pinpoints`, of the picture before it is resized.
             mm_token_type_ids: `(batch, sequence)`, 1 at image placeholders. Default: wherever the image token is.
             attention_mask: `(batch, sequence)`, 0 at padding. Default: no padding.
-            pixel_values, pooled_grid_sizes, pixel_attention_mask, spatial_shapes: as in `get_image_features`. Default:
-                the vision tower's own image size and the config's grid.
+            pixel_values, pooled_grid_sizes, pixel_attention_mask, spatial_shapes, image_sizes, batch_num_images: as in
+                `get_image_features`. Default: the vision tower's own image size and the config's grid.
+            pixel_values_videos, pooled_video_sizes: as in `get_video_features`.
 
         Returns:
             Positions `(3, batch, sequence)`, three times the same: other models count time, rows and columns. And
             `(batch, 1)`, the next token's position minus the number of tokens.
         """
-        is_image = (input_ids == self.config.image_token_id) if mm_token_type_ids is None else mm_token_type_ids == 1
-        patch_grids = self.patch_grids(pixel_values, spatial_shapes)
+        if mm_token_type_ids is not None:
+            input_ids = input_ids.masked_fill(mm_token_type_ids == 1, self.config.image_token_id)
         if self.config.image_positions == "sequence":
-            is_image, patch_grids, pooled_grid_sizes = torch.zeros_like(is_image), self.config.patch_grid, None
+            found = self.find_places(input_ids, None, {"image": [one_map((1, 1), (1, 1))]})
         elif image_grid_thw is not None:
-            patch_size = self.config.vision_config.patch_size
-            patch_grids = [(rows, cols) for rows, cols in (image_grid_thw[:, :2] // patch_size).tolist()]
-            pooled_grid_sizes = image_grid_thw[:, 2:]
-        position_ids = self.patch_position_ids(is_image, patch_grids, pooled_grid_sizes, attention_mask)
-        behind = self.position_behind(is_image, patch_grids, pooled_grid_sizes, attention_mask)
+            found = self.find_places(input_ids, None, {"image": self._maps_of_grids(image_grid_thw)})
+        else:
+            inputs = {
+                "pixel_values": pixel_values,
+                "pooled_grid_sizes": pooled_grid_sizes,
+                "spatial_shapes": spatial_shapes,
+                "image_sizes": image_sizes,
+                "batch_num_images": batch_num_images,
+                "pixel_values_videos": pixel_values_videos,
+                "pooled_video_sizes": pooled_video_sizes,
+            }
+            found = self.find_places(input_ids, None, self.token_maps(inputs))
+        position_ids = patch_position_ids(found, attention_mask)
+        behind = position_behind(found, attention_mask)
         return position_ids.expand(3, -1, -1), behind - input_ids.shape[1]
 
+    def _maps_of_grids(self, image_grid_thw: torch.LongTensor) -> list[list[TokenMap]]:
+        sizes, pooled_grid_sizes = image_grid_thw[:, :2], image_grid_thw[:, 2:]
+        if self.config.image_grid_pinpoints is not None:
+            return self.image_maps(pooled_grid_sizes, image_sizes=sizes)
+        patch_grids = sizes // self.config.vision_config.patch_size
+        # tiles may be pooled to a finer grid than that of one view
+        return [
+            one_map((max(rows, pooled_rows), max(cols, pooled_cols)), (pooled_rows, pooled_cols))
+            for (rows, cols), (pooled_rows, pooled_cols) in zip(
+                patch_grids.tolist(), pooled_grid_sizes.tolist(), strict=True
+            )
+        ]
+
     def _new_position_ids(
-        self, inputs_embeds, is_image, image_positions, patch_grids, pooled_grid_sizes, attention_mask, cache
+        self, inputs_embeds, found: list[Places], is_moved: bool, attention_mask, cache
     ) -> tuple[torch.LongTensor | None, torch.LongTensor | None]:
         """Positions of new tokens, which continue those in the cache, and of the token behind them; None where the
-        language model's own numbering is the same."""
+        language model's own numbering is the same.
+
+        Args:
+            found: places of images and videos that keep them.
+            is_moved: whether that changes the numbering.
+        """
         batch_size, length = inputs_embeds.shape[:2]
         is_pattern = _is_pattern(attention_mask, length)
-        if is_image is None:
-            is_image = inputs_embeds.new_zeros(batch_size, length, dtype=torch.bool)
-            patch_grids = pooled_grids = self.config.patch_grid
-        else:
-            patch_grids, pooled_grids = self._grids_of(patch_grids, pooled_grid_sizes)
-        if image_positions == "sequence":
-            patch_grids = pooled_grids
-        if patch_grids == pooled_grids and not has_moved(cache) and not is_pattern:
+        if not is_moved and not has_moved(cache) and not is_pattern:
             return None, None
+        if not found:
+            no_images = inputs_embeds.new_zeros(batch_size, length, dtype=torch.bool)
+            found = [places(no_images, [])]
         if not is_pattern:
             is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
             attention_mask = attention_mask[:, -length:] if is_mask else None
         start = next_position(cache)
-        position_ids = start + patch_position_ids(is_image, patch_grids, pooled_grids, attention_mask)
+        position_ids = start + patch_position_ids(found, attention_mask)
         if is_pattern:  # its rows are not continued
             return position_ids, position_ids[:, -1:] + 1
-        return position_ids, start + position_behind(is_image, patch_grids, pooled_grids, attention_mask)
+        return position_ids, start + position_behind(found, attention_mask)
 
     @can_return_tuple
     def forward(
@@ -675,15 +928,20 @@ class DecoModel(DecoPreTrainedModel):
         pooled_grid_sizes: torch.LongTensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        pooled_video_sizes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_positions: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | DecoModelOutputWithPast:
-        """See `get_image_features` for the images' arguments, and the language model for the others.
+        """See `get_image_features` and `get_video_features` for the arguments of images and videos, and the language
+        model for the others.
 
-        `mm_encoder_outputs`, `{"image": get_image_features(...)}`, replaces `pixel_values` where images are already
-        encoded: `generate` encodes them once and passes the result on. `pooled_grid_sizes` then says how they were
-        pooled.
+        `mm_encoder_outputs`, `{"image": get_image_features(...), "video": get_video_features(...)}`, replaces
+        `pixel_values` and `pixel_values_videos` where images and videos are already encoded: `generate` encodes them
+        once and passes the result on. The other arguments then say how they were pooled.
 
         `image_positions`, `"patch"` or `"sequence"`, is explained in `DecoConfig`, whose value is the default. It has
         no effect if `position_ids` are given. With a cache, the new tokens continue the positions of those that are
@@ -691,61 +949,80 @@ class DecoModel(DecoPreTrainedModel):
         attends to.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds` are given, or both `pixel_values` and
-                `mm_encoder_outputs`; or `get_image_features` or `get_placeholder_mask` raise it.
+            ValueError: neither or both of `input_ids` and `inputs_embeds` are given, or both pixels and
+                `mm_encoder_outputs`; or `get_image_features`, `get_video_features` or `get_placeholder_mask` raise it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         image_positions = self.check_image_positions(image_positions)
-        image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs is not None else None
-        if pixel_values is not None and image_outputs is not None:
+        outputs = {modality: (mm_encoder_outputs or {}).get(modality) for modality in ("image", "video")}
+        if pixel_values is not None and outputs["image"] is not None:
             raise ValueError("Pass images either as pixel_values or as mm_encoder_outputs, not as both.")
+        if pixel_values_videos is not None and outputs["video"] is not None:
+            raise ValueError("Pass videos either as pixel_values_videos or as mm_encoder_outputs, not as both.")
 
         if "past_key_values" in kwargs:
             kwargs[CACHE_NAME] = kwargs.pop("past_key_values")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            image_outputs = self.get_image_features(
-                pixel_values, pooled_grid_sizes, pixel_attention_mask, spatial_shapes, return_dict=True
+            views = {"image_sizes": image_sizes, "batch_num_images": batch_num_images}
+            outputs["image"] = self.get_image_features(
+                pixel_values, pooled_grid_sizes, pixel_attention_mask, spatial_shapes, **views, return_dict=True
             )
-        placeholder_mask = None
-        if image_outputs is not None:
-            placeholder_mask = self.get_placeholder_mask(
-                input_ids, inputs_embeds, image_outputs.pooler_output, kwargs.get(CACHE_NAME)
-            )
-            image_features = torch.cat(list(image_outputs.pooler_output))  # (num_image_features, text_hidden)
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_features)
+        if pixel_values_videos is not None:
+            outputs["video"] = self.get_video_features(pixel_values_videos, pooled_video_sizes, return_dict=True)
+        cache = kwargs.get(CACHE_NAME)
+        masks: dict[str, torch.BoolTensor] = {}
+        token_embeds = inputs_embeds
+        for modality, encoded in outputs.items():
+            if encoded is None:
+                continue
+            mask = self.get_placeholder_mask(input_ids, token_embeds, encoded.pooler_output, cache, modality)
+            features = torch.cat(list(encoded.pooler_output))  # (num_tokens of all, text_hidden)
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+            masks[modality] = mask[..., 0]
 
-        cache, behind = kwargs.get(CACHE_NAME), None
+        behind = None
         if position_ids is not None and position_ids.ndim == 3:  # vLLM's, from get_rope_index
             position_ids = position_ids[0]
         elif position_ids is not None and image_positions == "patch":
             _refuse_engine(self.config.text_config)
-        is_pattern = _is_pattern(attention_mask, inputs_embeds.shape[1])
-        if position_ids is None and (image_positions == "patch" or is_pattern):
-            is_image = None if placeholder_mask is None else placeholder_mask[..., 0]
-            patch_grids = self.patch_grids(pixel_values, spatial_shapes)
-            self.check_encoded_images(mm_encoder_outputs, patch_grids, pooled_grid_sizes)
-            position_ids, behind = self._new_position_ids(
-                inputs_embeds, is_image, image_positions, patch_grids, pooled_grid_sizes, attention_mask, cache
-            )
+        if position_ids is None and (
+            image_positions == "patch" or _is_pattern(attention_mask, inputs_embeds.shape[1])
+        ):
+            found, is_moved = [], False
+            if image_positions == "patch" and masks:
+                maps = {
+                    "image": self.image_maps(
+                        pooled_grid_sizes, pixel_values, spatial_shapes, image_sizes, batch_num_images
+                    ),
+                    "video": self.video_maps(pooled_video_sizes, pixel_values_videos),
+                }
+                self.check_encoded(mm_encoder_outputs, maps)
+                found = [places(mask, chain.from_iterable(maps[modality])) for modality, mask in masks.items()]
+                is_moved = any(
+                    token_map.pooled_grid != token_map.full_grid
+                    for modality in masks
+                    for token_map in chain.from_iterable(maps[modality])
+                )
+            position_ids, behind = self._new_position_ids(inputs_embeds, found, is_moved, attention_mask, cache)
         if behind is not None:  # numbered here
             kwargs |= _as_one_sequence(self.language_model, position_ids, cache)
             if attention_mask is None and cache is None:  # or positions that jump are taken for packed sequences
                 attention_mask = torch.ones_like(position_ids)
-        outputs = self.language_model(
+        text_outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        outputs = {name: outputs.get(name) for name in _LANGUAGE_MODEL_FIELDS}
+        text_outputs = {name: text_outputs.get(name) for name in _LANGUAGE_MODEL_FIELDS}
         if behind is not None:
-            cache = outputs[CACHE_NAME]
+            cache = text_outputs[CACHE_NAME]
             set_next_position(cache, behind, num_tokens(cache))
-        return DecoModelOutputWithPast(**outputs, image_outputs=image_outputs)
+        return DecoModelOutputWithPast(**text_outputs, image_outputs=outputs["image"], video_outputs=outputs["video"])
 
 
 class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
@@ -840,6 +1117,12 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         """See `DecoModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def get_video_features(
+        self, pixel_values_videos: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """See `DecoModel.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -851,6 +1134,10 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         pooled_grid_sizes: torch.LongTensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        pooled_video_sizes: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -880,6 +1167,10 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             pooled_grid_sizes=pooled_grid_sizes,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
+            image_sizes=image_sizes,
+            batch_num_images=batch_num_images,
+            pixel_values_videos=pixel_values_videos,
+            pooled_video_sizes=pooled_video_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             image_positions=image_positions,
             **kwargs,
@@ -897,7 +1188,8 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
     def generate(self, inputs=None, generation_config=None, logits_processor=None, stopping_criteria=None, **kwargs):
         """`GenerationMixin.generate`, with two differences.
 
-        - The image token is never generated: it is added to the `suppress_tokens` of the call or the config.
+        - The placeholders of images and videos are never generated: they are added to the `suppress_tokens` of the
+          call or the config.
         - `stop_strings` work with every tokenizer. transformers' own search fails with word-level tokenizers.
         """
         kwargs.pop(_GAP, None)  # of a model that this one assists
@@ -932,20 +1224,20 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
             input_ids = inputs_tensor
         else:
             inputs_embeds = inputs_tensor
-        is_image = self.model.find_placeholders(input_ids, inputs_embeds)
+        maps = self.model.token_maps(model_kwargs)
+        self.model.check_encoded(model_kwargs.get("mm_encoder_outputs"), maps)
+        found = self.model.find_places(input_ids, inputs_embeds, maps)
         attention_mask, cache = model_kwargs["attention_mask"], model_kwargs.get(CACHE_NAME)
         num_all, num_cached = attention_mask.shape[1], int(num_tokens(cache))
-        if not has_moved(cache) and is_image.shape[1] == num_all:  # all tokens are here to be numbered
+        if not has_moved(cache) and inputs_tensor.shape[1] == num_all:  # all tokens are here to be numbered
             num_cached = 0
-        patch_grids = self.model.patch_grids(model_kwargs.get("pixel_values"), model_kwargs.get("spatial_shapes"))
-        grids = patch_grids, model_kwargs.get("pooled_grid_sizes")
-        self.model.check_encoded_images(model_kwargs.get("mm_encoder_outputs"), *grids)
         num_new = num_all - num_cached
         start = next_position(cache) if has_moved(cache) else attention_mask[:, :num_cached].sum(-1, keepdim=True)
-        is_image, attention_mask = is_image[:, -num_new:], attention_mask[:, -num_new:]
-        position_ids = start + self.model.patch_position_ids(is_image, *grids, attention_mask)
+        found = [part._replace(mask=part.mask[:, -num_new:]) for part in found]
+        attention_mask = attention_mask[:, -num_new:]
+        position_ids = start + patch_position_ids(found, attention_mask)
         last = position_ids[:, -1:]
-        behind = start + self.model.position_behind(is_image, *grids, attention_mask)
+        behind = start + position_behind(found, attention_mask)
         gap = behind - last - 1
         if gap.any():
             model_kwargs[_GAP] = torch.cat([last, gap], dim=1)
@@ -972,7 +1264,8 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         return inputs | _as_one_sequence(self.model.language_model, position_ids, cache)
 
     def _with_image_token(self, tokens: list[int]) -> list[int]:
-        return list(dict.fromkeys([*tokens, self.config.image_token_id]))
+        placeholders = [self.config.image_token_id, self.config.video_token_id]
+        return list(dict.fromkeys([*tokens, *(token for token in placeholders if token is not None)]))
 
 
 class StopStrings(StoppingCriteria):
@@ -1219,6 +1512,55 @@ def _with_modules_to_skip(quantization_config):
         if vars(quantization_config).get(field, ()) is None:
             setattr(quantization_config, field, list(_NOT_QUANTIZED))
     return quantization_config
+
+
+def _tiles(image_size: tuple[int, int], view_size: tuple[int, int]) -> tuple[int, int]:
+    """`(rows, cols)` of the tiles of a model without pinpoints."""
+    (height, width), (view_height, view_width) = image_size, view_size
+    if height < view_height or width < view_width or height % view_height or width % view_width:
+        raise ValueError(
+            f"image_sizes has {height} x {width}, which are not tiles of {view_height} x {view_width} pixels; pass "
+            f"what the processor returns for `tiles`."
+        )
+    return height // view_height, width // view_width
+
+
+def _without_empty_views(pixel_values: torch.FloatTensor, num_views: list[int]) -> torch.FloatTensor:
+    """All views, `(sum of num_views, 3, height, width)`, from padded ones, `(num_images, max_num_views, 3, height,
+    width)`, or as they are.
+
+    Raises:
+        ValueError: there are more or fewer views than the images have.
+    """
+    if pixel_values.ndim == 5 and len(pixel_values) == len(num_views) and max(num_views) <= pixel_values.shape[1]:
+        return torch.cat([views[:number] for views, number in zip(pixel_values, num_views, strict=True)])
+    if pixel_values.ndim == 4 and len(pixel_values) == sum(num_views):
+        return pixel_values
+    raise ValueError(
+        f"pixel_values of the shape {tuple(pixel_values.shape)} are not the views of {len(num_views)} images with "
+        f"{', '.join(map(str, num_views))} views; pass everything that the processor returns to the model."
+    )
+
+
+def _passes(
+    maps: list[list[TokenMap]], frames: torch.FloatTensor
+) -> Iterator[tuple[list[int], list[TokenMap], torch.FloatTensor]]:
+    """Split the frames of videos into passes of the vision tower, at the borders of maps.
+
+    Yields:
+        For each map of the pass, which video it belongs to; the maps; their frames.
+    """
+    owners: list[int] = []
+    maps_of_pass: list[TokenMap] = []
+    num_done = 0
+    of_all = [(owner, token_map) for owner, maps_of_video in enumerate(maps) for token_map in maps_of_video]
+    for index, (owner, token_map) in enumerate(of_all, start=1):
+        owners.append(owner)
+        maps_of_pass.append(token_map)
+        num_frames = num_map_views(maps_of_pass)
+        if num_frames >= _FRAMES_PER_PASS or index == len(of_all):
+            yield owners, maps_of_pass, frames[num_done : num_done + num_frames]
+            owners, maps_of_pass, num_done = [], [], num_done + num_frames
 
 
 def _patchify(pixel_values, patch_size: int) -> dict[str, Any]:

@@ -8,12 +8,13 @@ of its window has in the full grid, and the text behind the image goes on behind
 grid this is the usual numbering, in which each token is one further than the last (`image_positions="sequence"`).
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-Grid = tuple[int, int]
+from .views import Grid, TokenMap, one_map
 
 
 def image_offsets(patch_grid: Grid, pooled_grid: Grid, device: torch.device | str | None = None) -> torch.LongTensor:
@@ -27,8 +28,21 @@ def image_offsets(patch_grid: Grid, pooled_grid: Grid, device: torch.device | st
         `(rows * cols,)`, row by row, strictly rising: the index in the patch grid of the central patch of each
         window. In each direction it is `(first + last) // 2` of the window of adaptive average pooling.
     """
-    row, col = (_window_centers(*sides, device) for sides in zip(patch_grid, pooled_grid, strict=True))
-    return (row[:, None] * patch_grid[1] + col).flatten()
+    return map_offsets(one_map(patch_grid, pooled_grid)[0], device)
+
+
+def map_offsets(token_map: TokenMap, device: torch.device | str | None = None) -> torch.LongTensor:
+    """Positions `(num_tokens,)` of a map's tokens, counted from its first position: where the central token of each
+    window is at the full grid. A newline has the position of that of its window's central row."""
+    rows, cols = token_map.full_grid
+    row, col = (
+        _window_centers(*sides, device) for sides in zip(token_map.full_grid, token_map.pooled_grid, strict=True)
+    )
+    if token_map.newline == "rows":
+        col = torch.cat([col, col.new_tensor([cols])])
+        cols += 1
+    offsets = (row[:, None] * cols + col).flatten()
+    return torch.cat([offsets, offsets.new_tensor([rows * cols])]) if token_map.newline == "end" else offsets
 
 
 def _window_centers(num_patches: int, num_windows: int, device) -> torch.LongTensor:
@@ -38,22 +52,50 @@ def _window_centers(num_patches: int, num_windows: int, device) -> torch.LongTen
     return (first + last) // 2
 
 
+class Places(NamedTuple):
+    """Placeholders of images or of videos, and the places of their tokens.
+
+    Attributes:
+        mask: `(batch, sequence)`, true at the placeholders.
+        offsets: `(num_tokens,)`, positions of the tokens, counted from that of the first token of their map. Those of
+            one image serve for several that are alike.
+        steps: `(num_tokens,)`, how far each token moves what is behind it: the last one of a map by its span, the
+            others by 0.
+    """
+
+    mask: torch.BoolTensor
+    offsets: torch.LongTensor
+    steps: torch.LongTensor
+
+
+def places(mask: torch.BoolTensor, maps: Iterable[TokenMap]) -> Places:
+    """The places of the tokens of maps, which fill the placeholders of a mask in their order."""
+    device, known = mask.device, {}
+    offsets, steps = [mask.new_zeros(0, dtype=torch.long)], [mask.new_zeros(0, dtype=torch.long)]
+    for token_map in maps:
+        if token_map.num_tokens == 0:  # of a very thin picture
+            continue
+        if token_map not in known:
+            step = torch.zeros(token_map.num_tokens, dtype=torch.long, device=device)
+            step[-1] = token_map.span
+            known[token_map] = map_offsets(token_map, device), step
+        for found, parts in zip(known[token_map], (offsets, steps), strict=True):
+            parts.append(found)
+    return Places(mask, torch.cat(offsets), torch.cat(steps))
+
+
 def patch_position_ids(
-    is_image: torch.BoolTensor,
-    patch_grids: Grid | list[Grid],
-    pooled_grids: Grid | list[Grid],
+    placeholders: Iterable[Places],
     attention_mask: torch.Tensor | None = None,
 ) -> torch.LongTensor:
-    """Position of each token, where images keep the places of their patches.
+    """Position of each token, where images and videos keep the places of their patches.
 
-    A token of text takes one position. An image takes as many positions as it has patches, and its tokens have those
-    of `image_offsets`. With one grid for all images the graph is static.
+    A token of text takes one position. A map of an image or video takes as many positions as it has tokens at the full
+    grid, and its tokens have those of `map_offsets`. With one grid for all images the graph is static.
 
     Args:
-        is_image: `(batch, sequence)`, true at image placeholders, with all placeholders of every image.
-        patch_grids: `(rows, cols)` of all images' patches, or a list with one for each image, in the order of their
-            placeholders.
-        pooled_grids: `(rows, cols)` of all images' tokens, or a list if `patch_grids` is one.
+        placeholders: at least one, with masks `(batch, sequence)` that do not overlap. They have all placeholders of
+            every image.
         attention_mask: `(batch, sequence)`, 0 at padding, which takes no position and has position 0. Or `(batch, 1,
             sequence, sequence)`, true where a token attends to another or to itself: then a token's position counts
             only what it attends to. Default: no padding.
@@ -61,19 +103,16 @@ def patch_position_ids(
     Returns:
         `(batch, sequence)`.
     """
-    device = is_image.device
-    index = (is_image.flatten().cumsum(0) - 1).view(is_image.shape)  # which of all image tokens a token is
-    if isinstance(patch_grids, tuple) and isinstance(pooled_grids, tuple):
-        offsets = image_offsets(patch_grids, pooled_grids, device)
-        steps = _steps(patch_grids, pooled_grids, device)
-        index = index % len(offsets)
-    else:
-        images: list[tuple[Any, Any]] = list(zip(patch_grids, pooled_grids, strict=True))
-        offsets = torch.cat([image_offsets(patches, pooled, device) for patches, pooled in images])
-        steps = torch.cat([_steps(patches, pooled, device) for patches, pooled in images])
-        index = index.clamp(0, len(offsets) - 1)  # the model refuses a wrong number of placeholders
-    offset = torch.where(is_image, offsets[index], 0)
-    step = torch.where(is_image, steps[index], 1)
+    placeholders = list(placeholders)
+    offset = torch.zeros_like(placeholders[0].mask, dtype=torch.long)
+    step = torch.ones_like(offset)
+    for mask, offsets, steps in placeholders:
+        if len(offsets) == 0:
+            continue
+        # which of all image tokens a token is; the model refuses a wrong number of placeholders
+        index = (mask.flatten().cumsum(0) - 1).view(mask.shape) % len(offsets)
+        offset = torch.where(mask, offsets[index], offset)
+        step = torch.where(mask, steps[index], step)
     if attention_mask is not None and attention_mask.ndim == 4:
         attended = (attention_mask[:, 0].tril() * step[:, None]).sum(-1)
         return (attended - step + offset).clamp(min=0)
@@ -83,25 +122,13 @@ def patch_position_ids(
     return (step.cumsum(-1) - step + offset).masked_fill(attention_mask == 0, 0)
 
 
-def position_behind(
-    is_image: torch.BoolTensor,
-    patch_grids: Grid | list[Grid],
-    pooled_grids: Grid | list[Grid],
-    attention_mask: torch.Tensor | None = None,
-) -> torch.LongTensor:
+def position_behind(placeholders: Iterable[Places], attention_mask: torch.Tensor | None = None) -> torch.LongTensor:
     """Position `(batch, 1)` of a token of text behind the last one of each row, which may be an image's: then it is
     behind all patches of the image. Arguments are those of `patch_position_ids`, with a mask of two dimensions."""
-    is_image = nn.functional.pad(is_image, (0, 1))
+    placeholders = [found._replace(mask=nn.functional.pad(found.mask, (0, 1))) for found in placeholders]
     if attention_mask is not None:
         attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)
-    return patch_position_ids(is_image, patch_grids, pooled_grids, attention_mask)[:, -1:]
-
-
-def _steps(patch_grid: Grid, pooled_grid: Grid, device) -> torch.LongTensor:
-    """How far each token of an image moves the text behind it: the last one by the image's span, the others by 0."""
-    steps = torch.zeros(pooled_grid[0] * pooled_grid[1], dtype=torch.long, device=device)
-    steps[-1] = patch_grid[0] * patch_grid[1]
-    return steps
+    return patch_position_ids(placeholders, attention_mask)[:, -1:]
 
 
 # A cache is a list of keys, and does not know at which positions they were. Its length is the next position unless

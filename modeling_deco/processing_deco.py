@@ -3,6 +3,9 @@
 """DeCo's processor: prepares images and text, and expands each image's placeholder to its token budget."""
 
 import tempfile
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +13,22 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import (
+    ImagesKwargs,
+    MultiModalData,
+    ProcessingKwargs,
+    ProcessorMixin,
+    Unpack,
+    VideosKwargs,
+)
 from transformers.tokenization_utils_base import TextInput
 
 from .chat_templates import CHAT_TEMPLATES, adapt_chat_template, parts_to_text
-from .configuration_deco import DecoConfig, check_grid, fit_grid, num_image_tokens, parse_grid
+from .configuration_deco import DecoConfig, check_grid, default_video_grid, fit_grid, parse_grid
 from .hub import AUTO_MAP, copy_remote_code, upload
 from .llava import (
     HUB_ARGUMENTS,
+    build_image_processor,
     choose_chat_template,
     find_llava,
     hub_arguments,
@@ -26,7 +37,12 @@ from .llava import (
     load_tokenizer,
 )
 from .pixels import channels_first, read_image
-from .videos import read_video  # noqa: F401  remote code holds the files that this one imports
+from .videos import read_video
+from .views import Grid, TokenMap, Views, largest_grid, num_map_tokens, num_map_views, one_map
+
+# Arguments of a call that transformers does not know
+_IMAGE_OPTIONS = ("pooled_grid_size", "max_image_tokens", "tiles")
+_VIDEO_OPTIONS = ("pooled_video_grid_size", "frames_per_token_grid", "max_frames", "add_timestamps")
 
 
 class DecoProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -35,22 +51,41 @@ class DecoProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-a
 
 class DecoImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     pooled_grid_size: int | list | tuple | torch.Tensor | None
+    max_image_tokens: int | None
+    tiles: int | list | tuple | None
+
+
+class DecoVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
+    pooled_video_grid_size: int | list | tuple | None
+    frames_per_token_grid: int | None
+    max_frames: int | None
+    add_timestamps: bool | None
 
 
 class DecoCallKwargs(DecoProcessorKwargs, total=False):  # type: ignore[call-arg]
-    """Arguments of a call. `pooled_grid_size` is explained in `DecoProcessor.__call__`.
+    """Arguments of a call, which `DecoProcessor.__call__` explains.
 
-    It is not among the fields of `valid_processor_kwargs`, because transformers (since 5.23) allows none of these as
-    an argument of `__init__`. It is also among `images_kwargs`, because vLLM loads a processor again for each value of
-    an argument that is in none of the groups.
+    They are not among the fields of `valid_processor_kwargs`, because transformers (since 5.23) allows none of these
+    as an argument of `__init__`. They are also in the groups `images_kwargs` and `videos_kwargs`, because vLLM loads a
+    processor again for each value of an argument that is in none of the groups.
     """
 
     images_kwargs: DecoImagesKwargs
+    videos_kwargs: DecoVideosKwargs
     pooled_grid_size: int | list | tuple | torch.Tensor | None
+    max_image_tokens: int | None
+    tiles: int | list | tuple | None
+    pooled_video_grid_size: int | list | tuple | None
+    frames_per_token_grid: int | None
+    max_frames: int | None
+    add_timestamps: bool | None
 
 
 class DecoProcessor(ProcessorMixin):
     """An image processor and a tokenizer in one.
+
+    An image processor with `image_grid_pinpoints` (LLaVA-NeXT's, LLaVA-OneVision's) cuts images into views. Frames of
+    videos are always one view.
 
     Text is padded on the left, as generation needs. To train with padding on the right, pass `padding_side`.
 
@@ -62,7 +97,13 @@ class DecoProcessor(ProcessorMixin):
             the text.
         image_token: placeholder of an image in the text, if the tokenizer does not name one.
         patch_size: the vision tower's patch size in pixels. With it, the processor refuses a grid that is larger than
-            an image's patch grid. Without it, the model does, which stops a vLLM server.
+            an image's patch grid. Without it, the model does, which stops a vLLM server. Tiles and videos need it.
+        view_settings: the model's `DecoConfig.view_settings`.
+        video_token: placeholder of a video in the text. Without it in the vocabulary, the processor takes no videos.
+        pooled_video_grid_size: default grid of a frame. Default: 7 x 7, or the frame's full grid if that is smaller.
+        frames_per_token_grid: neighbouring frames of a video that are averaged.
+        fps: frames per second that are read from a video.
+        max_frames: the most frames that are read from a video. Those of a longer one are spread over its length.
     """
 
     valid_processor_kwargs = DecoProcessorKwargs
@@ -75,17 +116,39 @@ class DecoProcessor(ProcessorMixin):
         chat_template=None,
         image_token="<image>",
         patch_size=None,
+        view_settings=None,
+        video_token="<video>",
+        pooled_video_grid_size=None,
+        frames_per_token_grid=1,
+        fps=1.0,
+        max_frames=64,
         **kwargs,
     ):
         parse_grid(pooled_grid_size)
+        if pooled_video_grid_size is not None:
+            parse_grid(pooled_video_grid_size, name="pooled_video_grid_size")
         self.pooled_grid_size = pooled_grid_size
         self.patch_size = patch_size
+        self.view_settings = view_settings
+        self.pooled_video_grid_size = pooled_video_grid_size
+        self.frames_per_token_grid = frames_per_token_grid
+        self.fps = fps
+        self.max_frames = max_frames
         self.image_token = getattr(tokenizer, "image_token", image_token)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(
                 f"The tokenizer has no token {self.image_token!r}; add it by "
                 f"tokenizer.add_tokens({self.image_token!r}, special_tokens=True)."
+            )
+        video_token = getattr(tokenizer, "video_token", video_token)
+        self.video_token_id = None if video_token is None else tokenizer.convert_tokens_to_ids(video_token)
+        if self.video_token_id == tokenizer.unk_token_id:
+            self.video_token_id = None
+        self.video_token = None if self.video_token_id is None else video_token
+        if getattr(image_processor, "image_grid_pinpoints", None) is not None and patch_size is None:
+            raise ValueError(
+                "patch_size is missing: with image_grid_pinpoints, the processor needs it to count tokens."
             )
         tokenizer.padding_side = "left"
         if chat_template is None:
@@ -113,7 +176,7 @@ class DecoProcessor(ProcessorMixin):
         if folder is None:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = DecoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        own = {"pooled_grid_size": config.pooled_grid_size, "patch_size": config.vision_config.patch_size}
+        own = arguments_of_config(config)
         own |= {name: kwargs.pop(name) for name in (*own, "chat_template", "image_token") if name in kwargs}
         others = {name: value for name, value in kwargs.items() if name not in (*HUB_ARGUMENTS, "trust_remote_code")}
         tokenizer = load_tokenizer(folder, **others)
@@ -169,6 +232,7 @@ class DecoProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
+        videos=None,
         **kwargs: Unpack[DecoCallKwargs],
     ):
         """Prepare images and text for the model.
@@ -176,19 +240,36 @@ class DecoProcessor(ProcessorMixin):
         Args:
             images: one image, a list, or one list per text: PIL images, arrays, tensors, paths, URLs, base64.
             text: one text or a list, with one `image_token` for each image.
+            videos: one video, a list, or one list per text, with one `video_token` for each video: paths, URLs,
+                encoded videos as bytes, or frames as a list of images, an array or a tensor. Files are read by PyAV.
             pooled_grid_size: token budget of this call: an int (square) or `[rows, cols]` for all images, or one
                 `[rows, cols]` per image in a list or a `(num_images, 2)` tensor. Default: the processor's grid. For
-                images that keep their shape (SigLIP 2 NaFlex), that is cut to the image's own patches.
+                images that keep their shape (SigLIP 2 NaFlex), that is cut to the image's own patches. Where images
+                are cut into views, it is the grid of a view.
+            max_image_tokens: token budget of this call, in place of `pooled_grid_size`: each image gets the largest
+                grid with which it has at most as many tokens.
+            tiles: for a model without `image_grid_pinpoints`, the number of tiles that each image is cut into, for all
+                images or one per image: 1, 4, 9, ... The number of tokens remains that of the grid.
+            pooled_video_grid_size: grid of a frame: an int (square) or `[rows, cols]`. Default: the processor's.
+            frames_per_token_grid: neighbouring frames that are averaged. Default: the processor's.
+            fps: frames per second that are read from a video. Default: the processor's.
+            max_frames: the most frames that are read from a video. Default: the processor's.
+            add_timestamps: whether the time of its first frame is written before each grid of a video's tokens:
+                `"<2.0 seconds>"`.
 
         Returns:
             `input_ids` and `attention_mask` `(batch, sequence)` and the image processor's `pixel_values` `(num_images,
-            3, height, width)`. If `pooled_grid_size` is given, also `pooled_grid_sizes` `(num_images, 2)`.
+            3, height, width)`. If `pooled_grid_size` or `max_image_tokens` is given, also `pooled_grid_sizes`
+            `(num_images, 2)`. If images are cut into views, `pixel_values` is `(num_images, max_num_views, 3, height,
+            width)`, and there are `image_sizes` `(num_images, 2)`. With videos, `pixel_values_videos` `(num_videos,
+            max_num_frames, 3, height, width)` and `pooled_video_sizes` `(num_videos, 4)`.
 
         Raises:
-            ValueError: an image cannot be read, the number of images is not the number of image tokens, a grid is
-                malformed or (if `patch_size` is known) larger than an image's patch grid, or truncation cuts an image.
+            ValueError: an image or video cannot be read, the number of images or videos is not that of their tokens in
+                the text, a grid is malformed or (if `patch_size` is known) larger than an image's patch grid, no grid
+                has as few tokens as `max_image_tokens`, or truncation cuts an image.
         """
-        inputs = super().__call__(images=images, text=text, **kwargs)
+        inputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
         # transformers' chat templates ask for both kinds of offsets, vLLM for those of the images alone
         if kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping"):
             self._separate_images(inputs)
@@ -205,10 +286,18 @@ class DecoProcessor(ProcessorMixin):
         grids = torch.tensor(self.image_grids(inputs, inputs.pop("pooled_grid_sizes", None)))
         if "spatial_shapes" in inputs:
             sizes = torch.as_tensor(inputs["spatial_shapes"]) * self.image_processor.patch_size
-        else:
+        elif self._has_pinpoints:
+            sizes = torch.as_tensor(inputs["image_sizes"])
+        else:  # of a picture, or of one of its tiles
             sizes = torch.tensor([image.shape[-2:] for image in inputs["pixel_values"]])
-        for name in self.image_processor.model_input_names:
-            inputs[name] = list(inputs[name])
+        if "image_sizes" in inputs:
+            views = zip(inputs["pixel_values"], self.image_maps(inputs, grids), strict=True)
+            inputs["pixel_values"] = torch.cat(
+                [torch.as_tensor(image[: num_map_views(maps)]) for image, maps in views]
+            )
+        else:
+            for name in self.image_processor.model_input_names:
+                inputs[name] = list(inputs[name])
         inputs["image_grid_thw"] = torch.cat([sizes, grids], dim=-1)  # (num_images, 4)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
@@ -223,46 +312,105 @@ class DecoProcessor(ProcessorMixin):
             )
             if len(make_flat_list_of_images(images)) == 0:  # a batch of texts only
                 images = None
-        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if videos is not None:
+            videos = _list_videos(videos) or None
+        images, text, videos, audio = super().prepare_inputs_layout(
+            images=images, text=text, videos=videos, audio=audio, **kwargs
+        )
+        if images is not None and text is not None and "batch_num_images" in self.image_processor.model_input_names:
+            images = _nested_by_text(images, [sample.count(self.image_token) for sample in text])
+        return images, text, videos, audio
 
-    def validate_inputs(self, images=None, text=None, **kwargs):
+    def validate_inputs(self, images=None, text=None, videos=None, **kwargs):
+        if videos is not None and self.video_token is None:
+            raise ValueError("The processor takes no videos: its tokenizer has no token '<video>'.")
         if text is not None:  # transformers does not count per text, and 5.19 does not count
-            num_tokens = [sample.count(self.image_token) for sample in text]
-            num_images = 0 if images is None else len(make_flat_list_of_images(images))
-            if sum(num_tokens) != num_images:
-                raise ValueError(
-                    f"The number of {self.image_token} tokens in the prompts should be the same as the number of "
-                    f"images: found {sum(num_tokens)} tokens and {num_images} images."
-                )
-            if isinstance(images, list) and all(isinstance(images_of_text, list) for images_of_text in images):
-                numbers = [len(images_of_text) for images_of_text in images]
-                if len(numbers) == len(num_tokens) and numbers != num_tokens:
+            self._count_placeholders(text, images)
+            if self.video_token is not None:
+                num_tokens, num_videos = sum(sample.count(self.video_token) for sample in text), len(videos or [])
+                if num_tokens != num_videos:
                     raise ValueError(
-                        f"The texts have {num_tokens} {self.image_token} tokens, and their images are {numbers}."
+                        f"The number of {self.video_token} tokens in the prompts should be the same as the number of "
+                        f"videos: found {num_tokens} tokens and {num_videos} videos."
                     )
-        super().validate_inputs(images=images, text=text, **kwargs)
+                text = [sample.replace(self.video_token, "") for sample in text]  # they are counted
+        if text is not None or images is not None or videos is None:
+            super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _count_placeholders(self, text: list[str], images) -> None:
+        num_tokens = [sample.count(self.image_token) for sample in text]
+        num_images = 0 if images is None else len(make_flat_list_of_images(images))
+        if sum(num_tokens) != num_images:
+            raise ValueError(
+                f"The number of {self.image_token} tokens in the prompts should be the same as the number of "
+                f"images: found {sum(num_tokens)} tokens and {num_images} images."
+            )
+        if isinstance(images, list) and all(isinstance(images_of_text, list) for images_of_text in images):
+            numbers = [len(images_of_text) for images_of_text in images]
+            if len(numbers) == len(num_tokens) and numbers != num_tokens:
+                raise ValueError(
+                    f"The texts have {num_tokens} {self.image_token} tokens, and their images are {numbers}."
+                )
 
     # transformers' own method refuses arguments that valid_processor_kwargs does not name
     # private, seen in transformers 5.19 to 5.24
-    def _merge_kwargs(self, *args, pooled_grid_size=None, images_kwargs=None, **kwargs):
-        images_kwargs = dict(images_kwargs or {})
-        pooled_grid_size = images_kwargs.pop("pooled_grid_size", pooled_grid_size)
-        merged_kwargs = super()._merge_kwargs(*args, images_kwargs=images_kwargs, **kwargs)
-        if pooled_grid_size is not None:
-            merged_kwargs["images_kwargs"]["pooled_grid_size"] = pooled_grid_size  # for _process_images
+    def _merge_kwargs(self, *args, **kwargs):
+        own = {}
+        for group, names in (("images_kwargs", _IMAGE_OPTIONS), ("videos_kwargs", _VIDEO_OPTIONS)):
+            given = dict(kwargs.pop(group, None) or {})
+            own[group] = {name: kwargs.pop(name) for name in names if name in kwargs}
+            own[group] |= {name: given.pop(name) for name in names if name in given}
+            kwargs[group] = given
+        merged_kwargs = super()._merge_kwargs(*args, **kwargs)
+        for group, options in own.items():  # for _process_images and _process_videos
+            merged_kwargs[group] |= {name: value for name, value in options.items() if value is not None}
         return merged_kwargs
 
-    def image_grids(self, image_inputs: dict, pooled_grid_size=None) -> list[tuple[int, int]]:
-        """The grid `(rows, cols)` that each image is pooled to.
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _has_pinpoints(self) -> bool:
+        return getattr(self.image_processor, "image_grid_pinpoints", None) is not None
+
+    def _views(self, view_size: Grid) -> Views:
+        pinpoints = getattr(self.image_processor, "image_grid_pinpoints", None)
+        view_grid = view_size[0] // self.patch_size, view_size[1] // self.patch_size
+        return Views(view_size, view_grid, pinpoints, **(self.view_settings or {}))
+
+    def image_maps(self, image_inputs: dict, pooled_grid_size=None, max_image_tokens=None) -> list[list[TokenMap]]:
+        """The maps of tokens of each image, from which `views.num_map_tokens` counts its tokens.
 
         Args:
-            image_inputs: the image processor's output: pixels, or SigLIP 2's patches with `spatial_shapes`.
-            pooled_grid_size: as in `__call__`.
+            image_inputs: the processor's output: pixels, or SigLIP 2's patches with `spatial_shapes`.
+            pooled_grid_size, max_image_tokens: as in `__call__`.
 
         Raises:
             ValueError: a grid is malformed or (if the patch grid is known) larger than the image's patch grid.
         """
+        grids = self.image_grids(image_inputs, pooled_grid_size, max_image_tokens)
+        return [maps(grid) for maps, grid in zip(self._map_makers(image_inputs), grids, strict=True)]
+
+    def _map_makers(self, image_inputs: dict) -> list[Callable[[Grid], list[TokenMap]]]:
+        """For each image, a function that gives its maps at a grid."""
+        if image_inputs.get("image_sizes") is None:
+            return [partial(_one_map, patch_grid) for patch_grid in self._patch_grids(image_inputs)]
+        views = [self._views(tuple(pixels[0].shape[-2:])) for pixels in image_inputs["pixel_values"]]
+        images = zip(views, _sizes(image_inputs), _is_tiled(image_inputs), strict=True)
+        return [
+            partial(views_of_image.image_maps, size, is_tiled=is_tiled) for views_of_image, size, is_tiled in images
+        ]
+
+    def image_grids(self, image_inputs: dict, pooled_grid_size=None, max_image_tokens=None) -> list[Grid]:
+        """The grid `(rows, cols)` that each image, or each of its views, is pooled to. See `image_maps`."""
         patch_grids = self._patch_grids(image_inputs)
+        if max_image_tokens is not None:
+            if pooled_grid_size is not None:
+                raise ValueError("Give either pooled_grid_size or max_image_tokens, not both.")
+            makers = self._map_makers(image_inputs)
+            return [
+                _largest_grid(patch_grid, max_image_tokens, maps)
+                for patch_grid, maps in zip(patch_grids, makers, strict=True)
+            ]
         if pooled_grid_size is None and image_inputs.get("spatial_shapes") is not None:
             default = parse_grid(self.pooled_grid_size)
             return [fit_grid(default, patch_grid) for patch_grid in patch_grids if patch_grid is not None]
@@ -274,43 +422,192 @@ class DecoProcessor(ProcessorMixin):
                 check_grid(grid, patch_grid, of=f"image {index}")
         return grids
 
-    def _patch_grids(self, image_inputs) -> list[tuple[int, int] | None]:
-        """The patch grid of each image, None if `patch_size` is not known."""
+    def _patch_grids(self, image_inputs) -> list[Grid | None]:
+        """The patch grid of each image, or of its views, None if `patch_size` is not known."""
         if image_inputs.get("spatial_shapes") is not None:
             return [(int(rows), int(cols)) for rows, cols in image_inputs["spatial_shapes"]]
         if self.patch_size is None:
             return [None] * len(image_inputs["pixel_values"])
-        sizes = [image.shape[-2:] for image in image_inputs["pixel_values"]]
+        if image_inputs.get("image_sizes") is not None and not self._has_pinpoints:
+            sizes = _sizes(image_inputs)  # of the tiles together
+        else:
+            has_views = image_inputs.get("image_sizes") is not None
+            sizes = [(image[0] if has_views else image).shape[-2:] for image in image_inputs["pixel_values"]]
         return [(height // self.patch_size, width // self.patch_size) for height, width in sizes]
 
     # private, seen in transformers 5.19 to 5.24
-    def _process_images(self, images, pooled_grid_size=None, input_data_format=None, **kwargs):
-        image_inputs = self.image_processor(images, **kwargs)
-        grids = self.image_grids(image_inputs, pooled_grid_size)
-        if pooled_grid_size is not None:
+    def _process_images(
+        self, images, pooled_grid_size=None, max_image_tokens=None, tiles=None, input_data_format=None, **kwargs
+    ):
+        if tiles is not None:
+            image_inputs = self._tile(make_flat_list_of_images(images), tiles, **kwargs)
+        else:
+            image_inputs = self.image_processor(images, **kwargs)
+            if self._has_pinpoints and not (self.view_settings or {}).get("image_overview", True):
+                image_inputs["pixel_values"] = _without_overview(image_inputs)
+        grids = self.image_grids(image_inputs, pooled_grid_size, max_image_tokens)
+        if pooled_grid_size is not None or max_image_tokens is not None:
             image_inputs["pooled_grid_sizes"] = torch.tensor(grids)  # (num_images, 2)
-        return image_inputs, [self.image_token * num_image_tokens(grid) for grid in grids]
+        maps = zip(self._map_makers(image_inputs), grids, strict=True)
+        return image_inputs, [self.image_token * num_map_tokens(make(grid)) for make, grid in maps]
+
+    def _tile(self, images: list, tiles, **kwargs) -> dict:
+        """The inputs of images that are cut into tiles. Each image is prepared as the image processor does, at the
+        size of all its tiles together."""
+        if self._has_pinpoints:
+            raise ValueError(f"tiles={tiles!r}: this processor cuts images into views by itself; leave tiles out.")
+        if hasattr(self.image_processor, "max_num_patches"):
+            raise ValueError(f"tiles={tiles!r}: this image processor keeps the shape of images; leave tiles out.")
+        if self.patch_size is None:
+            raise ValueError(f"tiles={tiles!r} needs the processor's patch_size, which is not set.")
+        sides = _sides(tiles, len(images))
+        if set(sides) == {1}:
+            return self.image_processor(images, **kwargs)
+        kwargs["return_tensors"] = "pt"
+        views, sizes = [], []
+        for image, side in zip(images, sides, strict=True):
+            scaled = {
+                name: _scaled_size(kwargs.get(name) or getattr(self.image_processor, name, None), side)
+                for name in ("size", "crop_size")
+            }
+            given = {**kwargs, **{name: size for name, size in scaled.items() if size is not None}}
+            pixels = self.image_processor([image], **given)["pixel_values"][0]  # (3, height, width)
+            height, width = pixels.shape[-2] // side, pixels.shape[-1] // side
+            rows = pixels[:, : side * height, : side * width].unflatten(1, (side, height))
+            tiles_of_image = rows.unflatten(3, (side, width)).permute(1, 3, 0, 2, 4)
+            views.append(tiles_of_image.flatten(0, 1))  # (side * side, 3, height, width)
+            sizes.append((side * height, side * width))
+        return {"pixel_values": _padded(views), "image_sizes": torch.tensor(sizes)}
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholders of an image, one for each cell of its grid."""
-        grids = self.image_grids(image_inputs, image_inputs.get("pooled_grid_sizes"))
-        return self.image_token * num_image_tokens(grids[image_idx])
+        """The placeholders of an image, one for each of its tokens."""
+        return self.image_token * num_map_tokens(
+            self.image_maps(image_inputs, image_inputs.get("pooled_grid_sizes"))[image_idx]
+        )
 
     # private, seen in transformers 5.19 to 5.24
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Tokens per image for the given sizes `(height, width)`. vLLM calls this."""
+        """Tokens and views per image for the given sizes `(height, width)`. vLLM calls this."""
         if image_sizes is None:
             return MultiModalData()
-        pooled_grid_size = kwargs.get("pooled_grid_size")
-        if pooled_grid_size is None and hasattr(self.image_processor, "max_num_patches"):
+        options = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]
+        inputs = self._blank_inputs([(int(height), int(width)) for height, width in image_sizes], options)
+        maps = self.image_maps(inputs, options.get("pooled_grid_size"), options.get("max_image_tokens"))
+        return MultiModalData(
+            num_image_tokens=[num_map_tokens(maps_of_image) for maps_of_image in maps],
+            num_image_patches=[num_map_views(maps_of_image) for maps_of_image in maps],
+        )
+
+    def _blank_inputs(self, image_sizes: list[Grid], options: dict) -> dict:
+        """What `image_maps` reads of images of these sizes, without their pixels."""
+        num_images = len(image_sizes)
+        if hasattr(self.image_processor, "max_num_patches"):
             # SigLIP 2's image processor derives the patch grid from an image's size, so blank images serve
             blank = [Image.new("RGB", (width, height)) for height, width in image_sizes]
-            grids = self.image_grids(self.image_processor(blank, return_tensors="pt")) if blank else []
+            return self.image_processor(blank, return_tensors="pt") if blank else {"pixel_values": []}
+        height, width = _view_size(self.image_processor, options)
+        view = torch.empty(3, height, width, device="meta")
+        if self._has_pinpoints:
+            return {"pixel_values": [[view]] * num_images, "image_sizes": image_sizes}
+        sides = _sides(options.get("tiles") or 1, num_images)
+        if set(sides) <= {1}:
+            return {"pixel_values": [view] * num_images}
+        return {
+            "pixel_values": [[view]] * num_images,
+            "image_sizes": [(side * height, side * width) for side in sides],
+        }
+
+    # --- videos ------------------------------------------------------------------------------------------------------
+
+    @property
+    def video_processor(self):
+        """What prepares the frames of videos: the image processor, without views. transformers looks the name up."""
+        if self.video_token is None:
+            raise AttributeError("a processor without a video token has no video_processor")
+        return self._frame_processor
+
+    @cached_property
+    def _frame_processor(self):
+        is_naflex = hasattr(self.image_processor, "max_num_patches")
+        if not self._has_pinpoints and not is_naflex:
+            return self.image_processor
+        settings = self.image_processor.to_dict()
+        if is_naflex:
+            side = isqrt(self.image_processor.max_num_patches) * self.image_processor.patch_size
+            settings["size"] = {"height": side, "width": side}
+        names = {"size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "resample"}
+        names |= {"do_normalize", "image_mean", "image_std", "do_convert_rgb"}
+        settings = {name: settings[name] for name in names if settings.get(name) is not None}
+        settings.setdefault("do_center_crop", False)
+        return build_image_processor("CLIPImageProcessor", settings)
+
+    def frame_pixels(self, frames: Iterable[Image.Image], **kwargs) -> torch.Tensor:
+        """The pixels `(num_frames, 3, height, width)` of a video's frames. `kwargs` are the image processor's."""
+        return self._frame_processor(list(frames), **{**kwargs, "return_tensors": "pt"})["pixel_values"]
+
+    def video_size(self, num_frames: int, frame_size: Grid, pooled_video_grid_size=None, frames_per_token_grid=None):
+        """A video's row of `pooled_video_sizes`: its frames, those that are averaged, rows, columns.
+
+        Args:
+            frame_size: `(height, width)` of its prepared frames.
+            pooled_video_grid_size, frames_per_token_grid: as in `__call__`.
+
+        Raises:
+            ValueError: the grid is malformed or larger than the patch grid, or no frames are averaged.
+        """
+        if self.patch_size is None:
+            raise ValueError("Videos need the processor's patch_size, which is not set.")
+        views = self._views(frame_size)
+        given = self.pooled_video_grid_size if pooled_video_grid_size is None else pooled_video_grid_size
+        if given is None:
+            rows, cols = default_video_grid(views.full_video_grid)
         else:
-            grids = _grids_per_image(pooled_grid_size or self.pooled_grid_size, len(image_sizes))
-        return MultiModalData(
-            num_image_tokens=[num_image_tokens(grid) for grid in grids], num_image_patches=[1] * len(image_sizes)
-        )
+            rows, cols = check_grid(given, views.view_grid, of="a frame", name="pooled_video_grid_size")
+        averaged = self.frames_per_token_grid if frames_per_token_grid is None else frames_per_token_grid
+        if not isinstance(averaged, int) or averaged < 1:
+            raise ValueError(f"frames_per_token_grid must be a positive int, got {averaged!r}.")
+        return [num_frames, averaged, rows, cols]
+
+    def video_text(self, video_size: list[int], frame_size: Grid, seconds: list[float] | None = None) -> str:
+        """The placeholders of a video, one for each of its tokens.
+
+        Args:
+            video_size: from the method `video_size`.
+            frame_size: `(height, width)` of its prepared frames.
+            seconds: the time of each frame, to write timestamps.
+        """
+        num_frames, averaged, *grid = video_size
+        maps = self._views(frame_size).video_maps(num_frames, averaged, (grid[0], grid[1]))
+        texts = [str(self.video_token) * token_map.num_tokens for token_map in maps]
+        if seconds is not None:
+            texts = [f"<{seconds[index * averaged]:.1f} seconds>{text}" for index, text in enumerate(texts)]
+        return "".join(texts)
+
+    # private, seen in transformers 5.19 to 5.24
+    def _process_videos(
+        self,
+        videos,
+        pooled_video_grid_size=None,
+        frames_per_token_grid=None,
+        fps=None,
+        max_frames=None,
+        add_timestamps=None,
+        **kwargs,
+    ):
+        allowed = self._frame_processor.valid_kwargs.__annotations__
+        kwargs = {name: value for name, value in kwargs.items() if name in allowed}
+        pixels, sizes, texts = [], [], []
+        for number, video in enumerate(videos, start=1):
+            try:
+                frames = list(read_video(video, fps or self.fps, max_frames or self.max_frames))
+            except Exception as error:  # decoders and downloads raise many kinds
+                raise _cannot_read("Video", number, video, error) from error
+            pixels.append(self.frame_pixels([image for _, image in frames], **kwargs))
+            frame_size = tuple(pixels[-1].shape[-2:])
+            sizes.append(self.video_size(len(frames), frame_size, pooled_video_grid_size, frames_per_token_grid))
+            seconds = [second for second, _ in frames] if add_timestamps else None
+            texts.append(self.video_text(sizes[-1], frame_size, seconds))
+        return {"pixel_values_videos": _padded(pixels), "pooled_video_sizes": torch.tensor(sizes)}, texts
 
     # transformers' own error does not say which text was cut and what to do
     # private, seen in transformers 5.19 to 5.24
@@ -318,14 +615,19 @@ class DecoProcessor(ProcessorMixin):
         input_ids = text_inputs["input_ids"]
         if hasattr(input_ids, "tolist"):
             input_ids = input_ids.tolist()
+        placeholders = {"image": (self.image_token, self.image_token_id)}
+        if self.video_token is not None:
+            placeholders["video"] = (self.video_token, self.video_token_id)
         for sample, (expanded, ids) in enumerate(zip(text, input_ids, strict=True)):
-            expected, found = expanded.count(self.image_token), ids.count(self.image_token_id)
-            if expected != found:
-                raise ValueError(
-                    f"Text {sample} was cut to {len(ids)} tokens, which leaves {found} of its {expected} image "
-                    f"placeholders: an image would be cut. Raise max_length, shorten the text, choose a smaller "
-                    f"pooled_grid_size, or turn truncation off."
-                )
+            for modality, (token, token_id) in placeholders.items():
+                expected, found = expanded.count(token), ids.count(token_id)
+                if expected != found:
+                    one = "an image" if modality == "image" else "a video"
+                    raise ValueError(
+                        f"Text {sample} was cut to {len(ids)} tokens, which leaves {found} of its {expected} "
+                        f"{modality} placeholders: {one} would be cut. Raise max_length, shorten the text, choose a "
+                        f"smaller pooled_grid_size (pooled_video_grid_size), or turn truncation off."
+                    )
 
     def to_dict(self):
         return {**super().to_dict(), "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
@@ -342,6 +644,17 @@ class DecoProcessor(ProcessorMixin):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(folder, repo_id, **kwargs)
+
+
+def arguments_of_config(config: DecoConfig) -> dict:
+    """The arguments of `DecoProcessor` that are a model's: its grids, its patch size, its views."""
+    return {
+        "pooled_grid_size": config.pooled_grid_size,
+        "patch_size": config.vision_config.patch_size,
+        "view_settings": config.view_settings if config.image_grid_pinpoints or config.video_token_id else None,
+        "pooled_video_grid_size": config.pooled_video_grid_size,
+        "frames_per_token_grid": config.frames_per_token_grid,
+    }
 
 
 def _adapted(chat_template, tokenizer):
@@ -387,12 +700,101 @@ def read_images(images, channels: str | None = None, keep_floats: bool = False):
             is_float = "float" in str(getattr(image, "dtype", ""))
             return _model_values(image, channels) if keep_floats and is_float else read_image(image, channels)
         except Exception as error:  # decoders and downloads raise many kinds
-            name = repr(image if isinstance(image, str) else getattr(image, "filename", None) or type(image).__name__)
-            name = name if len(name) <= 120 else name[:117] + "..."
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise ValueError(f"Image {position} ({name}) cannot be read: {reason}") from error
+            raise _cannot_read("Image", position, image, error) from error
 
     return read(images)
+
+
+def _cannot_read(kind: str, number: int, source, error: Exception) -> ValueError:
+    name = repr(source if isinstance(source, str) else getattr(source, "filename", None) or type(source).__name__)
+    name = name if len(name) <= 120 else name[:117] + "..."
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return ValueError(f"{kind} {number} ({name}) cannot be read: {reason}")
+
+
+def _list_videos(videos) -> list:
+    """The videos of nested lists. A list of images is one video."""
+    if not isinstance(videos, (list, tuple)):
+        return [videos]
+    if videos and all(_is_frame(frame) for frame in videos):
+        return [list(videos)]
+    return [video for entry in videos for video in _list_videos(entry)]
+
+
+def _is_frame(frame) -> bool:
+    return isinstance(frame, Image.Image) or getattr(frame, "ndim", None) == 3
+
+
+def _nested_by_text(images, num_tokens: list[int]) -> list[list]:
+    """A list of images for each text."""
+    flat = iter(make_flat_list_of_images(images))
+    nested = [[image for _, image in zip(range(number), flat)] for number in num_tokens]  # noqa: B905
+    return nested if sum(map(len, nested)) == sum(num_tokens) else images  # a wrong number is refused later
+
+
+def _sizes(image_inputs: dict) -> list[Grid]:
+    return [(int(height), int(width)) for height, width in image_inputs["image_sizes"]]
+
+
+def _one_map(patch_grid: Grid | None, grid: Grid) -> list[TokenMap]:
+    """The maps of an image of one view. For its number of tokens, the patch grid does not matter."""
+    return one_map(patch_grid or grid, grid)
+
+
+def _is_tiled(image_inputs: dict) -> list[bool]:
+    """Whether each image is cut into tiles: in OneVision, only the image of a sample with one."""
+    numbers = image_inputs.get("batch_num_images")
+    if numbers is None:
+        return [True] * len(image_inputs["image_sizes"])
+    return [int(number) == 1 for number in numbers for _ in range(int(number))]
+
+
+def _without_overview(image_inputs: dict):
+    """The tiles of images, without the view of the whole picture, which LLaVA's image processors put first."""
+    tiled = zip(image_inputs["pixel_values"], _is_tiled(image_inputs), strict=True)
+    views = [image[1:] if is_tiled else image for image, is_tiled in tiled]
+    return _padded(views) if isinstance(image_inputs["pixel_values"], torch.Tensor) else views
+
+
+def _padded(views: list[torch.Tensor]) -> torch.Tensor:
+    """`(num_images, max_num_views, 3, height, width)`, padded with zeros."""
+    return torch.nn.utils.rnn.pad_sequence(views, batch_first=True)
+
+
+def _sides(tiles, num_images: int) -> list[int]:
+    """How many tiles the side of each image has."""
+    numbers = list(tiles) if isinstance(tiles, (list, tuple)) else [tiles] * num_images
+    if len(numbers) != num_images:
+        raise ValueError(f"tiles has {len(numbers)} numbers for {num_images} images; give one for all, or one each.")
+    for number in numbers:
+        is_int = isinstance(number, int) and not isinstance(number, bool)
+        if not is_int or not 1 <= number <= 256 or isqrt(number) ** 2 != number:
+            raise ValueError(f"tiles must be a square number, 1, 4, 9, ... up to 256, got {number!r}.")
+    return [isqrt(number) for number in numbers]
+
+
+def _scaled_size(size, side: int):
+    """A size of an image processor, for an image of `side` x `side` tiles."""
+    if size is None or isinstance(size, int):
+        return size and side * size
+    return {name: side * value for name, value in dict(size).items() if value is not None}
+
+
+def _view_size(image_processor, options: dict) -> Grid:
+    """`(height, width)` of the views that an image processor makes."""
+    crop = options.get("crop_size") or getattr(image_processor, "crop_size", None)
+    size = options.get("size") or image_processor.size
+    size = dict(crop if getattr(image_processor, "do_center_crop", False) and crop else size)
+    height = size.get("height") or size["shortest_edge"]
+    return height, size.get("width") or height
+
+
+def _largest_grid(patch_grid: Grid | None, max_image_tokens: int, maps: Callable[[Grid], list[TokenMap]]) -> Grid:
+    if not isinstance(max_image_tokens, int) or isinstance(max_image_tokens, bool) or max_image_tokens < 1:
+        raise ValueError(f"max_image_tokens must be a positive int, got {max_image_tokens!r}.")
+    if patch_grid is None:  # the grid is at most the square root
+        patch_grid = isqrt(max_image_tokens), isqrt(max_image_tokens)
+    return largest_grid(patch_grid, max_image_tokens, lambda grid: num_map_tokens(maps(grid)))
 
 
 def _model_values(array, channels):

@@ -10,9 +10,15 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    LlavaOnevisionImageProcessorPil,
+    PreTrainedTokenizerFast,
+)
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration, DecoProcessor
+from modeling_deco.processing_deco import arguments_of_config
 
 IMAGE_SIZE, PATCH_SIZE, PATCH_GRID = 24, 4, (6, 6)
 VOCAB_SIZE = 64
@@ -66,6 +72,29 @@ TEXT_CONFIGS = {
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 WORDS = ("user", "assistant", "what", "is", "this", "a", "the", "red", "blue", "cat", "dog", "two", "?", ".", ":")
 IMAGE_TOKEN_ID = len(SPECIAL_TOKENS) + len(WORDS)  # "<image>" comes after the words
+VIDEO_TOKEN_ID = IMAGE_TOKEN_ID + 1
+
+# what a DeCo of each family of LLaVA has, besides backbones; pinpoints are of 1 to 6 tiles
+PINPOINTS = [[24, 24], [24, 48], [48, 24], [48, 48], [24, 72], [72, 48]]
+FAMILIES: dict[str, dict] = {
+    "llava_next": {"image_grid_pinpoints": PINPOINTS, "image_newline": True},
+    "llava_next_video": {
+        "image_grid_pinpoints": PINPOINTS,
+        "image_newline": True,
+        "video_token_id": VIDEO_TOKEN_ID,
+        "spatial_pool_stride": 2,
+    },
+    "llava_onevision": {
+        "image_grid_pinpoints": PINPOINTS,
+        "image_newline": True,
+        "vision_aspect_ratio": "anyres_max_4",
+        "video_token_id": VIDEO_TOKEN_ID,
+        "spatial_pool_mode": "bilinear",
+        "spatial_pool_stride": 2,
+        "video_newline": True,
+    },
+    "tiles": {"image_grid_pinpoints": PINPOINTS, "image_overview": False},
+}
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -74,7 +103,7 @@ CHAT_TEMPLATE = """\
 {{- message['content'] + ' ' -}}
 {%- else -%}
 {%- for part in message['content'] -%}
-{{- '<image>' if part['type'] == 'image' else part['text'] + ' ' -}}
+{{- '<' + part['type'] + '>' if part['type'] in ('image', 'video') else part['text'] + ' ' -}}
 {%- endfor -%}
 {%- endif -%}
 {%- endfor -%}
@@ -105,7 +134,7 @@ def build_model(vision="clip", text="llama", seed=0, **kwargs) -> DecoForConditi
     return randomize(DecoForConditionalGeneration(build_config(vision, text, **kwargs)), seed)
 
 
-def build_tokenizer(with_image_token=True, **kwargs) -> PreTrainedTokenizerFast:
+def build_tokenizer(with_image_token=True, with_video_token=False, **kwargs) -> PreTrainedTokenizerFast:
     words = (*SPECIAL_TOKENS, *WORDS)
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -115,6 +144,8 @@ def build_tokenizer(with_image_token=True, **kwargs) -> PreTrainedTokenizerFast:
     )
     if with_image_token:
         tokenizer.add_tokens("<image>", special_tokens=True)
+    if with_video_token:
+        tokenizer.add_tokens("<video>", special_tokens=True)
     return tokenizer
 
 
@@ -124,6 +155,27 @@ def build_image_processor(size: int = IMAGE_SIZE) -> CLIPImageProcessorPil:
 
 def build_processor(pooled_grid_size=3, **kwargs) -> DecoProcessor:
     return DecoProcessor(build_image_processor(), build_tokenizer(), pooled_grid_size=pooled_grid_size, **kwargs)
+
+
+def build_family(family: str, pooled_grid_size=3, seed=0, **kwargs) -> DecoForConditionalGeneration:
+    """A DeCo with the views and videos of a family of LLaVA."""
+    vision, text = ("siglip", "qwen2") if family == "llava_onevision" else ("clip", "llama")
+    text_config = {**TEXT_CONFIGS[text], "max_position_embeddings": 2048}
+    fields = {"image_token_id": IMAGE_TOKEN_ID, "pooled_grid_size": pooled_grid_size, **FAMILIES[family], **kwargs}
+    config = DecoConfig(vision_config=VISION_CONFIGS[vision], text_config=text_config, **fields)
+    return randomize(DecoForConditionalGeneration(config), seed)
+
+
+def build_family_processor(config: DecoConfig) -> DecoProcessor:
+    """The processor of a model of `build_family`."""
+    image_processor = LlavaOnevisionImageProcessorPil if config.video_newline else LlavaNextImageProcessorPil
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return DecoProcessor(
+        image_processor(size=size, crop_size=size, image_grid_pinpoints=config.image_grid_pinpoints),
+        build_tokenizer(with_video_token=config.video_token_id is not None),
+        chat_template=CHAT_TEMPLATE,
+        **arguments_of_config(config),
+    )
 
 
 def picture(seed: int, height: int = 30, width: int = 40) -> Image.Image:

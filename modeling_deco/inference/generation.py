@@ -65,10 +65,7 @@ def num_positions(model: PreTrainedModel, inputs: BatchFeature) -> int:
     deco = model.model
     if deco.check_image_positions(inputs.get("image_positions")) == "sequence":
         return inputs["input_ids"].shape[-1]
-    is_image = deco.find_placeholders(inputs["input_ids"], None)
-    patch_grids = deco.patch_grids(inputs.get("pixel_values"), inputs.get("spatial_shapes"))
-    grids, mask = inputs.get("pooled_grid_sizes"), inputs.get("attention_mask")
-    return int(deco.position_behind(is_image, patch_grids, grids, mask).max())
+    return int(deco.position_behind(inputs).max())
 
 
 def check_length(model: PreTrainedModel, inputs: BatchFeature) -> None:

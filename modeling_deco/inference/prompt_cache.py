@@ -93,10 +93,7 @@ class PromptCache:
 
     def _position_behind(self, inputs: dict, length: int) -> torch.LongTensor:
         """Where the tokens of a prompt go on behind the first `length`, which have whole images."""
-        deco = self.model.model
-        is_image = deco.find_placeholders(inputs["input_ids"], None)[:, :length]
-        patch_grids = deco.patch_grids(inputs.get("pixel_values"), inputs.get("spatial_shapes"))
-        return deco.position_behind(is_image, patch_grids, inputs.get("pooled_grid_sizes"))
+        return self.model.model.position_behind(inputs, length)
 
     def _read(self, inputs: dict) -> "_Prompt | None":
         """Read the prompt from the arguments of `generate`; None if the cache cannot be used."""

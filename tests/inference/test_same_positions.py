@@ -172,7 +172,9 @@ def test_encoded_images_come_with_their_grids(model, processor):
     generated = model.generate(**text, **grids, mm_encoder_outputs=dict(encoded), **OPTIONS)
     assert torch.equal(generated[:, text["input_ids"].shape[1] :], expected)
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match=r"images of \[4\] tokens.*\(3, 3\).*pass the pooled_grid_sizes"):
+        with pytest.raises(
+            ValueError, match=r"images of \[4\] tokens, and their grids give \[9\]: pass the pooled_grid_sizes"
+        ):
             call(**text, mm_encoder_outputs=dict(encoded))
 
 

@@ -43,6 +43,7 @@ CODE_FILES = {
     "processing_deco.py",
     "projectors.py",
     "videos.py",
+    "views.py",
 }
 
 # --- registered by import --------------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def modules_for_the_projector():
 
 
 def test_the_projector_comes_without_the_models(fresh):
-    expected = ["_registration", "configuration_deco", "hub", "projectors"]
+    expected = ["_registration", "configuration_deco", "hub", "projectors", "views"]
     assert fresh.run(modules_for_the_projector) == [f"modeling_deco.{name}" for name in expected]
 
 

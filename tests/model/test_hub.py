@@ -44,6 +44,7 @@ CODE_FILES = {
     "processing_deco.py",
     "projectors.py",
     "videos.py",
+    "views.py",
 }
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}

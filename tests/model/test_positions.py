@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 
 from modeling_deco import DecoConfig, DecoForConditionalGeneration
 from modeling_deco.modeling_deco import CACHE_NAME
-from modeling_deco.positions import image_offsets, patch_position_ids
+from modeling_deco.positions import image_offsets, patch_position_ids, places
+from modeling_deco.views import one_map
 
 GRIDS = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (2, 5), (1, 6)]
 
@@ -110,7 +111,7 @@ def test_forward_numbers_a_batch_of_unlike_images(model, grid):
 def test_right_padding_and_placeholders_in_it_take_no_position():
     ids = torch.tensor([[1, *[IMAGE_TOKEN_ID] * 9, 5, 6], [1, 5, 6, *[IMAGE_TOKEN_ID] * 9]])
     mask = torch.tensor([[1] * 12, [1] * 3 + [0] * 9])
-    positions = patch_position_ids(ids == IMAGE_TOKEN_ID, (6, 6), (3, 3), mask)
+    positions = patch_position_ids([places(ids == IMAGE_TOKEN_ID, one_map((6, 6), (3, 3)))], mask)
     assert positions[0].tolist() == expected_positions(ids[0].tolist(), [(3, 3)])
     assert positions[1].tolist() == [0, 1, 2] + [0] * 9
 
@@ -121,7 +122,9 @@ def test_a_mask_of_pairs_counts_what_a_token_attends_to():
     ids = torch.tensor([[1, *image, *questions[0], *questions[1]]])
     mask = torch.ones(10, 10, dtype=torch.bool).tril()
     mask[8:, 5:8] = False
-    positions = patch_position_ids(ids == IMAGE_TOKEN_ID, (6, 6), (2, 2), mask[None, None])[0].tolist()
+    positions = patch_position_ids([places(ids == IMAGE_TOKEN_ID, one_map((6, 6), (2, 2)))], mask[None, None])[
+        0
+    ].tolist()
     for question, start in zip(questions, (5, 8), strict=True):
         alone = expected_positions([1, *image, *question], [(2, 2)])
         assert positions[:5] == alone[:5]
