@@ -293,13 +293,13 @@ def expand_images(batch: dict[str, Any], pooled_grid_size, processor: DecoProces
     if pooled_grid_size is not None:
         inputs["pooled_grid_sizes"] = torch.tensor(grids, device=owners.device)
     if (owners > SHARED).any():
-        inputs["attention_mask"] = _independent(owners)
+        inputs["attention_mask"] = independent_mask(owners)
     else:
         inputs["attention_mask"] = (owners != PADDING).long()
     return inputs
 
 
-def _independent(owners: torch.Tensor) -> torch.Tensor:
+def independent_mask(owners: torch.Tensor) -> torch.Tensor:
     """The mask `(batch, 1, sequence, sequence)` of turns that attend to shared tokens and to themselves alone."""
     length = owners.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=owners.device).tril()

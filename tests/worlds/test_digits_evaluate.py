@@ -38,7 +38,7 @@ def test_the_shipped_checkpoint_holds_a_conversation(shipped):
 
 def test_standard_error_counts_pictures_not_questions():
     # Ten questions of a picture that are right or wrong together are one observation: sqrt(p (1 - p) / (n - 1)).
-    summary = evaluate._summary([[True] * 10] * 60 + [[False] * 10] * 40)
+    summary = evaluate.summary([[True] * 10] * 60 + [[False] * 10] * 40)
     assert summary == {
         "accuracy": 60.0,
         "standard_error": pytest.approx(100 * (0.24 / 99) ** 0.5, abs=0.01),

@@ -64,6 +64,16 @@ def test_answers_agree_with_the_digits_and_begin_with_what_was_asked_for(scenes)
     assert min(seen.values()) > 0.95 * len(scenes)
 
 
+def test_boxes_of_larger_pictures_are_in_units_of_the_picture():
+    scene = render("validation", 1, min_digits=2, scale=3)
+    (question,) = ask(scene, 1, ["locate"])
+    digit = next(digit for digit in scene.digits if str(digit.value) == question.answer[0])
+    assert question.box == tuple(edge / 3 for edge in digit.box)
+    assert [int(edge) for edge in question.answer.rstrip(".").split()[1:]] == pytest.approx(
+        [edge / 12 for edge in digit.box], abs=0.5
+    )
+
+
 @pytest.mark.parametrize("kind", ["existence", "relation"])
 def test_yes_and_no_are_balanced(kind):
     answers = [

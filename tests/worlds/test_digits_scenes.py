@@ -117,3 +117,22 @@ def test_distortions_are_for_training_only():
     }
     assert max(heights["test"]) <= 34  # a scan of 8 rows at 32 pixels, and what the spline swings over
     assert max(heights["train"]) > 36
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_larger_pictures_have_digits_of_the_same_size(scale):
+    scenes = [render("validation", index, min_digits=2, scale=scale) for index in range(40)]
+    assert {scene.image.size for scene in scenes} == {(scale * 96, scale * 96)}
+    assert {scene.scale for scene in scenes} == {scale}
+    heights = [digit.box[3] - digit.box[1] for scene in scenes for digit in scene.digits]
+    assert 12 <= min(heights)
+    assert max(heights) <= 34
+    for scene in scenes:
+        ink, boxed = np.asarray(scene.image).max(-1) > 75, np.zeros(scene.image.size, dtype=bool)
+        for digit in scene.digits:
+            x0, y0, x1, y1 = digit.box
+            boxed[y0:y1, x0:x1] = True
+        assert not ink[~boxed].any()
+        centers = [digit.center[0] for digit in scene.digits]
+        assert (np.diff(centers) >= 6 * scale).all()
+    assert max(max(digit.box) for scene in scenes for digit in scene.digits) > 90 * scale

@@ -76,7 +76,7 @@ def accuracy_by_turn(model, processor, split, num_pictures, pooled_grid_size=Non
             answers += answer(model, processor, images[batch], texts[batch], pooled_grid_size, earlier[batch])
         hits[f"question {turn}"] = [[score(*pair)] for pair in zip(row, answers, strict=True)]
         earlier = [[*turns, pair] for turns, *pair in zip(earlier, texts, answers, strict=True)]
-    return {turn: _summary(by_picture) for turn, by_picture in hits.items()}
+    return {turn: summary(by_picture) for turn, by_picture in hits.items()}
 
 
 def accuracy_by_kind(
@@ -107,10 +107,10 @@ def accuracy_by_kind(
         for (index, _, question), text in zip(batch, answers, strict=True):
             hits[question.kind][index].append(score(question, text))
     model.train(was_training)
-    return {kind: _summary(by_picture.values()) for kind, by_picture in hits.items()}
+    return {kind: summary(by_picture.values()) for kind, by_picture in hits.items()}
 
 
-def _summary(hits_by_picture) -> dict[str, float]:
+def summary(hits_by_picture) -> dict[str, float]:
     """Mean over questions, and its standard error over pictures, the independent units (ratio estimator)."""
     right = np.array([sum(hits) for hits in hits_by_picture], dtype=float)
     total = np.array([len(hits) for hits in hits_by_picture], dtype=float)

@@ -21,20 +21,22 @@ import torch
 from .boxes import box_iou
 from .scenes import Box, Scene
 
-BOX_UNIT = 4  # pixels; answers give the edges of a box in this unit, 0 to 24
-MIN_RELATION_STEP = 8  # pixels between the centers of two digits, on the axis of the question
+BOX_UNIT = 4  # of 96 pixels; answers give the edges of a box in this unit, 0 to 24
+MIN_RELATION_STEP = 8  # of 96 pixels between the centers of two digits, on the axis of the question
 
+ExactBox = tuple[float, float, float, float]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene and its reference answer. `locate` has the exact `box` in pixels."""
+    """A question about a scene and its reference answer. `locate` has the exact `box` in pixels, in a picture that is
+    96 pixels wide or was scaled to that."""
 
     kind: str
     text: str
     answer: str
-    box: Box | None = None
+    box: ExactBox | None = None
 
 
 def _existence_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -74,7 +76,7 @@ def _relation_questions(scene: Scene, rng: np.random.Generator) -> list[Question
         for axis, words in enumerate(("left of", "above")):
             one, other = _shuffled(pair, rng)
             step = other.center[axis] - one.center[axis]
-            if abs(step) >= MIN_RELATION_STEP:
+            if abs(step) >= MIN_RELATION_STEP * scene.scale:
                 question = f"Is the {one.value} {words} the {other.value}?"
                 answer = f"{one.value} {words} {other.value} {'yes' if step > 0 else 'no'}."
                 found.append(Question("relation", question, answer))
@@ -82,15 +84,12 @@ def _relation_questions(scene: Scene, rng: np.random.Generator) -> list[Question
 
 
 def _locate_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    return [
-        Question(
-            "locate",
-            f"Where is the {digit.value}?",
-            f"{digit.value} {' '.join(map(str, coarse_box(digit.box)))}.",
-            box=digit.box,
-        )
-        for digit in _shuffled(scene.digits, rng)
-    ]
+    found = []
+    for digit in _shuffled(scene.digits, rng):
+        x0, y0, x1, y1 = (edge / scene.scale for edge in digit.box)
+        answer = f"{digit.value} {' '.join(map(str, coarse_box((x0, y0, x1, y1))))}."
+        found.append(Question("locate", f"Where is the {digit.value}?", answer, box=(x0, y0, x1, y1)))
+    return found
 
 
 _ASKERS = {
@@ -121,7 +120,7 @@ def _shuffled(items: Sequence[T], rng: np.random.Generator) -> list[T]:
     return [items[position] for position in rng.permutation(len(items))]
 
 
-def coarse_box(box: Box) -> Box:
+def coarse_box(box: ExactBox) -> Box:
     """Round the edges of a box to units of `BOX_UNIT` pixels. The result is never empty."""
     x0, y0, x1, y1 = (math.floor(edge / BOX_UNIT + 0.5) for edge in box)
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)

@@ -5,7 +5,8 @@
 The handwriting is scikit-learn's bundled `load_digits`: 1797 scans of 8 x 8 pixels, with no download. The scans are
 split: a fifth is `test`, a tenth `validation`, and the rest `train`. A scene is a picture of 96 x 96 pixels whose
 digits have different classes and do not touch. It depends on `(split, seed, index)` alone, so a data set is a range of
-indices. Only scans of `train` are distorted.
+indices. Only scans of `train` are distorted. Larger pictures have digits of the same size in pixels: they are small
+where such a picture is seen as a whole.
 """
 
 import math
@@ -22,7 +23,7 @@ SPLIT_SEED = 20985
 IMAGE_SIZE = 96
 MIN_DIGIT_SIZE, MAX_DIGIT_SIZE = 20, 32
 MIN_GAP = 2  # pixels between two digits
-MIN_READING_STEP = 6  # pixels in x between the centers of two digits; closer ones have no clear reading order
+MIN_READING_STEP = 6  # of 96 pixels in x between the centers of two digits; closer ones have no clear reading order
 
 COLOURS = {
     "red": (235, 60, 55),
@@ -67,6 +68,11 @@ class Scene:
     image: Image.Image
     digits: tuple[Digit, ...]
 
+    @property
+    def scale(self) -> int:
+        """Side of the picture in units of `IMAGE_SIZE`."""
+        return self.image.width // IMAGE_SIZE
+
 
 # --- scans -----------------------------------------------------------------------------------------------------------
 
@@ -89,9 +95,14 @@ def _split_indices() -> dict[str, np.ndarray]:
 
 def scan_indices(split: str) -> np.ndarray:
     """Indices into `load_digits` of the scans of a split. No scan is in two splits."""
+    return _split_indices()[SPLITS[split_number(split)]]
+
+
+def split_number(split: str) -> int:
+    """The index of a split in `SPLITS`. An unknown one raises a ValueError."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}.")
-    return _split_indices()[split]
+    return SPLITS.index(split)
 
 
 @lru_cache(maxsize=len(SPLITS))
@@ -138,18 +149,19 @@ def _glyph(scan: int, size: float, distort: bool, rng: np.random.Generator) -> n
     return np.where(ink, opacity, 0.0)[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _place(shapes: list[tuple[int, int]], rng: np.random.Generator) -> list[Box]:
+def _place(shapes: list[tuple[int, int]], rng: np.random.Generator, scale: int) -> list[Box]:
     """Random boxes of the given `(height, width)` that keep their distances. Retries until all fit."""
+    size, reading_step = scale * IMAGE_SIZE, scale * MIN_READING_STEP
     while True:
         boxes: list[Box] = []
         for height, width in shapes:
-            left = rng.integers(0, IMAGE_SIZE - width + 1, size=32)
-            top = rng.integers(0, IMAGE_SIZE - height + 1, size=32)
+            left = rng.integers(0, size - width + 1, size=32)
+            top = rng.integers(0, size - height + 1, size=32)
             free = np.ones(32, dtype=bool)
             for x0, y0, x1, y1 in boxes:
                 apart = (left >= x1 + MIN_GAP) | (left + width <= x0 - MIN_GAP)
                 apart |= (top >= y1 + MIN_GAP) | (top + height <= y0 - MIN_GAP)
-                free &= apart & (np.abs(2 * left + width - x0 - x1) >= 2 * MIN_READING_STEP)
+                free &= apart & (np.abs(2 * left + width - x0 - x1) >= 2 * reading_step)
             if not free.any():
                 break
             x, y = int(left[free.argmax()]), int(top[free.argmax()])
@@ -158,44 +170,58 @@ def _place(shapes: list[tuple[int, int]], rng: np.random.Generator) -> list[Box]
             return boxes
 
 
-@lru_cache(maxsize=1)
-def _cloud_basis() -> np.ndarray:
-    """Weights `(96, 4)` of the linear interpolation from 4 knots to a side of the picture."""
-    return np.stack([np.interp(np.linspace(0, 3, IMAGE_SIZE), range(4), row) for row in np.eye(4)], axis=1)
+@lru_cache
+def _cloud_basis(size: int) -> np.ndarray:
+    """Weights `(size, 4)` of the linear interpolation from 4 knots to a side of the picture."""
+    return np.stack([np.interp(np.linspace(0, 3, size), range(4), row) for row in np.eye(4)], axis=1)
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
-    """Dark clouds with pixel noise: `(96, 96, 3)`, with values up to 70."""
-    basis = _cloud_basis()
+def background(rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Dark clouds with pixel noise: `(size, size, 3)`, with values up to 70."""
+    basis = _cloud_basis(size)
     knots = rng.uniform(4, 52, size=(3, 4, 4))
     clouds = (basis @ knots @ basis.T).transpose(1, 2, 0)
-    return clouds + rng.integers(0, 18, size=(IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    return clouds + rng.integers(0, 18, size=(size, size, 3), dtype=np.uint8)
 
 
-def render(split: str, index: int, seed: int = 0, min_digits: int = 1, max_digits: int = 4) -> Scene:
+def random_glyph(split: str, value: int, rng: np.random.Generator) -> np.ndarray:
+    """A digit in a scan and a size of its own: opacity `(height, width)`, cropped to its ink."""
+    scan = rng.choice(_scans_by_class(split)[value])
+    return _glyph(scan, rng.uniform(MIN_DIGIT_SIZE, MAX_DIGIT_SIZE), split == "train", rng)
+
+
+def random_ink(colour: str, rng: np.random.Generator) -> np.ndarray:
+    """A shade of a colour, `(3,)`, from 0 to 255."""
+    return np.clip(np.array(COLOURS[colour]) * rng.uniform(0.88, 1.0) + rng.uniform(-12, 12, size=3), 0, 255)
+
+
+def paint(canvas: np.ndarray, glyph: np.ndarray, ink: np.ndarray, box: Box) -> None:
+    """Paint a digit over a canvas `(height, width, 3)`."""
+    x0, y0, x1, y1 = box
+    canvas[y0:y1, x0:x1] += glyph[..., None] * (ink - canvas[y0:y1, x0:x1])
+
+
+def render(split: str, index: int, seed: int = 0, min_digits: int = 1, max_digits: int = 4, scale: int = 1) -> Scene:
     """Render scene `index` of `split`. The same arguments give the same scene on every machine.
+
+    Args:
+        scale: side of the picture in units of 96 pixels. The digits keep their size in pixels.
 
     Raises:
         ValueError: the split is unknown, or a number of digits is not within 1 to 10.
     """
     if not 1 <= min_digits <= max_digits <= 10:
         raise ValueError(f"min_digits={min_digits} and max_digits={max_digits} must satisfy 1 <= min <= max <= 10.")
-    by_class = _scans_by_class(split)
-    distort = split == "train"
-    rng = np.random.default_rng([SPLITS.index(split), seed, index])
+    rng = np.random.default_rng([split_number(split), seed, index])
 
     values = rng.choice(10, size=rng.integers(min_digits, max_digits + 1), replace=False)
     colours = rng.choice(list(COLOURS), size=len(values))
-    glyphs = [
-        _glyph(rng.choice(by_class[value]), rng.uniform(MIN_DIGIT_SIZE, MAX_DIGIT_SIZE), distort, rng)
-        for value in values
-    ]
-    boxes = _place([glyph.shape for glyph in glyphs], rng)
+    glyphs = [random_glyph(split, value, rng) for value in values]
+    boxes = _place([glyph.shape for glyph in glyphs], rng, scale)
 
-    canvas = _background(rng)
-    for glyph, colour, (x0, y0, x1, y1) in zip(glyphs, colours, boxes, strict=True):
-        ink = np.clip(np.array(COLOURS[colour]) * rng.uniform(0.88, 1.0) + rng.uniform(-12, 12, size=3), 0, 255)
-        canvas[y0:y1, x0:x1] += glyph[..., None] * (ink - canvas[y0:y1, x0:x1])
+    canvas = background(rng, scale * IMAGE_SIZE)
+    for glyph, colour, box in zip(glyphs, colours, boxes, strict=True):
+        paint(canvas, glyph, random_ink(colour, rng), box)
     digits = [Digit(int(value), str(colour), box) for value, colour, box in zip(values, colours, boxes, strict=True)]
     digits.sort(key=lambda digit: digit.center[0])
     return Scene(Image.fromarray(canvas.round().astype(np.uint8)), tuple(digits))

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = """\
 {{ content | trim }}
 {%- else -%}
 {%- for part in content -%}
-{{ '<image>' if part['type'] == 'image' else (part['text'] | trim) }}
+{{ '<' + part['type'] + '>' if part['type'] in ('image', 'video') else (part['text'] | trim) }}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
@@ -47,9 +47,15 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of 58 tokens: the words of the questions and answers, in lower case."""
-    vocabulary = {word: number for number, word in enumerate(SPECIAL_TOKENS + WORDS)}
+def build_tokenizer(video_words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of 58 tokens: the words of the questions and answers, in lower case.
+
+    Args:
+        video_words: the words of questions about clips. With them there are also `<video>` and these words, behind
+            the 58 tokens.
+    """
+    words = SPECIAL_TOKENS + WORDS + (("<video>", *video_words) if video_words else ())
+    vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -63,7 +69,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
+        extra_special_tokens={
+            "image_token": "<image>",
+            "user_token": "<user>",
+            "assistant_token": "<assistant>",
+            **({"video_token": "<video>"} if video_words else {}),
+        },
         chat_template=CHAT_TEMPLATE,
         model_input_names=["input_ids", "attention_mask"],
         model_max_length=1024,
