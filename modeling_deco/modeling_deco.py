@@ -318,8 +318,8 @@ class DecoPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (CAbstractorProjector, GridPositions, QueryProjector)):
             module.reset_parameters()
-        elif isinstance(module, DecoModel) and module.image_newline is not None:
-            init.normal_(module.image_newline, std=self.config.text_hidden_size**-0.5)
+        elif isinstance(module, DecoModel):
+            module.reset_newline()
 
     def post_init(self):
         super().post_init()
@@ -358,6 +358,11 @@ class DecoModel(DecoPreTrainedModel):
             *(rf"vision_tower\.encoder\.layers?\.{layer}\." for layer in unused),
         ]
         self.post_init()
+
+    def reset_newline(self) -> None:
+        """LLaVA's initialization of the newline, if the model has one."""
+        if self.image_newline is not None:
+            init.normal_(self.image_newline, std=self.config.text_hidden_size**-0.5)
 
     def check_image_positions(self, image_positions: str | None = None) -> str:
         """`DecoConfig.check_image_positions`; it also refuses `"patch"` if the language model uses no positions."""
@@ -1049,9 +1054,11 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         text_model_name_or_path: str,
         image_token_id: int | None = None,
         dtype: str | torch.dtype = "auto",
+        takes_videos: bool = False,
         **config_kwargs,
     ) -> "DecoForConditionalGeneration":
-        """Join two pretrained backbones with a new projector, to start stage 1 of training.
+        """Join two pretrained backbones with a new projector, to start stage 1 of training. With `image_newline` or
+        `video_newline`, the newline is new too.
 
         Args:
             vision_model_name_or_path: a vision tower, or a model that has one (CLIP, SigLIP).
@@ -1060,19 +1067,24 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
                 tokenizer, to which it is added if necessary, as in `DecoProcessor.from_vision_text_pretrained`. If the
                 id is outside the embeddings, they are resized to a multiple of 64.
             dtype: of all parts; `"auto"` takes the language model's.
+            takes_videos: whether `"<video>"` is added to the tokenizer too, for the config's `video_token_id`.
             config_kwargs: more fields of `DecoConfig`.
         """
         text_model = _load_text_model(text_model_name_or_path, dtype)
         own_logits = _own_logits(text_model)
-        if image_token_id is None:
+        if image_token_id is None or takes_videos:
             # imported here to avoid a circle: its module imports the one that registers this class
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, trust_remote_code=False)
-            tokenizer.add_tokens("<image>", special_tokens=True)
-            image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-        if image_token_id >= text_model.config.get_text_config().vocab_size:
-            text_model.resize_token_embeddings(image_token_id + 1, pad_to_multiple_of=64)
+            tokenizer.add_tokens(["<image>", "<video>"] if takes_videos else "<image>", special_tokens=True)
+            if image_token_id is None:
+                image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+            if takes_videos:
+                config_kwargs["video_token_id"] = tokenizer.convert_tokens_to_ids("<video>")
+        largest_id = max(image_token_id, config_kwargs.get("video_token_id") or 0)
+        if largest_id >= text_model.config.get_text_config().vocab_size:
+            text_model.resize_token_embeddings(largest_id + 1, pad_to_multiple_of=64)
 
         vision_config = AutoConfig.from_pretrained(vision_model_name_or_path, trust_remote_code=False)
         vision_config = getattr(vision_config, "vision_config", vision_config)
@@ -1103,6 +1115,10 @@ class DecoForConditionalGeneration(DecoPreTrainedModel, GenerationMixin):
         # private, seen in transformers 5.19 to 5.24
         projector.smart_apply(model._initialize_weights, cls.is_custom_code())  # transformers' parts have their own
         model.model.multi_modal_projector = projector.to(text_model.dtype)
+        if config.has_newline:
+            newline = torch.empty(config.text_hidden_size, dtype=text_model.dtype)
+            model.model.image_newline = nn.Parameter(newline)
+            model.model.reset_newline()
         model.generation_config = text_model.generation_config
         suppressed = model.generation_config.suppress_tokens or []
         model.generation_config.suppress_tokens = model._with_image_token(suppressed)

@@ -38,7 +38,7 @@ from .llava import (
 )
 from .pixels import channels_first, read_image
 from .videos import read_video
-from .views import Grid, TokenMap, Views, largest_grid, num_map_tokens, num_map_views, one_map
+from .views import Grid, TokenMap, Views, largest_grid, num_map_tokens, num_map_views, one_map, parse_aspect_ratio
 
 # Arguments of a call that transformers does not know
 _IMAGE_OPTIONS = ("pooled_grid_size", "max_image_tokens", "tiles")
@@ -189,7 +189,12 @@ class DecoProcessor(ProcessorMixin):
 
     @classmethod
     def from_vision_text_pretrained(
-        cls, vision_model_name_or_path: str, text_model_name_or_path: str, pooled_grid_size=12, chat_template=None
+        cls,
+        vision_model_name_or_path: str,
+        text_model_name_or_path: str,
+        pooled_grid_size=12,
+        chat_template=None,
+        config: DecoConfig | None = None,
     ) -> "DecoProcessor":
         """Make the processor for `DecoForConditionalGeneration.from_vision_text_pretrained`: the vision tower's image
         processor and the language model's tokenizer, with `"<image>"` added if it is missing.
@@ -201,12 +206,15 @@ class DecoProcessor(ProcessorMixin):
             chat_template: Jinja template, or a name in `chat_templates.CHAT_TEMPLATES`: `"chatml"`, `"llama3"`, ...
                 Default: the language model's own template, adapted to show images. If it has no template, the format
                 that its special tokens indicate, or none.
+            config: the model's, if it has views or takes videos. Images are then cut into its views, and `"<video>"`
+                is added too.
 
         Raises:
             ValueError: the language model's chat template cannot show images.
         """
         tokenizer = AutoTokenizer.from_pretrained(text_model_name_or_path, trust_remote_code=False)
-        tokenizer.add_tokens("<image>", special_tokens=True)
+        takes_videos = config is not None and config.video_token_id is not None
+        tokenizer.add_tokens(["<image>", "<video>"] if takes_videos else "<image>", special_tokens=True)
         image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, trust_remote_code=False)
         vision_config = AutoConfig.from_pretrained(vision_model_name_or_path, trust_remote_code=False)
         patch_size = getattr(vision_config, "vision_config", vision_config).patch_size
@@ -220,13 +228,11 @@ class DecoProcessor(ProcessorMixin):
                     f"The chat template of {text_model_name_or_path} cannot show images, and its format is not "
                     f"recognized. Name the format by chat_template: {', '.join(CHAT_TEMPLATES)}, or a Jinja template."
                 )
-        return cls(
-            image_processor,
-            tokenizer,
-            pooled_grid_size,
-            CHAT_TEMPLATES.get(chat_template, chat_template),
-            patch_size=patch_size,
-        )
+        own = {"pooled_grid_size": pooled_grid_size, "patch_size": patch_size}
+        if config is not None:
+            image_processor = _with_views(image_processor, config)
+            own = arguments_of_config(config) | own
+        return cls(image_processor, tokenizer, chat_template=CHAT_TEMPLATES.get(chat_template, chat_template), **own)
 
     def __call__(
         self,
@@ -531,13 +537,10 @@ class DecoProcessor(ProcessorMixin):
         is_naflex = hasattr(self.image_processor, "max_num_patches")
         if not self._has_pinpoints and not is_naflex:
             return self.image_processor
-        settings = self.image_processor.to_dict()
+        settings = _preparation(self.image_processor)
         if is_naflex:
             side = isqrt(self.image_processor.max_num_patches) * self.image_processor.patch_size
             settings["size"] = {"height": side, "width": side}
-        names = {"size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "resample"}
-        names |= {"do_normalize", "image_mean", "image_std", "do_convert_rgb"}
-        settings = {name: settings[name] for name in names if settings.get(name) is not None}
         settings.setdefault("do_center_crop", False)
         return build_image_processor("CLIPImageProcessor", settings)
 
@@ -655,6 +658,29 @@ def arguments_of_config(config: DecoConfig) -> dict:
         "pooled_video_grid_size": config.pooled_video_grid_size,
         "frames_per_token_grid": config.frames_per_token_grid,
     }
+
+
+def _with_views(image_processor, config: DecoConfig):
+    """An image processor with the same preparation, which cuts images into the views of a config."""
+    if config.image_grid_pinpoints is None:
+        return image_processor
+    height, width = config.view_size
+    size = {"height": height, "width": width}
+    settings = {
+        **_preparation(image_processor),
+        "size": size,
+        "crop_size": size,
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+    }
+    has_cap = parse_aspect_ratio(config.vision_aspect_ratio) is not None
+    return build_image_processor("LlavaOnevisionImageProcessor" if has_cap else "LlavaNextImageProcessor", settings)
+
+
+def _preparation(image_processor) -> dict:
+    """The settings that say how an image processor prepares an image of one view."""
+    names = {"size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "resample"}
+    names |= {"do_normalize", "image_mean", "image_std", "do_convert_rgb"}
+    return {name: value for name, value in image_processor.to_dict().items() if name in names and value is not None}
 
 
 def _adapted(chat_template, tokenizer):

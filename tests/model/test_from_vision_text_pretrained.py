@@ -380,3 +380,27 @@ def test_embeddings_of_other_names_are_resized_with_their_head(model_type, visio
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert len(model.lm_head.weight) == model.config.text_config.vocab_size == 70
     assert model(torch.tensor([[1, 69]])).logits.shape == (1, 2, 70)
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@pytest.mark.parametrize("cap", ["anyres", "anyres_max_4"])
+def test_views_and_videos_are_new_with_the_projector(vision, cap, join, vision_folder, text_folder, tmp_path):
+    views = {"image_grid_pinpoints": tiny.PINPOINTS, "image_newline": True, "vision_aspect_ratio": cap}
+    model = join(vision, takes_videos=True, **views)
+    newline = model.model.image_newline
+    assert not newline.is_meta
+    assert 0 < newline.std() < 1
+    folders = vision_folder(vision), text_folder("llama")
+    processor = DecoProcessor.from_vision_text_pretrained(*folders, 3, chat_template="vicuna", config=model.config)
+    assert processor.video_token_id == model.config.video_token_id == tiny.IMAGE_TOKEN_ID + 1
+    image = tiny.picture(0, 30, 90)
+    inputs = processor(images=image, videos=[[image]], text="<image> ? <video>", return_tensors="pt")
+    view = tiny.build_image_processor()(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(inputs["pixel_values"][0, :1], view)  # the overview is the picture in one view
+    torch.testing.assert_close(inputs["pixel_values_videos"][0], view)
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, reloaded = DecoForConditionalGeneration.from_pretrained(tmp_path), DecoProcessor.from_pretrained(tmp_path)
+    again = reloaded(images=image, videos=[[image]], text="<image> ? <video>", return_tensors="pt")
+    assert torch.equal(loaded(**again).logits, expected)
