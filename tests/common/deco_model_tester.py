@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny DeCo models for the suites, in the form that they expect (see transformers' test_modeling_llava.py)."""
 
+from typing import ClassVar
+
 import torch
 from transformers_tests.test_modeling_common import floats_tensor, ids_tensor
 
@@ -23,6 +25,7 @@ class DecoModelTester:
     pooled_grid_size = 2
     image_positions = "patch"
     num_image_tokens = 4
+    config_fields: ClassVar[dict] = {}  # more fields of the config
     seq_length = encoder_seq_length = num_image_tokens + 7
     vision_config = {
         "model_type": "clip_vision_model",
@@ -58,20 +61,29 @@ class DecoModelTester:
             pooled_grid_size=self.pooled_grid_size,
             image_positions=self.image_positions,
             vision_feature_layer=-1,
+            **self.config_fields,
         )
 
     def prepare_config_and_inputs_for_common(self):
-        num_special_tokens = self.image_token_id + 1
+        num_special_tokens = max(self.placeholders) + 1
         input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size - num_special_tokens)
         input_ids += num_special_tokens
-        input_ids[:, : self.num_image_tokens] = self.image_token_id
-        image_size = self.vision_config["image_size"]
-        inputs = {
-            "pixel_values": floats_tensor([self.batch_size, 3, image_size, image_size]),
+        placeholders = [token for token, number in self.placeholders.items() for _ in range(number)]
+        input_ids[:, : len(placeholders)] = torch.tensor(placeholders)
+        return self.get_config(), {
+            **self.visual_inputs(),
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
         }
-        return self.get_config(), inputs
+
+    @property
+    def placeholders(self) -> dict[int, int]:
+        """Placeholders of a sample: each token, and how many there are."""
+        return {self.image_token_id: self.num_image_tokens}
+
+    def visual_inputs(self) -> dict[str, torch.Tensor]:
+        image_size = self.vision_config["image_size"]
+        return {"pixel_values": floats_tensor([self.batch_size, 3, image_size, image_size])}
 
 
 class Siglip2Qwen3Tester(DecoModelTester):
@@ -105,3 +117,39 @@ class Dinov2GemmaTester(DecoModelTester):
         "num_key_value_heads": 2,
         "head_dim": 8,
     }
+
+
+class ViewsTester(DecoModelTester):
+    """Pictures of an overview and two tiles. A newline ends each row of the stitched map."""
+
+    config_fields: ClassVar[dict] = {"image_grid_pinpoints": [[8, 8], [8, 16]], "image_newline": True}
+    image_sizes = ((8, 16), (11, 20), (6, 13))
+    num_image_tokens = 2 * 2 + 2 * (4 + 1)
+    seq_length = encoder_seq_length = num_image_tokens + 7
+
+    def visual_inputs(self):
+        return {
+            "pixel_values": floats_tensor([self.batch_size, 3, 3, 8, 8]),
+            "image_sizes": torch.tensor(self.image_sizes),
+        }
+
+
+class VideosTester(DecoModelTester):
+    """An image and a video of five frames, of which two are averaged. A newline is behind the last."""
+
+    video_token_id = 4
+    config_fields: ClassVar[dict] = {
+        "video_token_id": video_token_id,
+        "pooled_video_grid_size": 2,
+        "frames_per_token_grid": 2,
+        "video_newline": True,
+    }
+    num_image_tokens, num_video_tokens = 4, 3 * 4 + 1
+    seq_length = encoder_seq_length = num_image_tokens + num_video_tokens + 7
+
+    @property
+    def placeholders(self):
+        return {**super().placeholders, self.video_token_id: self.num_video_tokens}
+
+    def visual_inputs(self):
+        return {**super().visual_inputs(), "pixel_values_videos": floats_tensor([self.batch_size, 5, 3, 8, 8])}

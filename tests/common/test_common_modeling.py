@@ -5,7 +5,7 @@
 import unittest
 
 import pytest
-from deco_model_tester import DecoModelTester, Dinov2GemmaTester, Siglip2Qwen3Tester
+from deco_model_tester import DecoModelTester, Dinov2GemmaTester, Siglip2Qwen3Tester, VideosTester, ViewsTester
 from transformers_tests import test_modeling_common
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
@@ -41,17 +41,26 @@ class DecoModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
             common_properties=["image_token_id", "image_token_index", "pooled_grid_size", "num_image_tokens"],
         )
 
+    def _video_features_prepare_config_and_inputs(self):
+        config, inputs = super()._video_features_prepare_config_and_inputs()
+        if inputs["pixel_values_videos"].ndim == 4:  # the images, which become videos of one frame
+            inputs["pixel_values_videos"] = inputs["pixel_values_videos"][:, None]
+        return config, inputs
+
     def test_config(self):
         self.config_tester.run_common_tests()
 
     def test_mismatching_num_image_tokens(self):
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        number = self.model_tester.num_image_tokens
         for model_class in self.all_model_classes:
             model = model_class(config).eval()
-            with pytest.raises(ValueError, match="1 image.* give 4 features .* 12 placeholders"):
-                model(**{**inputs, "pixel_values": inputs["pixel_values"][:1]})
-            with pytest.raises(ValueError, match="3 image.* give 12 features .* 4 placeholders"):
-                model(input_ids=inputs["input_ids"][:1], pixel_values=inputs["pixel_values"])
+            image_inputs = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+            one_image = {name: value[:1] for name, value in image_inputs.items()}
+            with pytest.raises(ValueError, match=f"1 image.* give {number} features .* {3 * number} placeholders"):
+                model(**{**inputs, **one_image})
+            with pytest.raises(ValueError, match=f"3 image.* give {3 * number} features .* {number} placeholders"):
+                model(**image_inputs, input_ids=inputs["input_ids"][:1])
 
 
 class Siglip2Qwen3Test(DecoModelTest):
@@ -60,3 +69,24 @@ class Siglip2Qwen3Test(DecoModelTest):
 
 class Dinov2GemmaTest(DecoModelTest):
     model_tester_class = Dinov2GemmaTester
+
+
+class ViewsTest(DecoModelTest):
+    model_tester_class = ViewsTester
+    # the vision tower's batch has all views, as in LLaVA-NeXT
+    skip_test_image_features_output_shape = skip_test_video_features_output_shape = True
+
+    @pytest.mark.skip(reason="how many views a picture has depends on the values of image_sizes")
+    def test_torch_export(self):
+        pass
+
+
+class VideosTest(DecoModelTest):
+    model_tester_class = VideosTester
+    skip_test_video_features_output_shape = True  # the vision tower's batch has all frames
+
+    def test_mismatching_num_video_tokens(self):
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = DecoForConditionalGeneration(config).eval()
+        with pytest.raises(ValueError, match="1 video.* give 13 features .* 39 placeholders"):
+            model(**{**inputs, "pixel_values_videos": inputs["pixel_values_videos"][:1]})

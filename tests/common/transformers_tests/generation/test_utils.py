@@ -29,8 +29,8 @@ class GenerationTesterMixin:
 
     def _generate(self, model, inputs, **kwargs):
         kwargs = {"max_new_tokens": self.max_new_tokens, "do_sample": False, **kwargs}
-        # a generated image token would ask for an image
-        kwargs["bad_words_ids"] = [[model.config.image_token_id]]
+        # a generated placeholder would ask for an image or a video
+        kwargs["bad_words_ids"] = [[token] for token in self.model_tester.placeholders]
         return model.generate(**inputs, **kwargs, return_dict_in_generate=True, output_scores=True, output_logits=True)
 
     def _logits(self, model, inputs, sequences):
@@ -48,7 +48,7 @@ class GenerationTesterMixin:
 
     def _assert_greedy(self, model, inputs, sequences):
         logits = self._logits(model, inputs, sequences)
-        logits[..., model.config.image_token_id] = -torch.inf
+        logits[..., list(self.model_tester.placeholders)] = -torch.inf
         new_tokens = sequences[:, -logits.shape[1] :]
         assert new_tokens.tolist() == logits.argmax(-1).tolist()
 
@@ -121,8 +121,9 @@ class GenerationTesterMixin:
 
     def test_generate_text_only(self):
         model, inputs = self._model_and_inputs()
-        del inputs["pixel_values"]
-        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, 5)
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        for token in self.model_tester.placeholders:
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == token, 5)
         self._assert_greedy(model, inputs, self._generate(model, inputs).sequences)
 
     def test_generate_outputs_of_each_step(self):
