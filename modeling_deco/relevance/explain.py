@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ..inference.generation import check_length, encode
-from .forward import ATTENTION_CLASSES, encode_image, evaluation, generate, run_answer
+from .forward import ATTENTION_CLASSES, EncodedImage, encode_image, evaluation, generate, run_answer
+from .maps import view_patches
 from .rules import POOLING, explain_by_attention, explain_by_gae
 
 METHODS = ("gae", "attention")
@@ -29,7 +30,12 @@ class Relevance:
 
     The tensors are float32 on the CPU. They are not negative and not normalized: compare values within a map. Patches
     and queries are in row-major order: `text_to_patch.unflatten(1, patch_grid)`. The maps leave out the prefix tokens
-    of the vision tower (CLS, registers).
+    of the vision tower (CLS, registers), and padding.
+
+    A picture of several views has one map, over the patches of its stitched tiles without padding. Its queries are
+    those of the overview, if there is one, and then those of the stitched map. Newlines are left out. Each patch of
+    the overview gives its relevance to the patches that cover the same area, in proportion to what they cover, and the
+    two are added. So the sum of the map is that of overview and tiles.
 
     Attributes:
         answer: text of the answer.
@@ -37,12 +43,15 @@ class Relevance:
         token_ids: ids of each entry: one id, or those of a word.
         word_ids: index in `answer.split()` of the word that each entry belongs to; None for white space.
         patch_grid: `(rows, cols)` of the patches.
-        pooled_grid: `(rows, cols)` of the queries, which are the projector's outputs.
+        pooled_grid: `(rows, cols)` of the queries, which are the projector's outputs. Of several views, the stitched
+            map's.
         has_grid: whether queries have a position in the image; those of "qformer" and "resampler" have none.
         text_to_query: `(num_entries, num_queries)`.
         query_to_patch: `(num_entries, num_queries, num_patches)`. With method "gae" it differs between tokens.
         text_to_patch: `(num_entries, num_patches)`; for a token it is `text_to_query @ query_to_patch`.
-        image: `(height, width, 3)`, uint8: the image as the model sees it, after resizing, cropping or padding.
+        image: `(height, width, 3)`, uint8: the image as the model sees it, after resizing, cropping or padding; of
+            several views, the stitched tiles without padding.
+        overview_grid: `(rows, cols)` of the overview's queries, which come first; None without an overview.
     """
 
     answer: str
@@ -56,6 +65,7 @@ class Relevance:
     query_to_patch: torch.Tensor
     text_to_patch: torch.Tensor
     image: np.ndarray
+    overview_grid: tuple[int, int] | None = None
 
     def by_word(self) -> "Relevance":
         """Average over the tokens of each word. White space separates words.
@@ -209,19 +219,21 @@ def explain(
         maps = [explain_token(run, index) for index in range(len(explained))]
 
     text_to_query, query_to_patch = (torch.stack(part) for part in zip(*maps, strict=True))
+    *overview, whole = run.token_maps
     tokens = _decode_one_by_one(tokenizer, token_ids)
     return Relevance(
         answer=tokenizer.decode(token_ids).strip(),
         tokens=tokens,
         token_ids=[[token] for token in token_ids],
         word_ids=_find_word_ids(tokens),
-        patch_grid=run.projector.patch_grid,
-        pooled_grid=run.projector.pooled_grid,
+        patch_grid=whole.patch_grid,
+        pooled_grid=whole.pooled_grid,
         has_grid=projector_type not in ATTENTION_CLASSES,
         text_to_query=text_to_query,
         query_to_patch=query_to_patch,
         text_to_patch=(text_to_query[:, None] @ query_to_patch)[:, 0],
-        image=_picture(inputs, processor.image_processor, run.projector.patch_grid, deco.config),
+        image=_picture(inputs["pixel_values"], processor.image_processor, image, deco.config.vision_config.patch_size),
+        overview_grid=overview[0].pooled_grid if overview else None,
     )
 
 
@@ -233,17 +245,25 @@ def _find_deco(model: nn.Module) -> nn.Module:
     raise ValueError(f"explain needs a DecoForConditionalGeneration, got a {type(model).__name__}.")
 
 
-def _picture(inputs, image_processor, patch_grid: tuple[int, int], config) -> np.ndarray:
-    """Undo the normalization of the pixels under the patches. Returns `(height, width, 3)`."""
-    pixels = inputs["pixel_values"][0].detach().float().cpu()
-    (rows, cols), patch_size = patch_grid, config.vision_config.patch_size
-    if pixels.ndim == 2:  # SigLIP 2's flat patches: (max_num_patches, patch_size * patch_size * 3)
-        patches = pixels[: rows * cols].reshape(rows, cols, patch_size, patch_size, 3)
-        pixels = patches.transpose(1, 2).reshape(rows * patch_size, cols * patch_size, 3)
-    else:
-        pixels = pixels[:, : rows * patch_size, : cols * patch_size].permute(1, 2, 0)  # (height, width, 3)
+def _picture(pixels: torch.Tensor, image_processor, image: EncodedImage, patch_size: int) -> np.ndarray:
+    """Undo the normalization of the pixels under the patches of the picture. Returns `(height, width, 3)`."""
+    *others, whole = [token_map for token_map in image.maps if token_map.num_tokens > 0]
+    first_view = sum(token_map.num_views for token_map in others)
+    view, patch = view_patches(whole, image.view_grid)
+    pixels = _pixels_of_patches(pixels.detach().float().cpu(), image.view_grid, patch_size)[first_view + view, patch]
+    pixels = pixels.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (height, width, 3)
     if image_processor.do_normalize:
         pixels = pixels * torch.tensor(image_processor.image_std) + torch.tensor(image_processor.image_mean)
     if image_processor.do_rescale:
         pixels = pixels / image_processor.rescale_factor
     return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _pixels_of_patches(pixels: torch.Tensor, view_grid: tuple[int, int], patch_size: int) -> torch.Tensor:
+    """The pixels of each view's patches, `(num_views, num_patches, patch_size, patch_size, 3)`."""
+    if pixels.ndim == 3:  # SigLIP 2's flat patches: (1, max_num_patches, patch_size * patch_size * 3)
+        return pixels.unflatten(2, (patch_size, patch_size, 3))
+    views, (rows, cols) = pixels.flatten(0, -4), view_grid
+    views = views[:, :, : rows * patch_size, : cols * patch_size]
+    patches = views.unflatten(3, (cols, patch_size)).unflatten(2, (rows, patch_size))
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(1, 2)

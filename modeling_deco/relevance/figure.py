@@ -7,6 +7,7 @@ import math
 import torch
 
 from .explain import Relevance
+from .maps import spread
 
 LEVELS = ("patch", "query", "both")
 _MAX_COLUMNS = 6
@@ -63,10 +64,19 @@ def plot_relevance(relevance: Relevance, level: str = "patch"):
 
 
 def _draw_picture(axes, words: Relevance, level: str) -> None:
-    (rows, cols), unit = (words.patch_grid, "patches") if level == "patch" else (words.pooled_grid, "tokens")
-    has_grid = level == "patch" or words.has_grid
     axes.imshow(words.image)
-    axes.set_title(f"{rows} x {cols} {unit}" if has_grid else f"{rows * cols} {unit}, no grid", size="medium")
+    if level == "patch":
+        title = f"{_by(words.patch_grid)} patches"
+    elif words.has_grid:
+        overview = f"{_by(words.overview_grid)} + " if words.overview_grid is not None else ""
+        title = f"{overview}{_by(words.pooled_grid)} tokens"
+    else:
+        title = f"{math.prod(words.pooled_grid)} tokens, no grid"
+    axes.set_title(title, size="medium")
+
+
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]} x {grid[1]}"
 
 
 def _draw_word(axes, words: Relevance, index: int, level: str):
@@ -111,4 +121,8 @@ def describe_peak(relevance: Relevance, index: int, level: str = "patch") -> str
 def _maps(relevance: Relevance, level: str) -> tuple[torch.Tensor, tuple[int, int]]:
     if level == "patch":
         return relevance.text_to_patch, relevance.patch_grid
-    return relevance.text_to_query, relevance.pooled_grid
+    grid, text_to_query = relevance.pooled_grid, relevance.text_to_query
+    if relevance.overview_grid is None:
+        return text_to_query, grid
+    overview, whole = text_to_query.tensor_split([math.prod(relevance.overview_grid)], dim=1)
+    return overview @ spread(relevance.overview_grid, grid) + whole, grid

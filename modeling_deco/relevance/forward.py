@@ -14,6 +14,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..inference.quantization import Int8Linear
 from ..modeling_deco import IMAGE_INPUTS
+from ..views import Grid, TokenMap
+from .maps import view_patches, without_newlines
+
+_MASK = "pixel_attention_mask"
+_IMAGE_INPUTS = (*IMAGE_INPUTS, "batch_num_images")
 
 # Classes that compute attention in a projector and return its weights as second output.
 # private, seen in transformers 5.19 to 5.24
@@ -22,12 +27,10 @@ ATTENTION_CLASSES = {"qformer": "Blip2QFormerMultiHeadAttention", "resampler": "
 
 @dataclass
 class ProjectorCall:
-    """Inputs and outputs of the projector for one image."""
+    """Inputs and outputs of the projector for an image of one view."""
 
-    patch_features: torch.Tensor = field(init=False)  # (1, num_patches, vision_hidden_size)
-    patch_grid: tuple[int, int] = field(init=False)
-    pooled_grid: tuple[int, int] = field(init=False)
-    image_features: torch.Tensor = field(init=False)  # (1, num_queries, text_hidden_size)
+    patch_features: torch.Tensor | None = None  # (1, num_patches, vision_hidden_size)
+    image_features: torch.Tensor | None = None  # (1, num_queries, text_hidden_size)
     attentions: list[torch.Tensor] = field(default_factory=list)  # (1, heads, num_queries, keys)
     is_cross: list[bool] = field(default_factory=list)  # whether it is cross-attention
 
@@ -37,28 +40,38 @@ class EncodedImage(NamedTuple):
 
     outputs: BaseModelOutputWithPooling
     call: ProjectorCall
+    maps: list[TokenMap]
+    places: dict[str, torch.LongTensor]  # arguments from which the model computes positions
+    view_grid: Grid  # of a view's patches
 
-    @property
-    def grids(self) -> dict[str, torch.LongTensor]:
-        """The grids from which the model computes positions."""
-        return {
-            "pooled_grid_sizes": torch.tensor([self.call.pooled_grid]),
-            "spatial_shapes": torch.tensor([self.call.patch_grid]),
-        }
+
+class MapTokens(NamedTuple):
+    """A map of tokens, and where its patches and tokens are."""
+
+    token_map: TokenMap
+    patches: torch.LongTensor  # (num_patches,), in the outputs of the vision tower, one view after the other
+    queries: torch.LongTensor  # (rows * cols,), in the prompt, without newlines
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """One forward pass with its graph. Each layer has an attention `(1, heads, tokens, tokens)`."""
+    """One forward pass with its graph."""
 
     projector_type: str
-    tower: tuple[torch.Tensor, ...]
+    tower: tuple[torch.Tensor, ...]  # for each layer, (num_views, heads, tokens, tokens)
     projector: ProjectorCall
-    language: tuple[torch.Tensor, ...]
-    patches: slice  # positions in the vision tower's sequence
-    queries: torch.Tensor  # positions of the image tokens in the prompt
+    language: tuple[torch.Tensor, ...]  # for each layer, (1, heads, tokens, tokens)
+    maps: list[MapTokens]
     positions: list[int]  # positions that predict the explained tokens
     margins: list[torch.Tensor]  # of the explained tokens
+
+    @property
+    def token_maps(self) -> list[TokenMap]:
+        return [part.token_map for part in self.maps]
+
+    @property
+    def queries(self) -> torch.LongTensor:
+        return torch.cat([part.queries for part in self.maps])
 
 
 @contextmanager
@@ -110,21 +123,27 @@ def _with_sub_configs(config) -> Iterator:
 
 def encode_image(deco, inputs, method: str) -> EncodedImage:
     """Run the vision tower and the projector on the image."""
-    image_inputs = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
+    image_inputs = {name: inputs[name] for name in _IMAGE_INPUTS if name in inputs}
+    maps = deco.model.image_maps(**{name: value for name, value in image_inputs.items() if name != _MASK})[0]
+    places = {name: value for name, value in image_inputs.items() if name not in ("pixel_values", _MASK)}
+    view_grid = deco.config.patch_grid
+    if "image_sizes" not in places:  # the patch grid is that of the pixels
+        view_grid = maps[0].patch_grid
+        places["spatial_shapes"] = torch.tensor([view_grid])
     # activations then have a graph even if all parameters are frozen
     image_inputs["pixel_values"] = image_inputs["pixel_values"].clone().requires_grad_(method == "gae")
     with torch.set_grad_enabled(method == "gae"), _eager_attention(deco):
         with _recorded(deco.model.multi_modal_projector, deco.config.projector_type) as call:
             outputs = deco.model.get_image_features(**image_inputs, output_attentions=True, return_dict=True)
-    return EncodedImage(outputs, call)
+    return EncodedImage(outputs, call, maps, places, view_grid)
 
 
 def generate(deco, inputs, image: EncodedImage, generate_kwargs: dict) -> list[int]:
     """Generate the token ids of an answer about an encoded image."""
-    text_inputs = {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
+    text_inputs = {name: value for name, value in inputs.items() if name not in _IMAGE_INPUTS}
     features = [features.detach() for features in image.outputs.pooler_output]
     encoded = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-    generated = deco.generate(**text_inputs, **image.grids, mm_encoder_outputs=encoded, **generate_kwargs)
+    generated = deco.generate(**text_inputs, **image.places, mm_encoder_outputs=encoded, **generate_kwargs)
     return generated[0, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -143,7 +162,7 @@ def run_answer(
         outputs = deco(
             input_ids=input_ids,
             mm_encoder_outputs={"image": image.outputs},
-            **image.grids,
+            **image.places,
             image_positions=image_positions,
             logits_to_keep=torch.tensor(positions),
             output_attentions=True,
@@ -152,20 +171,37 @@ def run_answer(
         )
         tokens = [sequence[target] for target in targets]
         margins = [_margin(logits, token) for logits, token in zip(outputs.logits[0], tokens, strict=True)]
-    call, num_prefix_tokens = image.call, deco.config.num_prefix_tokens
+    call, placeholders = image.call, (input_ids[0] == deco.config.image_token_id).nonzero()[:, 0].cpu()
     run = ForwardPass(
         projector_type=deco.config.projector_type,
         tower=_check_layers(image.outputs.attentions, deco.config.vision_config, "vision tower"),
         projector=call,
         language=_check_layers(outputs.attentions, deco.config.text_config, "language model"),
-        patches=slice(num_prefix_tokens, num_prefix_tokens + call.patch_features.shape[1]),
-        queries=(input_ids[0] == deco.config.image_token_id).nonzero()[:, 0].cpu(),
+        maps=_find_tokens(image, placeholders, deco.config.num_prefix_tokens),
         positions=positions,
         margins=margins,
     )
     if method == "gae":
         _check_graph((*run.tower, *call.attentions, *run.language))
     return run
+
+
+def _find_tokens(image: EncodedImage, placeholders: torch.LongTensor, num_prefix_tokens: int) -> list[MapTokens]:
+    """Where the patches and tokens of an image's maps are. Maps without patches, of very thin pictures, are left out.
+
+    Args:
+        placeholders: positions of the image's tokens in the prompt.
+    """
+    num_tower_tokens = image.outputs.attentions[-1].shape[-1]
+    found, first_view = [], 0
+    queries = placeholders.split([token_map.num_tokens for token_map in image.maps])
+    for token_map, of_map in zip(image.maps, queries, strict=True):
+        if token_map.num_tokens > 0:
+            view, patch = view_patches(token_map, image.view_grid)
+            in_tower = (first_view + view) * num_tower_tokens + num_prefix_tokens + patch
+            found.append(MapTokens(token_map, in_tower.flatten(), without_newlines(of_map, token_map)))
+        first_view += token_map.num_views
+    return found
 
 
 def _margin(logits: torch.Tensor, token: int) -> torch.Tensor:
@@ -180,8 +216,7 @@ def _recorded(projector: nn.Module, projector_type: str) -> Iterator[ProjectorCa
     call = ProjectorCall()
 
     def record_call(module, args, image_features):
-        call.patch_features, call.patch_grid, call.pooled_grid = args
-        call.image_features = image_features
+        call.patch_features, call.image_features = args[0], image_features
 
     def give_graph(module, args, kwargs):
         # frozen queries have no graph before the first cross-attention

@@ -10,47 +10,51 @@ meaning only relative to each other, and what raises all of them explains none o
 
 The projector stands between the vision tower and the language model. Its type decides the rule:
 
-- "avg_pool", "mlp": the pooling is linear and known, so its matrix is exact. The MLP works on each token by itself and
-  adds nothing.
+- "avg_pool", "mlp": the pooling is linear and known, so its matrix is exact (`maps.token_matrix`). The MLP works on
+  each token by itself and adds nothing.
 - "qformer": GAE's rules for self-attention among the queries and for cross-attention from queries to patches.
 - "resampler": the rule for self-attention over patches and latents together, of which only the latents are updated.
 - "c_abstractor", "d_abstractor": gradient x input, because convolutions and sampled attention have no attention map.
+
+A picture of several views has several maps (`views.py`). Each view goes through the vision tower by itself, so the
+relevance of a map's patches goes back through the towers of its views, and comes to patches of the same views.
 """
 
 import torch
 
-from ..projectors import pool_patch_grid
-from .forward import ForwardPass, ProjectorCall
+from .forward import ForwardPass, MapTokens
+from .maps import join_maps, token_matrix
 
 POOLING = ("avg_pool", "mlp")
+ABSTRACTORS = ("c_abstractor", "d_abstractor")
 
 
 def explain_by_gae(run: ForwardPass, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute Text-to-Query `(num_queries,)` and Query-to-Patch `(num_queries, num_patches)` of one token."""
     call = run.projector
     attentions = [*run.tower, *call.attentions, *run.language]
-    *gradients, feature_gradient = torch.autograd.grad(
-        run.margins[index], [*attentions, call.image_features], retain_graph=True, allow_unused=True
-    )
-    maps = [_weigh(attention, gradient) for attention, gradient in zip(attentions, gradients, strict=True)]
+    features = [call.image_features] if run.projector_type in ABSTRACTORS else []
+    gradients = torch.autograd.grad(run.margins[index], [*attentions, *features], retain_graph=True, allow_unused=True)
+    maps = [_weigh(attention, gradient) for attention, gradient in zip(attentions, gradients, strict=False)]
     num_tower, num_language = len(run.tower), len(run.language)
     tower, projector, language = maps[:num_tower], maps[num_tower:-num_language], maps[-num_language:]
+    projector, language = [layer[0] for layer in projector], [layer[0] for layer in language]
 
     position = torch.eye(language[0].shape[-1])[run.positions[index]]
     text_to_query = _propagate(position, language)[run.queries]
-    num_tower_tokens = tower[0].shape[-1]
-    if run.projector_type == "qformer":
-        tower_relevance = _normalize_rows(_propagate(torch.eye(num_tower_tokens), tower))
-        return text_to_query, _qformer_relevance(projector, call.is_cross, tower_relevance[run.patches, run.patches])
-    if run.projector_type in POOLING:
-        query_to_patch = _pooling_matrix(call)
-    elif run.projector_type == "resampler":
-        query_to_patch = _resampler_relevance(projector)
-    else:
-        query_to_patch = _gradient_times_input(call.image_features, call.patch_features, feature_gradient)
-    query_to_token = torch.zeros(len(query_to_patch), num_tower_tokens)
-    query_to_token[:, run.patches] = query_to_patch
-    return text_to_query, _propagate(query_to_token, tower)[:, run.patches]
+    query_to_patch = []
+    for tokens in run.maps:
+        if run.projector_type == "qformer":
+            relevance = _qformer_relevance(projector, call.is_cross, _normalized_tower(tokens, tower))
+        elif run.projector_type == "resampler":
+            relevance = _through_tower(_resampler_relevance(projector), tokens, tower)
+        elif run.projector_type in ABSTRACTORS:
+            shares = _gradient_times_input(call.image_features, call.patch_features, gradients[-1])
+            relevance = _through_tower(shares, tokens, tower)
+        else:
+            relevance = _through_tower(token_matrix(tokens.token_map), tokens, tower)
+        query_to_patch.append(relevance)
+    return text_to_query, join_maps(query_to_patch, run.token_maps)
 
 
 def explain_by_attention(run: ForwardPass, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,19 +63,19 @@ def explain_by_attention(run: ForwardPass, index: int) -> tuple[torch.Tensor, to
     rows = [attention[0, :, run.positions[index]].float().mean(0).cpu() for attention in run.language]
     text_to_query = torch.stack(rows).mean(0)[run.queries]
     if run.projector_type in POOLING:
-        return text_to_query, _pooling_matrix(call)
+        return text_to_query, join_maps([token_matrix(token_map) for token_map in run.token_maps], run.token_maps)
     maps = [attention[0].float().mean(0).cpu() for attention in call.attentions]
     if run.projector_type == "qformer":
         maps = [attention_map for attention_map, cross in zip(maps, call.is_cross, strict=True) if cross]
-    num_patches = call.patch_features.shape[1]
+    num_patches = len(run.maps[0].patches)
     return text_to_query, torch.stack(maps).mean(0)[:, :num_patches]
 
 
 def _weigh(attention: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-    """Multiply attention by gradient, clamp, then average over heads. Returns `(rows, columns)`."""
+    """Multiply attention by gradient, clamp, then average over heads. Returns `(batch, rows, columns)`."""
     if gradient is None:  # the score does not depend on it
-        return torch.zeros(attention.shape[-2:])
-    return (attention.detach().float() * gradient.float()).clamp(min=0).mean(1)[0].cpu()
+        return torch.zeros(len(attention), *attention.shape[-2:])
+    return (attention.detach().float() * gradient.float()).clamp(min=0).mean(1).cpu()
 
 
 def _propagate(rows: torch.Tensor, maps: list[torch.Tensor]) -> torch.Tensor:
@@ -95,10 +99,26 @@ def _divide_by_sum(rows: torch.Tensor) -> torch.Tensor:
     return rows / mass.where(mass > 0, 1)
 
 
-def _pooling_matrix(call: ProjectorCall) -> torch.Tensor:
-    """Share of each patch in each pooled feature, `(num_queries, num_patches)`."""
-    num_patches = call.patch_grid[0] * call.patch_grid[1]
-    return pool_patch_grid(torch.eye(num_patches)[None], call.patch_grid, call.pooled_grid)[0]
+def _through_tower(rows: torch.Tensor, tokens: MapTokens, tower: list[torch.Tensor]) -> torch.Tensor:
+    """Relevance of a map's patches before the vision tower, from that behind it: `(rows, num_patches)`.
+
+    Args:
+        tower: a map `(num_views, tower_tokens, tower_tokens)` for each layer.
+    """
+    num_views, num_tower_tokens, _ = tower[0].shape
+    reached = torch.zeros(len(rows), num_views * num_tower_tokens)
+    reached[:, tokens.patches] = rows
+    for view, columns in enumerate(reached.split(num_tower_tokens, dim=1)):
+        touched = columns.any(1)  # a token of a stitched map looks at one tile, or at neighbours
+        columns[touched] = _propagate(columns[touched], [layer[view] for layer in tower])
+    return reached[:, tokens.patches]
+
+
+def _normalized_tower(tokens: MapTokens, tower: list[torch.Tensor]) -> torch.Tensor:
+    """GAE's normalized relevance `(num_patches, num_patches)` of a map's patches in the vision tower."""
+    identity = torch.eye(tower[0].shape[-1])
+    views = [_normalize_rows(_propagate(identity, list(layers))) for layers in zip(*tower, strict=True)]
+    return torch.block_diag(*views)[tokens.patches][:, tokens.patches]
 
 
 def _qformer_relevance(maps: list[torch.Tensor], is_cross: list[bool], patch_relevance: torch.Tensor) -> torch.Tensor:
