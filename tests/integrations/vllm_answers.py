@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMClientError
 
 
 def main(requests_file: str, answers_file: str) -> None:
@@ -32,7 +33,7 @@ def main(requests_file: str, answers_file: str) -> None:
         ]
         try:
             outputs = llm.generate(prompts, greedy, use_tqdm=False)
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             answers.append(str(error.__cause__ or error))
             continue
         answers.append(

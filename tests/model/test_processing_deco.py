@@ -142,9 +142,10 @@ def test_one_who_asks_where_the_images_are_gets_them_one_by_one(grid, expected, 
     call = {**TWO, "pooled_grid_size": grid, "return_tensors": "pt"}
     inputs, separate = processor(**call), processor(**call, return_text_replacement_offsets=True)
     assert separate["image_grid_thw"].tolist() == expected
-    assert isinstance(separate["pixel_values"], list)
-    assert torch.equal(torch.stack(separate["pixel_values"]), inputs["pixel_values"])
-    assert set(separate) == {*inputs, "text_replacement_offsets", "image_grid_thw"} - {"pooled_grid_sizes"}
+    assert isinstance(separate["views"], list)
+    assert torch.equal(torch.stack(separate["views"]), inputs["pixel_values"])
+    assert set(separate) == {*inputs, "text_replacement_offsets", "image_grid_thw", "views"} - {"pooled_grid_sizes"}
+    assert [image.shape for image in separate["pixel_values"]] == [(1,), (1,)]
     assert "image_grid_thw" not in processor(text="what ?", return_text_replacement_offsets=True)
 
 
@@ -154,7 +155,8 @@ def test_images_of_naflex_are_separated_with_their_shapes():
     images = [tiny.picture(0, 20, 100), tiny.picture(1, 30, 30)]
     call = {"images": images, "text": "<image> is <image>", "return_tensors": "pt"}
     inputs, separate = processor(**call), processor(**call, return_text_replacement_offsets=True)
-    for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes"):
+    assert torch.equal(torch.stack(separate["views"]), inputs["pixel_values"])
+    for name in ("pixel_attention_mask", "spatial_shapes"):
         assert torch.equal(torch.stack(separate[name]), inputs[name])
     sizes, grids = separate["image_grid_thw"].split(2, dim=-1)
     assert torch.equal(sizes, inputs["spatial_shapes"] * 4)
