@@ -320,6 +320,8 @@ class DecoProcessor(ProcessorMixin):
             if len(make_flat_list_of_images(images)) == 0:  # a batch of texts only
                 images = None
         if videos is not None:
+            if isinstance(text, (list, tuple)):
+                self._count_videos(text, videos)
             videos = _list_videos(videos) or None
         images, text, videos, audio = super().prepare_inputs_layout(
             images=images, text=text, videos=videos, audio=audio, **kwargs
@@ -358,6 +360,17 @@ class DecoProcessor(ProcessorMixin):
             if len(numbers) == len(num_tokens) and numbers != num_tokens:
                 raise ValueError(
                     f"The texts have {num_tokens} {self.image_token} tokens, and their images are {numbers}."
+                )
+
+    def _count_videos(self, text: list[str], videos) -> None:
+        """Check the videos of each text, if they are given as one list per text."""
+        is_per_text = all(isinstance(entry, (list, tuple)) and not _is_frames(entry) for entry in videos)
+        if is_per_text and self.video_token is not None and len(videos) == len(text):
+            numbers = [len(_list_videos(videos_of_text)) for videos_of_text in videos]
+            num_tokens = [sample.count(self.video_token) for sample in text]
+            if numbers != num_tokens:
+                raise ValueError(
+                    f"The texts have {num_tokens} {self.video_token} tokens, and their videos are {numbers}."
                 )
 
     # transformers' own method refuses arguments that valid_processor_kwargs does not name
@@ -604,7 +617,11 @@ class DecoProcessor(ProcessorMixin):
         pixels, sizes, texts = [], [], []
         for number, video in enumerate(videos, start=1):
             try:
-                frames = list(read_video(video, fps or self.fps, max_frames or self.max_frames))
+                frames = list(
+                    read_video(
+                        video, self.fps if fps is None else fps, self.max_frames if max_frames is None else max_frames
+                    )
+                )
             except Exception as error:  # decoders and downloads raise many kinds
                 raise _cannot_read("Video", number, video, error) from error
             pixels.append(self.frame_pixels([image for _, image in frames], **kwargs))
@@ -744,13 +761,15 @@ def _list_videos(videos) -> list:
     """The videos of nested lists. A list of images is one video."""
     if not isinstance(videos, (list, tuple)):
         return [videos]
-    if videos and all(_is_frame(frame) for frame in videos):
+    if _is_frames(videos):
         return [list(videos)]
     return [video for entry in videos for video in _list_videos(entry)]
 
 
-def _is_frame(frame) -> bool:
-    return isinstance(frame, Image.Image) or getattr(frame, "ndim", None) == 3
+def _is_frames(videos: list | tuple) -> bool:
+    return bool(videos) and all(
+        isinstance(frame, Image.Image) or getattr(frame, "ndim", None) == 3 for frame in videos
+    )
 
 
 def _is_for_vllm(kwargs: dict) -> bool:

@@ -428,6 +428,25 @@ def test_a_chat_template_takes_videos_and_timestamps(onevision):
     assert model(**inputs).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fps": 0}, "fps"),
+        ({"max_frames": 0}, "max_frames"),
+        ({"frames_per_token_grid": 0}, "frames_per_token_grid must be a positive int"),
+        ({"pooled_video_grid_size": 7}, "pooled_video_grid_size=7: 7 x 7 is larger than the 6 x 6 patches of a frame"),
+        ({"text": "<video> <video>"}, "found 2 tokens and 1 videos"),
+        ({"text": ["<video> <video>", "?"], "videos": [["a.mp4"], ["b.mp4"]]}, r"\[2, 0\] .* videos are \[1, 1\]"),
+        ({"videos": [b"no video"]}, "Video 1 .* cannot be read"),
+    ],
+)
+def test_wrong_videos_are_refused(onevision, options, message):
+    _, processor = onevision
+    frames = [picture(30, 20, seed) for seed in range(3)]
+    with pytest.raises(ValueError, match=message):
+        processor(**{"videos": [frames], "text": "<video>", "return_tensors": "pt", **options})
+
+
 def test_a_model_without_a_video_token_says_so(one_view):
     model, processor = one_view
     with pytest.raises(ValueError, match="takes no videos"):
