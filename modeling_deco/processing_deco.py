@@ -512,14 +512,14 @@ class DecoProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         options = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]
-        inputs = self._blank_inputs([(int(height), int(width)) for height, width in image_sizes], options)
+        inputs = self.blank_inputs([(int(height), int(width)) for height, width in image_sizes], options)
         maps = self.image_maps(inputs, options.get("pooled_grid_size"), options.get("max_image_tokens"))
         return MultiModalData(
             num_image_tokens=[num_map_tokens(maps_of_image) for maps_of_image in maps],
             num_image_patches=[num_map_views(maps_of_image) for maps_of_image in maps],
         )
 
-    def _blank_inputs(self, image_sizes: list[Grid], options: dict) -> dict:
+    def blank_inputs(self, image_sizes: list[Grid], options: dict) -> dict:
         """What `image_maps` reads of images of these sizes, without their pixels."""
         num_images = len(image_sizes)
         if hasattr(self.image_processor, "max_num_patches"):
@@ -559,6 +559,11 @@ class DecoProcessor(ProcessorMixin):
         settings.setdefault("do_center_crop", False)
         return build_image_processor("CLIPImageProcessor", settings)
 
+    @property
+    def frame_size(self) -> Grid:
+        """`(height, width)` of the prepared frames of a video."""
+        return _view_size(self._frame_processor, {})
+
     def frame_pixels(self, frames: Iterable[Image.Image], **kwargs) -> torch.Tensor:
         """The pixels `(num_frames, 3, height, width)` of a video's frames. `kwargs` are the image processor's."""
         return self._frame_processor(list(frames), **{**kwargs, "return_tensors": "pt"})["pixel_values"]
@@ -594,12 +599,17 @@ class DecoProcessor(ProcessorMixin):
             frame_size: `(height, width)` of its prepared frames.
             seconds: the time of each frame, to write timestamps.
         """
-        num_frames, averaged, *grid = video_size
-        maps = self._views(frame_size).video_maps(num_frames, averaged, (grid[0], grid[1]))
+        maps = self.video_maps(video_size, frame_size)
         texts = [str(self.video_token) * token_map.num_tokens for token_map in maps]
         if seconds is not None:
+            _, averaged, *_ = video_size
             texts = [f"<{seconds[index * averaged]:.1f} seconds>{text}" for index, text in enumerate(texts)]
         return "".join(texts)
+
+    def video_maps(self, video_size: list[int], frame_size: Grid) -> list[TokenMap]:
+        """The maps of tokens of a video. The arguments are those of `video_text`."""
+        num_frames, averaged, *grid = video_size
+        return self._views(frame_size).video_maps(num_frames, averaged, (grid[0], grid[1]))
 
     # private, seen in transformers 5.19 to 5.24
     def _process_videos(

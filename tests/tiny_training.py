@@ -47,7 +47,9 @@ CHAT_TEMPLATE = """\
 {%- for part in parts -%}{{- part['text'] + ' ' -}}{%- endfor -%}{{- eos_token + ' ' -}}
 {% endgeneration %}
 {%- else -%}
-{%- for part in parts -%}{{- '<image>' if part['type'] == 'image' else part['text'] + ' ' -}}{%- endfor -%}
+{%- for part in parts -%}
+{{- '<' + part['type'] + '>' if part['type'] in ('image', 'video') else part['text'] + ' ' -}}
+{%- endfor -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'assistant : ' -}}{%- endif -%}

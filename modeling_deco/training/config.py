@@ -31,6 +31,27 @@ class DecoSFTConfig(SFTConfig):
     pooled_grid_weights: list[float] | None = field(
         default=None, metadata={"help": "Probability of each grid, up to a factor; default: all equal."}
     )
+    max_image_tokens: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Budgets of an image in tokens, in place of grids: each step samples one, and each image gets the "
+            "largest grid that fits."
+        },
+    )
+    pooled_video_grid_sizes: list[int] | None = field(
+        default=None,
+        metadata={"help": "Each step samples one of these grid sides for the frames of videos. Default: the model's."},
+    )
+    tiles: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut each image into this number of tiles (4, 9, ...), whose patches are pooled to the same grid. "
+            "For models without image_grid_pinpoints."
+        },
+    )
+    add_timestamps: bool = field(
+        default=False, metadata={"help": "Write the time of a video's frames before their tokens."}
+    )
     independent_turns: bool = field(
         default=False,
         metadata={"help": "Turns are independent questions about the same images; no turn attends to another."},
@@ -46,8 +67,8 @@ class DecoSFTConfig(SFTConfig):
     overlong_samples: str = field(
         default="refuse",
         metadata={
-            "help": "What to do with samples of more than max_length tokens (images at the largest grid): refuse the "
-            "run, or drop them. Both report their number; no sample is ever cut.",
+            "help": "What to do with samples of more than max_length tokens (images and videos at the largest grid): "
+            "refuse the run, or drop them. Both report their number; no sample is ever cut.",
             "choices": ["refuse", "drop"],
         },
     )
@@ -86,6 +107,10 @@ class DecoSFTConfig(SFTConfig):
         unknown = sorted(set(self.freeze) - set(PARTS))
         if unknown:
             raise ValueError(f"freeze names {', '.join(map(repr, unknown))}; the parts are {', '.join(PARTS)}.")
+        if self.max_image_tokens and self.pooled_grid_sizes:
+            raise ValueError(
+                "pooled_grid_sizes and max_image_tokens both choose the grids of a step; give one of them."
+            )
         if self.pooled_grid_weights is not None and len(self.pooled_grid_weights) != len(self.pooled_grid_sizes or ()):
             raise ValueError(
                 f"pooled_grid_weights has {len(self.pooled_grid_weights)} numbers for "

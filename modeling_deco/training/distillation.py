@@ -116,22 +116,35 @@ def return_answer_states(model: DecoForConditionalGeneration) -> None:
     model.forward = forward
 
 
+class Encoding:
+    """The outputs of a vision tower, in the order of its calls."""
+
+    def __init__(self):
+        self.outputs: list[Any] = []
+        self.place = 0
+
+    def rewind(self) -> None:
+        """Let the next call get the first output again."""
+        self.place = 0
+
+
 @contextmanager
-def one_encoding(vision_tower: nn.Module) -> Iterator[None]:
-    """Inside this context, a vision tower runs at its first call only. Later calls, which must be about the same
-    images, get the same output."""
+def one_encoding(vision_tower: nn.Module) -> Iterator[Encoding]:
+    """Inside this context, a vision tower runs only until the encoding is rewound. Later calls, which must be about
+    the same images and frames in the same order, get the same outputs."""
     encode, is_hooked = vision_tower.forward, "forward" in vars(vision_tower)
-    outputs: list[Any] = []
+    encoding = Encoding()
 
     @functools.wraps(encode)
     def forward(*args, **kwargs):
-        if not outputs:
-            outputs.append(encode(*args, **kwargs))
-        return outputs[0]
+        if encoding.place == len(encoding.outputs):
+            encoding.outputs.append(encode(*args, **kwargs))
+        encoding.place += 1
+        return encoding.outputs[encoding.place - 1]
 
     vision_tower.forward = forward
     try:
-        yield
+        yield encoding
     finally:
         if is_hooked:  # by accelerate, for a model on several devices
             vision_tower.forward = encode

@@ -10,13 +10,14 @@ from datasets import Dataset, concatenate_datasets
 
 from .collator import POSITIONS_ADVICE, DecoCollator
 from .config import DecoSFTConfig
-from .data.dataset import report_faults, rows_without_bytes, undecoded
+from .data.dataset import report_faults, rows_of, undecoded
 
 logger = logging.getLogger(__name__)
 
 
 def add_lengths(dataset, collator: DecoCollator, args: DecoSFTConfig):
-    """Add the columns `length` (in tokens, images at the largest grid), `num_positions` and `has_images`.
+    """Add the columns `length` (in tokens, images and videos at the largest grid), `num_positions` and `has_images`,
+    which is true of videos too.
 
     With `overlong_samples="drop"`, samples that are longer than `max_length` or take more positions than the language
     model has are left out. Images are not decoded, here or in the result. A streamed data set is filtered while it is
@@ -37,11 +38,11 @@ def add_lengths(dataset, collator: DecoCollator, args: DecoSFTConfig):
 
     def measure(table: pa.Table) -> pa.Table:
         columns: dict[str, list] = {"length": [], "num_positions": [], "has_images": [], "fault": []}
-        for row in rows_without_bytes(table, features):
+        for row in rows_of(table, features, with_bytes=collator.costs.has_views):
             length, positions, has_images, fault = 0, 0, False, ""
             try:
                 example = collator.read(row)
-                tokens, has_images = collator.tokenize(example), bool(example["images"])
+                tokens, has_images = collator.tokenize(example), bool(example["images"] or example["videos"])
                 length, positions = collator.count_tokens(tokens), collator.count_positions(tokens)
             except ValueError as error:
                 fault = str(error)
@@ -68,14 +69,14 @@ def add_lengths(dataset, collator: DecoCollator, args: DecoSFTConfig):
         (
             "length",
             collator.max_length,
-            f"are longer than max_length={collator.max_length}, images at the largest grid",
+            f"are longer than max_length={collator.max_length}, images and videos at the largest grid",
             "Raise --max_length, choose smaller grids, or drop such samples with --overlong_samples drop.",
         ),
         (
             "num_positions",
             collator.max_positions,
             f"take more positions than the language model has (max_position_embeddings={collator.max_positions}), "
-            f"because an image keeps those of {collator.patches_per_image} patches",
+            "because images keep those of all their patches",
             POSITIONS_ADVICE,
         ),
     ):

@@ -63,11 +63,19 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
             train_dataset = feature_cache.refer(train_dataset)
             eval_dataset = _apply(feature_cache.refer, eval_dataset)
         grids = [*(args.pooled_grid_sizes or ()), processing_class.pooled_grid_size]  # the last is evaluation's
+        own_video_grid = model.config.pooled_video_grid
+        if processing_class.pooled_video_grid_size is not None:
+            own_video_grid = processing_class.pooled_video_grid_size
+        video_grids = [*(args.pooled_video_grid_sizes or ()), own_video_grid]
         collator = DecoCollator(
             processing_class,
             independent_turns=args.independent_turns,
             max_length=args.max_length,
             largest_grid=max(grids, key=num_image_tokens),
+            largest_video_grid=max(video_grids, key=num_image_tokens),
+            max_image_tokens=max(args.max_image_tokens, default=None) if args.max_image_tokens else None,
+            tiles=args.tiles,
+            add_timestamps=args.add_timestamps,
             feature_cache=feature_cache,
             grids=args.pooled_grid_sizes,
             max_positions=_max_positions(model.config),
@@ -134,13 +142,29 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
         rng = np.random.default_rng([self.args.seed, step])
         return int(rng.choice(self.args.pooled_grid_sizes, p=np.array(weights) / sum(weights)))
 
-    def _expanded(self, batch: dict, grid: int | None) -> dict:
-        """The model's inputs at a grid and, as `teacher`, those at the full grid if the run learns from it."""
+    def _budget_of_step(self, step: int) -> dict:
+        """The arguments of `expand_images` for training step `step`."""
+
+        def sample(options: list[int] | None, stream: int) -> int | None:
+            return None if not options else int(np.random.default_rng([self.args.seed, step, stream]).choice(options))
+
+        return {
+            "pooled_grid_size": self.grid_of_step(step),
+            "max_image_tokens": sample(self.args.max_image_tokens, 1),
+            "pooled_video_grid_size": sample(self.args.pooled_video_grid_sizes, 2),
+        }
+
+    def _expanded(self, batch: dict, pooled_grid_size=None, **budget) -> dict:
+        """The model's inputs and, as `teacher`, those at the full grid if the run learns from it. Arguments are those
+        of `expand_images`."""
         deco = self._unwrapped().model
-        inputs = expand_images(batch, grid, self.processing_class)
+        inputs = expand_images(batch, pooled_grid_size, self.processing_class, **budget)
         if self.args.distill is not None:
             full_grid = deco.patch_grids(batch.get("pixel_values"), batch.get("spatial_shapes"))
-            inputs["teacher"] = expand_images(batch, full_grid, self.processing_class)
+            full_video_grid = deco.config.views.full_video_grid
+            inputs["teacher"] = expand_images(
+                batch, full_grid, self.processing_class, pooled_video_grid_size=full_video_grid
+            )
         return inputs
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -190,7 +214,7 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
 
     def training_step(self, model, inputs, *args, **kwargs):
         sample_ids = inputs["sample_ids"]
-        inputs = self._expanded(inputs, self.grid_of_step(self.state.global_step))
+        inputs = self._expanded(inputs, **self._budget_of_step(self.state.global_step))
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -210,9 +234,11 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
         deco, teacher_inputs = self._unwrapped(), inputs.pop("teacher")
         tower = deco.model.vision_tower
         is_frozen = not any(parameter.requires_grad for parameter in tower.parameters())
-        with one_encoding(tower) if is_frozen else nullcontext():
+        with one_encoding(tower) if is_frozen else nullcontext() as encoding:
             with as_teacher(self.model):
                 teacher_states = model(**teacher_inputs, answer_states=True)
+            if encoding is not None:
+                encoding.rewind()
             states = model(**inputs, answer_states=True)
         with self.accelerator.autocast():
             divergence = kl_divergence(states, teacher_states, deco)
@@ -227,7 +253,7 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
             return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        return super().prediction_step(model, self._expanded(inputs, None), *args, **kwargs)
+        return super().prediction_step(model, self._expanded(inputs), *args, **kwargs)
 
     def end_training(self) -> None:
         """End the trackers of the run, and the process group if there is one."""
@@ -266,8 +292,21 @@ def _check_settings(model, args: DecoSFTConfig) -> None:
             f"pooled_grid_sizes samples a grid per step, but projector_type={model.config.projector_type!r} has one "
             f"grid; avg_pool and c_abstractor take any."
         )
+    rows, cols = model.config.patch_grid
+    tiles_per_side = math.isqrt(args.tiles or 1)
     for side in args.pooled_grid_sizes or ():
-        check_grid(side, model.config.patch_grid, name="pooled_grid_sizes")
+        check_grid(side, (tiles_per_side * rows, tiles_per_side * cols), name="pooled_grid_sizes")
+    for side in args.pooled_video_grid_sizes or ():
+        check_grid(side, model.config.patch_grid, of="a frame", name="pooled_video_grid_sizes")
+    if args.max_image_tokens and not model.config.takes_any_grid:
+        raise ValueError(
+            f"max_image_tokens chooses a grid per image, but projector_type={model.config.projector_type!r} has one "
+            f"grid; avg_pool and c_abstractor take any."
+        )
+    if args.tiles is not None and model.config.image_grid_pinpoints is not None:
+        raise ValueError(f"tiles={args.tiles}: the model has image_grid_pinpoints, which cut images; leave tiles out.")
+    if args.tiles is not None and (args.tiles < 1 or tiles_per_side**2 != args.tiles):
+        raise ValueError(f"tiles must be a square number, 1, 4, 9, ..., got {args.tiles}.")
     # private, seen in transformers 5.19 to 5.24
     if args.independent_turns and model.config.get_text_config()._attn_implementation != "sdpa":
         raise ValueError(

@@ -44,6 +44,7 @@ def photos(tmp_path_factory):
         (folder / f"{name}.png").write_bytes(png(name))
     (folder / "note.txt").write_text("no image")
     (folder / "broken.png").write_bytes(png("red")[:40])
+    (folder / "a.mp4").write_bytes(b"not opened")
     return folder
 
 
@@ -157,8 +158,22 @@ def test_every_layout_shows_its_images_where_they_belong():
 
 
 FAULTS = {
-    "video": ({**ASKED, "video": "a.mp4"}, "column 'video' has media that training does not read"),
-    "videos": ({**ASKED, "videos": ["a.mp4"]}, "column 'videos' has media"),
+    "clip": ({**ASKED, "clip": "a.mp4"}, "column 'clip' has media that training does not read"),
+    "a missing video": ({**ASKED, "video": "absent.mp4"}, "there is no video 'absent.mp4'"),
+    "an image as a video": ({**ASKED, "videos": ["a.mp4", "red.png"]}, "'red.png' is not a video, but image/png"),
+    "a sound as a video": ({**ASKED, "videos": ["a.wav"]}, "'a.wav' is not a video, but audio/x-wav"),
+    "both columns of videos": ({**ASKED, "videos": ["a.mp4"], "video": "a.mp4"}, "'video' and 'videos' both have"),
+    "no frames": ({**ASKED, "videos": [[]]}, "a video is a list of no frames"),
+    "a picture as an array": ({**ASKED, "video": np.zeros(3)}, "a video is an array of 1 dimensions"),
+    "two tags of a video": (
+        {"messages": [user("<image><video> ?"), ANSWER], "video": "a.mp4"},
+        "1 videos .* 2 places",
+    ),
+    "no tag of a second video": (
+        {"messages": [user("<video> ?"), ANSWER], "videos": ["a.mp4"] * 2},
+        "2 videos .* 1 p",
+    ),
+    "no place of a video": ({**asked(text()), "videos": ["a.mp4"]}, "1 videos .* 0 places .* .<video> in"),
     "audio beside an image": ({**ASKED, "images": ["red.png"], "audio": {"path": "a.wav"}}, "column 'audio' has"),
     "image_path": ({**ASKED, "image_path": "red.png"}, "column 'image_path' has media"),
     "image_url": ({**ASKED, "image_url": "https://x.org/1"}, "column 'image_url' has media"),
@@ -187,10 +202,10 @@ FAULTS = {
     "a tag without an image": ({"messages": [user("<image> what ?"), ANSWER]}, "0 images .* 1 places"),
     "parts without a place": ({**asked(text()), "images": ["red.png"]}, "1 images .* 0 places"),
     "no question": ({"messages": [ANSWER], "images": ["red.png"]}, "1 images .* 0 places"),
-    "a video in a part": (asked({"type": "video", "video": "a.mp4"}), "a part .* of type 'video'"),
+    "a missing video in a part": (asked({"type": "video", "video": "absent.mp4"}), "there is no video 'absent.mp4'"),
     "an audio in a part": (asked({"type": "input_audio", "input_audio": {}}), "a part .* of type 'input_audio'"),
-    "an image in a text": (asked({**text(), "image": "red.png"}), "'text' has an image in 'image'"),
-    "a video in a text": (asked({**text(), "video": "a.mp4"}), "'text' has an image in 'video'"),
+    "an image in a text": (asked({**text(), "image": "red.png"}), "'text' has an image or a video in 'image'"),
+    "a video in a text": (asked({**text(), "video": "a.mp4"}), "'text' has an image or a video in 'video'"),
     "a text in an image": (asked({"type": "image", "image": "red.png", "text": "a"}), "'image' has a text"),
     "two in a part": (asked({"type": "image", "image": "red.png", "url": "x"}), "has images in image and url"),
     "a part without a text": (asked({"type": "text"}), "'text' has no 'text'"),
@@ -227,6 +242,54 @@ def test_images_stand_where_their_tags_stood():
         assert to_parts(value) == parts, value
 
 
+FRAMES = [Image.new("RGB", (8, 8), colour) for colour in COLOURS]
+VIDEO_LAYOUTS = {  # the types of the parts, and the videos
+    "a path": ({**ASKED, "video": "a.mp4"}, "video text", ["a.mp4"]),
+    "a list": ({**ASKED, "videos": ["a.mp4", "https://x.org/b.mp4"]}, "video video text", None),
+    "undecoded": ({**ASKED, "videos": [{"bytes": None, "path": "a.mp4"}]}, "video text", None),
+    "frames": ({**ASKED, "videos": [FRAMES, FRAMES[:1]]}, "video video text", [FRAMES, FRAMES[:1]]),
+    "frames, one video": (
+        {**ASKED, "video": ["red.png", "green.png"]},
+        "video text",
+        [["red.png", "green.png"]],
+    ),
+    "an array": ({**ASKED, "video": np.zeros((2, 8, 8, 3), np.uint8)}, "video text", None),
+    "<image> for a video": (
+        {"messages": [user("<image>\nwhat ?"), ANSWER], "video": "a.mp4", "video_path": "a.mp4"},
+        "video text",
+        ["a.mp4"],
+    ),
+    "its tag": (
+        {"messages": [user("what <video> ?"), ANSWER], "video": "a.mp4"},
+        "text video text",
+        None,
+    ),
+    "each its tag": (
+        {"messages": [user("<video> <image>\nwhat ?"), ANSWER], "video": "a.mp4", "image": "red.png"},
+        "video image text",
+        ["a.mp4"],
+    ),
+    "images first, without tags": ({**ASKED, "videos": ["a.mp4"], "images": ["red.png"]}, "image video text", None),
+    "a part": (asked({"type": "video", "video": "a.mp4"}, text()), "video text", ["a.mp4"]),
+    "frames in a part": (asked(text(), {"type": "video", "video": FRAMES}), "text video", [FRAMES]),
+    "OpenAI's part": (
+        asked({"type": "video_url", "video_url": {"url": "https://x.org/a.mp4"}}),
+        "video",
+        ["https://x.org/a.mp4"],
+    ),
+    "a word of HTML": ({"messages": [user("what is <video> ?"), ANSWER]}, "text", []),
+    "no videos": ({**ASKED, "videos": []}, "text", []),
+}
+
+
+def test_every_layout_shows_its_videos_where_they_belong():
+    for layout, (row, types, videos) in VIDEO_LAYOUTS.items():
+        read = read_row(row)
+        assert " ".join(part["type"] for part in read["messages"][0]["content"]) == types, layout
+        assert len(read["videos"]) == types.count("video"), layout
+        assert videos is None or read["videos"] == videos, layout
+
+
 def test_what_cannot_be_read_is_an_error():
     for fault, (row, message) in FAULTS.items():
         with pytest.raises(ValueError) as error:  # noqa: PT011
@@ -250,9 +313,9 @@ def test_preferences_share_the_images_of_their_prompt(photos):
 
 
 def test_media_are_recognized_by_names_and_by_values():
-    for name in ("video", "Videos", "audio_path", "left_image", "image1", "img_url", "frames", "pixel_values"):
+    for name in ("clip_video", "Videos", "audio_path", "left_image", "image1", "img_url", "frames", "pixel_values"):
         assert unread_media({name: "x"}, has_images=False) == [name]
-    for name in ("image_id", "caption", "imagination", "source", "video_id", "images"):
+    for name in ("image_id", "caption", "imagination", "source", "video_id", "images", "videos"):
         assert unread_media({name: "x"}, has_images=False) == []
 
 
@@ -310,14 +373,14 @@ def test_data_sets_of_all_layouts_are_read_and_joined(streaming, photos, tmp_pat
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_rows_that_cannot_be_read_are_named_and_counted_by_load_data(streaming, photos, tmp_path):
-    good = {"id": "good", "messages": [user("what ?"), ANSWER], "image": str(photos / "red.png"), "video": None}
-    rows = [good, {**good, "id": "bad", "image": None, "video": "a.mp4"}, {**good, "id": "worse", "image": "no.png"}]
+    good = {"id": "good", "messages": [user("what ?"), ANSWER], "image": str(photos / "red.png"), "sound": None}
+    rows = [good, {**good, "id": "bad", "image": None, "sound": "a.mp3"}, {**good, "id": "worse", "image": "no.png"}]
     source = folder_of(tmp_path / "data", *rows)
     if streaming:
-        message = "'bad': column 'video' has media"
+        message = "'bad': column 'sound' has media"
     else:
         message = (
-            "2 of 3 rows of .*data cannot be read: 'bad': column 'video' has media.*'worse': there is no image 'no"
+            "2 of 3 rows of .*data cannot be read: 'bad': column 'sound' has media.*'worse': there is no image 'no"
         )
     with pytest.raises(ValueError, match=message):
         list(load_data(source, streaming=streaming))
@@ -400,8 +463,8 @@ def test_a_collator_reads_rows_as_they_come(photos):
     batch = collator([{"messages": asked, "image": red}, {"messages": asked, "images": None}, {"messages": asked}])
     assert len(batch["pixel_values"]) == 1
     assert (batch["input_ids"] == collator.processor.image_token_id).sum(1).tolist() == [1, 0, 0]
-    with pytest.raises(ValueError, match="Sample None: column 'videos' has media"):
-        collator([{"messages": asked, "videos": ["a.mp4"]}])
+    with pytest.raises(ValueError, match="Sample None: column 'clips' has media"):
+        collator([{"messages": asked, "clips": ["a.mp4"]}])
 
 
 def test_the_size_of_an_image_is_that_of_the_upright_one(tmp_path):

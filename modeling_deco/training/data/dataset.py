@@ -2,20 +2,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole data sets in any common layout: checked, and converted to the columns of `FEATURES`."""
 
+from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
+from datasets import Dataset, Features, IterableDataset, LargeList, List, Value, Video
 from datasets import Image as ImageFeature
 
-from .columns import CONVERSATIONS, FEATURES, MESSAGES
+from .columns import CONVERSATIONS, FEATURES, MESSAGES, VIDEOS
 from .images import open_image
 from .rows import REFERENCES, read_row, row_name
 
 
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The data set with its images as `{"bytes": ..., "path": ...}`, so that an error of decoding can name the row."""
+    """The data set with its images and videos as `{"bytes": ..., "path": ...}`, so that an error of decoding can name
+    the row."""
     if dataset.features is None:
         return dataset
     features = Features({name: _undecoded(kind) for name, kind in dataset.features.items()})
@@ -27,15 +30,15 @@ def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def _undecoded(feature: Any) -> Any:
-    if isinstance(feature, ImageFeature):
-        return ImageFeature(mode=feature.mode, decode=False)
+    if isinstance(feature, (ImageFeature, Video)):
+        return replace(feature, decode=False)
     if isinstance(feature, (List, LargeList)):
         return type(feature)(_undecoded(feature.feature))
     return {name: _undecoded(kind) for name, kind in feature.items()} if isinstance(feature, dict) else feature
 
 
 def check_rows(dataset: Dataset, name: str) -> None:
-    """Check every row, without opening an image.
+    """Check every row, without opening an image or a video.
 
     Args:
         name: of the data set, for the message.
@@ -45,7 +48,7 @@ def check_rows(dataset: Dataset, name: str) -> None:
     """
     dataset, faults, index = undecoded(dataset), [], 0
     for table in dataset.with_format("arrow").iter(1000):
-        for row in rows_without_bytes(table, dataset.features):
+        for row in rows_of(table, dataset.features):
             try:
                 read_row(row)
             except ValueError as error:
@@ -62,25 +65,38 @@ def report_faults(faults: list[str], num_rows: int, name: str = "") -> None:
 
 
 def has_final_layout(dataset: Dataset | IterableDataset) -> bool:
-    """Whether the images of a data set are in the column `images` alone, with the type that `FEATURES` has, so that it
-    needs no conversion."""
+    """Whether the images of a data set are in the column `images` alone, and its videos in `videos`, with the types of
+    `FEATURES_WITH_VIDEOS`, so that it needs no conversion."""
     features = dataset.features
-    if features is None or "image" in features or features.get("images") != List(ImageFeature()):
+    if features is None or {"image", "video"} & set(features) or features.get("images") != List(ImageFeature()):
         return False
-    return not any(_may_hold_images(features[name]) for name in CONVERSATIONS if name in features)
+    if features.get("videos", VIDEOS) != VIDEOS:
+        return False
+    return not any(
+        _may_hold(kind, features[name]) for kind in REFERENCES for name in CONVERSATIONS if name in features
+    )
 
 
-def _may_hold_images(feature: Any) -> bool:
+def may_have_videos(dataset: Dataset | IterableDataset) -> bool:
+    """Whether a data set has a place for videos, by its columns alone. If they are not known, it may."""
+    features = dataset.features
+    if features is None or {"video", "videos"} & set(features):
+        return True
+    return any(_may_hold("video", features[name]) for name in CONVERSATIONS if name in features)
+
+
+def _may_hold(kind: str, feature: Any) -> bool:
+    """Whether the feature of a conversation may hold images or videos."""
     if isinstance(feature, dict):
-        return any(name in REFERENCES or _may_hold_images(kind) for name, kind in feature.items())
+        return any(name in REFERENCES[kind] or _may_hold(kind, entry) for name, entry in feature.items())
     if isinstance(feature, (List, LargeList)):
-        return _may_hold_images(feature.feature)
+        return _may_hold(kind, feature.feature)
     return not isinstance(feature, Value) or feature.dtype == "null"
 
 
 def converted(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-    """The data set with the columns of `FEATURES`, or with those of preferences. Images of a streamed data set are not
-    decoded.
+    """The data set with the columns of `FEATURES`, or with those of preferences; with `videos` if it may have some.
+    Images of a streamed data set are not decoded.
 
     Raises:
         ValueError: rows cannot be read. For a streamed data set, this is raised when such a row is reached.
@@ -88,7 +104,9 @@ def converted(dataset: Dataset | IterableDataset, name: str) -> Dataset | Iterab
     columns = dataset.column_names or list(next(iter(dataset), {}))
     features = {"id": Value("string"), **dict.fromkeys(CONVERSATIONS, MESSAGES)}
     features = Features(
-        {name: kind for name, kind in features.items() if name in columns} | {"images": FEATURES["images"]}
+        {name: kind for name, kind in features.items() if name in columns}
+        | {"images": FEATURES["images"]}
+        | ({"videos": VIDEOS} if may_have_videos(dataset) else {})
     )
     if dataset.features == features:
         return dataset
@@ -102,12 +120,19 @@ def converted(dataset: Dataset | IterableDataset, name: str) -> Dataset | Iterab
                 for more in message.keys() - {"role", "content"}:
                     raise ValueError(f"a message has {more!r}, which training does not use")
                 message["content"] = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
+            read["videos"] = [_stored(video) for video in read["videos"]]
         except ValueError as error:
             raise ValueError(f"{name}: {row_name(row, index)}: {error}.") from error
         sample_id = {"id": None if row.get("id") is None else str(row["id"])} if "id" in features else {}
         return {column: read[column] for column in features if column != "id"} | sample_id
 
     return undecoded(dataset).map(convert, with_indices=True, remove_columns=columns, features=features)
+
+
+def _stored(video: Any) -> dict[str, Any]:
+    if not isinstance(video, (str, PurePath, bytes, bytearray, dict)):
+        raise ValueError("a video is given as frames; write it to a file, or hand the data set to the trainer")
+    return VIDEOS.feature.encode_example(video)
 
 
 def decoded(dataset: IterableDataset) -> IterableDataset:
@@ -122,10 +147,11 @@ def decoded(dataset: IterableDataset) -> IterableDataset:
     return dataset.map(open_all, features=dataset.features)
 
 
-def rows_without_bytes(table: pa.Table, features: Features) -> list[dict[str, Any]]:
-    """The rows of an Arrow table of an `undecoded` data set. All bytes are `b""`, so that none are read."""
+def rows_of(table: pa.Table, features: Features, with_bytes: bool = False) -> list[dict[str, Any]]:
+    """The rows of an Arrow table of an `undecoded` data set. Without bytes, all are `b""`, so that none are read."""
+    values_of = pa.Array.to_pylist if with_bytes else _without_bytes
     columns = {
-        name: [value for chunk in table[name].chunks for value in _without_bytes(chunk)] for name in table.column_names
+        name: [value for chunk in table[name].chunks for value in values_of(chunk)] for name in table.column_names
     }
     columns = Features({name: features[name] for name in columns}).decode_batch(columns)
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,6 +1,6 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The image files of a data set, decoded once in worker processes to find those that training could not read."""
+"""The images and videos of a data set, decoded once in worker processes to find those that training could not read."""
 
 import multiprocessing
 import os
@@ -18,27 +18,39 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from ...utils.decoding import UNTRUSTED_FORMATS
+from ...videos import read_video
 from .llava import Sample, quote
 
 BATCH = 1000  # samples whose images are submitted together
 
 
-def check_image(folder: str, name: str) -> str:
-    """Decode an image under `folder`; returns the kind of its fault, or `""`.
+def check_file(folders: dict[str, str], reference: tuple[str, str]) -> str:
+    """Decode a file, `(kind, name)`, under the folder of its kind; returns the kind of its fault, or `""`."""
+    kind, name = reference
+    return (check_image if kind == "image" else check_video)(folders[kind], name)
+
+
+def _check_place(kind: str, folder: str, name: str) -> str:
+    """The fault of a file that is known without reading it, or `""`.
 
     A link may point out of the folder, because the owner of the folder made it. A name in the data may not.
     """
     if os.path.isabs(name) or ".." in Path(name).parts:
-        return "image outside DIR"
-    path = os.path.join(folder, name)
+        return f"{kind} outside DIR"
     try:
-        status = os.stat(path)
+        status = os.stat(os.path.join(folder, name))
     except (OSError, ValueError):  # the system refuses some names
-        return "image missing"
+        return f"{kind} missing"
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for its writer
-        return "image is not a file"
-    if status.st_size == 0:
-        return "image of zero bytes"
+        return f"{kind} is not a file"
+    return f"{kind} of zero bytes" if status.st_size == 0 else ""
+
+
+def check_image(folder: str, name: str) -> str:
+    """Decode an image under `folder`; returns the kind of its fault, or `""`."""
+    if fault := _check_place("image", folder, name):
+        return fault
+    path = os.path.join(folder, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -51,6 +63,18 @@ def check_image(folder: str, name: str) -> str:
         return "decompression bomb"
     except Exception as error:  # broken bytes make Pillow raise errors of any kind
         return "truncated image" if "truncated" in str(error).lower() else "unreadable image"
+    return ""
+
+
+def check_video(folder: str, name: str) -> str:
+    """Decode a video under `folder` as training does; returns the kind of its fault, or `""`."""
+    if fault := _check_place("video", folder, name):
+        return fault
+    try:
+        for _ in read_video(os.path.join(folder, name)):
+            pass
+    except Exception:  # decoders raise errors of many kinds
+        return "unreadable video"
     return ""
 
 
@@ -67,22 +91,32 @@ def start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def check_images(samples: Iterator[Sample], folder: Path, executor: ProcessPoolExecutor) -> Iterator[Sample]:
-    """Add the faults of their images to the samples, in order. Each image is decoded once."""
-    checked: dict[str, str | None] = {}  # None until the result is there
-    pending: deque[tuple[list[Sample], list[str], Iterator[str]]] = deque()
+def check_files(
+    samples: Iterator[Sample], images: Path, videos: Path, executor: ProcessPoolExecutor
+) -> Iterator[Sample]:
+    """Add the faults of their files to the samples, in order. Each file is decoded once.
+
+    Args:
+        samples: of `read_sample`.
+        images: the folder of the images.
+        videos: the folder of the videos.
+        executor: its workers decode.
+    """
+    check = partial(check_file, {"image": str(images), "video": str(videos)})
+    checked: dict[tuple[str, str], str | None] = {}  # None until the result is there
+    pending: deque[tuple[list[Sample], list[tuple[str, str]], Iterator[str]]] = deque()
 
     def finish_oldest():
-        batch, names, results = pending.popleft()
-        checked.update(zip(names, results, strict=True))
+        batch, files, results = pending.popleft()
+        checked.update(zip(files, results, strict=True))
         for sample in batch:
-            sample.faults |= {kind: quote(name) for name in sample.images if (kind := checked[name])}
+            sample.faults |= {fault: quote(file[1]) for file in sample.files if (fault := checked[file])}
             yield sample
 
     while batch := list(islice(samples, BATCH)):
-        names = list(dict.fromkeys(name for sample in batch for name in sample.images if name not in checked))
-        checked.update(dict.fromkeys(names))
-        pending.append((batch, names, executor.map(partial(check_image, str(folder)), names, chunksize=8)))
+        files = list(dict.fromkeys(file for sample in batch for file in sample.files if file not in checked))
+        checked.update(dict.fromkeys(files))
+        pending.append((batch, files, executor.map(check, files, chunksize=8)))
         if len(pending) > 4:  # enough to keep the workers busy while a shard is written
             yield from finish_oldest()
     while pending:

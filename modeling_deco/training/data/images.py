@@ -72,7 +72,7 @@ def check_reference(image: Any) -> None:
         raise ValueError("an image is an empty path")
     if name.startswith("data:"):
         bytes_of_url(name)
-    elif not _is_remote(name):
+    elif not is_remote(name):
         mime_type = MIME_TYPES.guess_type(name, strict=False)[0]
         if mime_type is not None and not mime_type.startswith("image/"):
             raise ValueError(f"{name!r} is not an image, but {mime_type}")
@@ -80,7 +80,7 @@ def check_reference(image: Any) -> None:
             raise ValueError(f"there is no image {name!r}")
 
 
-def _is_remote(name: str) -> bool:
+def is_remote(name: str) -> bool:
     return "://" in name
 
 
@@ -94,7 +94,7 @@ def open_image(image: Any) -> Any:
         return image
     check_reference(image)
     try:
-        if isinstance(image, str) and _is_remote(image):  # datasets reads hf:// and zip:// too
+        if isinstance(image, str) and is_remote(image):  # datasets reads hf:// and zip:// too
             return ImageFeature().decode_example({"bytes": None, "path": image})
         return pixels.read_image(image)
     except Exception as error:  # decoders and downloads raise many kinds
@@ -125,7 +125,7 @@ def image_size(image: Any) -> tuple[int, int]:
     if not isinstance(image, Image.Image):
         is_dict = isinstance(image, Mapping)
         source = image["path"] if is_dict and image.get("bytes") is None else image["bytes"] if is_dict else image
-        if isinstance(source, str) and (source.startswith("data:") or _is_remote(source)):
+        if isinstance(source, str) and (source.startswith("data:") or is_remote(source)):
             source = open_image(source)
         try:
             if isinstance(source, (bytes, bytearray)):

@@ -4,6 +4,9 @@
 
 A record is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
 {"from": "gpt", "value": "A cat."}]}`; `image`, or `images`, may be a list, or absent.
+
+A record of LLaVA-Video has `video`, or `videos`, in place of it. In its questions `<image>` or `<video>` stands for
+the video. If a record has both, `<image>` stands for an image and `<video>` for a video.
 """
 
 import json
@@ -17,8 +20,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .columns import IMAGE_TAG
 from .media import is_media, unread_media
-from .rows import to_parts
+from .rows import tags_of, to_parts
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -38,6 +42,7 @@ class Sample:
         id: of the record.
         name: the id, or the record's number; for reports.
         images: paths, as the record has them.
+        videos: paths, as the record has them.
         messages: in the form of `FEATURES`.
         faults: a detail, maybe empty, for each kind of fault.
     """
@@ -45,8 +50,14 @@ class Sample:
     id: str | None
     name: str
     images: list[str] = field(default_factory=list)
+    videos: list[str] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
     faults: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[tuple[str, str]]:
+        """`("image" or "video", path)` of each file."""
+        return [("image", name) for name in self.images] + [("video", name) for name in self.videos]
 
 
 def read_records(path: Path) -> Iterator[Any]:
@@ -98,21 +109,23 @@ def read_records(path: Path) -> Iterator[Any]:
 
 
 def read_sample(index: int, record: Any) -> Sample:
-    """The sample of a record, with all its faults except those of image files."""
+    """The sample of a record, with all its faults except those of files."""
     raw_id = record.get("id") if isinstance(record, dict) else None
     name = str(raw_id) if isinstance(raw_id, (str, int)) else f"index {index}"
     try:
-        sample_id, images, turns = _take_apart(record)
+        sample_id, images, videos, turns = _take_apart(record)
     except TypeError as error:
         return Sample(None, name, faults={"malformed record": str(error)})
-    media = unread_media({key: value for key, value in record.items() if key != "conversations"}, bool(images))
+    others = {key: value for key, value in record.items() if key != "conversations"}
+    media = unread_media(others, bool(images), bool(videos))
     for turn in record["conversations"]:
         media += [key for key, value in turn.items() if key not in ("from", "value") and is_media(key, value)]
-    all_text = "".join([name, *images, *(text for _, text in turns)])
+    all_text = "".join([name, *images, *videos, *(text for _, text in turns)])
     roles = [role for role, _ in turns]
     dialogue = roles[1:] if roles[:1] == ["system"] else roles
     empty = {role for role, text in turns if not text.strip()}
-    num_tokens = sum(text.count("<image>") for role, text in turns if role == "user")
+    tags = tags_of(images, videos)
+    asked, said = ("\n".join(text for role, text in turns if (role == "user") is of_user) for of_user in (True, False))
     faults = {
         "invalid Unicode": _SURROGATE.search(all_text) is not None,
         "empty conversation": not dialogue,
@@ -122,20 +135,22 @@ def read_sample(index: int, record: Any) -> Sample:
         "empty question": "user" in empty,
         "empty answer": "assistant" in empty,
         "empty system message": "system" in empty,
-        "<image> outside a question": any("<image>" in text for role, text in turns if role != "user"),
-        "<image> without an image": num_tokens > 0 and not images,
-        "image without <image>": num_tokens == 0 and bool(images),
-        "<image> and images differ in number": 0 < num_tokens != len(images) > 0,
-    }
-    messages = [{"role": role, "content": to_parts(text)} for role, text in turns]
+        "<image> without an image": IMAGE_TAG in asked and not images and not videos,
+    } | {f"{tag} outside a question": tag in said for tag in tags}
+    for kind, files in (("image", images), ("video", videos)):
+        own_tags = [tag for tag, shown in tags.items() if shown == kind]
+        num_tags = sum(map(asked.count, own_tags))
+        faults[f"{kind} without {' or '.join(own_tags)}"] = num_tags == 0 and bool(files)
+        faults[f"{' or '.join(own_tags)} and {kind}s differ in number"] = 0 < num_tags != len(files) > 0
+    messages = [{"role": role, "content": to_parts(text, tags)} for role, text in turns]
     found = {kind: "" for kind, is_there in faults.items() if is_there}
     if media:
         found["media that are not read"] = ", ".join(map(quote, media))
-    return Sample(sample_id, name, images, messages, found)
+    return Sample(sample_id, name, images, videos, messages, found)
 
 
-def _take_apart(record: Any) -> tuple[str | None, list[str], list[tuple[str, str]]]:
-    """The id, the paths of the images, and the turns as role and text. A TypeError says which type is wrong."""
+def _take_apart(record: Any) -> tuple[str | None, list[str], list[str], list[tuple[str, str]]]:
+    """The id, the paths of images and videos, and the turns as role and text. A TypeError says which type is wrong."""
 
     def check(value, kinds, what):
         if not isinstance(value, kinds) or isinstance(value, bool):
@@ -144,20 +159,26 @@ def _take_apart(record: Any) -> tuple[str | None, list[str], list[tuple[str, str
 
     check(record, dict, "the record")
     sample_id = check(record.get("id"), (str, int, type(None)), "id")
-    found = []
-    for name in ("image", "images"):
-        images = check(record.get(name), (str, list, type(None)), name)
-        found += [[check(image, str, "an image") for image in ([images] if isinstance(images, str) else images or [])]]
-    if found[0] and found[1] and found[0] != found[1]:
-        raise TypeError("image and images differ")
-    images = found[0] or found[1]
+
+    def paths(name):
+        value = check(record.get(name), (str, list, type(None)), name)
+        value = [value] if isinstance(value, str) else value or []
+        return [check(path, str, f"an entry of {name}") for path in value]
+
+    def paths_of(kind):
+        one, several = paths(kind), paths(f"{kind}s")
+        if one and several and one != several:
+            raise TypeError(f"{kind} and {kind}s differ")
+        return one or several
+
+    images, videos = paths_of("image"), paths_of("video")
     turns = []
     for turn in check(record.get("conversations"), list, "conversations"):
         speaker = check(check(turn, dict, "a turn").get("from"), str, "from")
         if speaker not in ROLES:
             raise TypeError(f"from is {quote(speaker)}")
         turns.append((ROLES[speaker], check(turn.get("value"), str, "value")))
-    return None if sample_id is None else str(sample_id), images, turns
+    return None if sample_id is None else str(sample_id), images, videos, turns
 
 
 def quote(text: str) -> str:

@@ -17,7 +17,8 @@ COMMAND = "python -m modeling_deco.training.data SRC.json --images DIR --out OUT
 def load_data(
     paths: str | list[str], streaming: bool = False, split: str = "train", decode: bool = True
 ) -> Dataset | IterableDataset:
-    """Load rows for TRL: `messages` for SFTTrainer, or `chosen` and `rejected` for DPOTrainer, always with `images`.
+    """Load rows for TRL: `messages` for SFTTrainer, or `chosen` and `rejected` for DPOTrainer, with `images`,
+    and with `videos` if a data set may have some.
 
     Args:
         paths: folders or Hub ids of data sets in any of the layouts of `modeling_deco.training.data.rows`. Several
@@ -25,6 +26,7 @@ def load_data(
         streaming: read rows when they are needed, also from the Hub, instead of copying the data set to the disk.
         split: the name of a split that each data set has.
         decode: whether to decode images. `DecoSFTTrainer` decodes images that are not, and names the row if it cannot.
+            Videos stay as they are stored.
 
     Raises:
         ValueError: a data set has other columns, or rows that cannot be read; the message says which, and how many.
@@ -49,13 +51,19 @@ def load_data(
         elif has_more:
             check_rows(dataset, path)
         datasets.append(dataset.select_columns([name for name in COLUMNS if name in dataset.column_names]))
-    if any(dataset.features != datasets[0].features for dataset in datasets):
+    if any(_without_videos(dataset) != _without_videos(datasets[0]) for dataset in datasets):
         datasets = [converted(dataset, path) for dataset, path in zip(datasets, paths, strict=True)]
         any_converted = True
     if decode and not (streaming and any_converted):
         return concatenate_datasets(datasets)
     rows = concatenate_datasets([undecoded(dataset) for dataset in datasets])
     return decoded(rows) if decode else rows
+
+
+def _without_videos(dataset: Dataset | IterableDataset) -> dict | None:
+    """The features of a data set except `videos`, which data sets that are concatenated may lack."""
+    features = dataset.features
+    return None if features is None else {name: kind for name, kind in features.items() if name != "videos"}
 
 
 def repeat_and_shuffle(dataset: IterableDataset, seed: int) -> IterableDataset:

@@ -18,26 +18,32 @@ _MEDIUM = r"(?:image|img|picture|photo|pic|video|audio|frame|screenshot|media|pi
 _HOLDER = r"(?:[_-]?(?:path|file|filename|file_name|name|url|uri|link|data|byte|base64|b64|list)s?)"
 _MEDIA_COLUMN = re.compile(rf"(?:.*[_-])?{_MEDIUM}(?:[_-]?\d+)?{_HOLDER}?", re.IGNORECASE)
 _ABOUT_AN_IMAGE = re.compile(rf"(?:image|img|picture|photo|pic)s?{_HOLDER}", re.IGNORECASE)
+_ABOUT_A_VIDEO = re.compile(rf"videos?{_HOLDER}", re.IGNORECASE)
 MIME_TYPES = MimeTypes()  # Python's own table; the one of the machine may differ
 
 
-def unread_media(row: Mapping[str, Any], has_images: bool) -> list[str]:
+def unread_media(row: Mapping[str, Any], has_images: bool, has_videos: bool = False) -> list[str]:
     """The columns that nothing reads and that seem to contain images, videos or sounds.
 
     Args:
         row: of a data set, or one part of a message.
         has_images: whether the row has images that are read. If so, a column with the path or URL of an image is
             taken to be about those.
+        has_videos: the same for videos.
     """
+    about = {"image": _ABOUT_AN_IMAGE} if has_images else {}
+    about |= {"video": _ABOUT_A_VIDEO} if has_videos else {}
     return [
         name
         for name, value in row.items()
-        if name not in COLUMNS and is_media(name, value) and not (has_images and _is_about(name, value))
+        if name not in COLUMNS
+        and is_media(name, value)
+        and not any(_is_about(kind, column, name, value) for kind, column in about.items())
     ]
 
 
-def _is_about(name: str, value: Any) -> bool:
-    return bool(_ABOUT_AN_IMAGE.fullmatch(name)) or not _MEDIA_COLUMN.fullmatch(name) and _type_of(value) == "image"
+def _is_about(kind: str, column: re.Pattern, name: str, value: Any) -> bool:
+    return bool(column.fullmatch(name)) or not _MEDIA_COLUMN.fullmatch(name) and _type_of(value) == kind
 
 
 def is_media(name: str, value: Any) -> bool:
