@@ -3,7 +3,7 @@
 """DeCo's processor: prepares images and text, and expands each image's placeholder to its token budget."""
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from math import isqrt
 from pathlib import Path
@@ -37,12 +37,13 @@ from .llava import (
     load_tokenizer,
 )
 from .pixels import channels_first, read_image
-from .videos import read_video
+from .videos import PreparedVideo, in_chunks, read_video
 from .views import Grid, TokenMap, Views, largest_grid, num_map_tokens, num_map_views, one_map, parse_aspect_ratio
 
 # Arguments of a call that transformers does not know
 _IMAGE_OPTIONS = ("pooled_grid_size", "max_image_tokens", "tiles")
 _VIDEO_OPTIONS = ("pooled_video_grid_size", "frames_per_token_grid", "max_frames", "add_timestamps")
+_FRAMES_PER_CHUNK = 16
 
 
 class DecoProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -622,24 +623,51 @@ class DecoProcessor(ProcessorMixin):
         add_timestamps=None,
         **kwargs,
     ):
+        prepared = []
+        for number, video in enumerate(videos, start=1):
+            if not isinstance(video, PreparedVideo):
+                rate, most = self.fps if fps is None else fps, self.max_frames if max_frames is None else max_frames
+                frames = _named_errors(read_video(video, rate, most), number, video)
+                video = self.prepare_video(frames, pooled_video_grid_size, frames_per_token_grid, **kwargs)
+            prepared.append(video)
+        inputs = {"pooled_video_sizes": torch.tensor([video.size for video in prepared])}
+        pixels = [video.pixels for video in prepared if video.pixels is not None]
+        if 0 < len(pixels) < len(prepared):
+            raise ValueError("Some videos are encoded and some are not; encode all of them, or none.")
+        if pixels:
+            inputs["pixel_values_videos"] = _padded(pixels)
+        texts = [
+            self.video_text(video.size, video.frame_size, video.seconds if add_timestamps else None)
+            for video in prepared
+        ]
+        return inputs, texts
+
+    def prepare_video(
+        self,
+        frames: Iterable[tuple[float, Image.Image]],
+        pooled_video_grid_size=None,
+        frames_per_token_grid=None,
+        **kwargs,
+    ) -> PreparedVideo:
+        """Prepare a video's frames, a few at a time, so that only those few are in memory at their own size.
+
+        Args:
+            frames: seconds and picture of each, from `videos.read_video`.
+            pooled_video_grid_size, frames_per_token_grid: as in `__call__`.
+            kwargs: of the image processor.
+
+        Raises:
+            ValueError: see `video_size`.
+        """
         allowed = self._frame_processor.valid_kwargs.__annotations__
         kwargs = {name: value for name, value in kwargs.items() if name in allowed}
-        pixels, sizes, texts = [], [], []
-        for number, video in enumerate(videos, start=1):
-            try:
-                frames = list(
-                    read_video(
-                        video, self.fps if fps is None else fps, self.max_frames if max_frames is None else max_frames
-                    )
-                )
-            except Exception as error:  # decoders and downloads raise many kinds
-                raise _cannot_read("Video", number, video, error) from error
-            pixels.append(self.frame_pixels([image for _, image in frames], **kwargs))
-            frame_size = tuple(pixels[-1].shape[-2:])
-            sizes.append(self.video_size(len(frames), frame_size, pooled_video_grid_size, frames_per_token_grid))
-            seconds = [second for second, _ in frames] if add_timestamps else None
-            texts.append(self.video_text(sizes[-1], frame_size, seconds))
-        return {"pixel_values_videos": _padded(pixels), "pooled_video_sizes": torch.tensor(sizes)}, texts
+        pixels, seconds = [], []
+        for chunk in in_chunks(frames, _FRAMES_PER_CHUNK):
+            seconds += [second for second, _ in chunk]
+            pixels.append(self.frame_pixels([picture for _, picture in chunk], **kwargs))
+        frame_size = tuple(pixels[0].shape[-2:])
+        size = self.video_size(len(seconds), frame_size, pooled_video_grid_size, frames_per_token_grid)
+        return PreparedVideo(size, frame_size, seconds, pixels=torch.cat(pixels))
 
     # transformers' own error does not say which text was cut and what to do
     # private, seen in transformers 5.19 to 5.24
@@ -765,6 +793,13 @@ def _cannot_read(kind: str, number: int, source, error: Exception) -> ValueError
     name = name if len(name) <= 120 else name[:117] + "..."
     reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     return ValueError(f"{kind} {number} ({name}) cannot be read: {reason}")
+
+
+def _named_errors(frames: Iterator, number: int, video) -> Iterator:
+    try:
+        yield from frames
+    except Exception as error:  # decoders and downloads raise many kinds
+        raise _cannot_read("Video", number, video, error) from error
 
 
 def _list_videos(videos) -> list:

@@ -14,9 +14,11 @@ import time
 import urllib.request
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from io import BytesIO
+from itertools import islice
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -41,6 +43,38 @@ _CONTAINERS = (
 _WORTH_A_SEEK = 30  # frames: fewer are decoded, and not skipped
 
 
+class PreparedVideo:
+    """A video that was read and prepared for the model, or encoded by it. The processor takes it as a video.
+
+    It is no dataclass, because transformers' chat templates make dicts of those.
+
+    Args:
+        size: its row of `pooled_video_sizes`.
+        frame_size: `(height, width)` of its prepared frames.
+        seconds: when each frame is shown.
+        pixels: `(num_frames, 3, height, width)`; None if the video is encoded.
+        features: `(num_tokens, text_hidden_size)` from `get_video_features`; None if it is not encoded.
+    """
+
+    def __init__(
+        self,
+        size: list[int],
+        frame_size: tuple[int, int],
+        seconds: list[float],
+        pixels: Any = None,
+        features: Any = None,
+    ):
+        self.size, self.frame_size, self.seconds = size, frame_size, seconds
+        self.pixels, self.features = pixels, features
+
+
+def in_chunks(frames: Iterable, length: int) -> Iterator[list]:
+    """Lists of so many frames; the last one may be shorter."""
+    remaining = iter(frames)
+    while chunk := list(islice(remaining, length)):
+        yield chunk
+
+
 def read_video(
     source,
     fps: float = 1.0,
@@ -48,6 +82,8 @@ def read_video(
     *,
     channels: str | None = None,
     timeout: float = 600.0,
+    max_pixels: int = MAX_PIXELS,
+    num_threads: int = 0,
 ) -> Iterator[tuple[float, Image.Image]]:
     """Read a video and yield frames of it, one at a time, so that memory does not depend on its length.
 
@@ -64,6 +100,8 @@ def read_video(
         max_frames: the largest number of frames.
         channels: `"first"` or `"last"`, the position of an array's channels if the shape is ambiguous.
         timeout: seconds of reading. The time that the caller takes between frames does not count.
+        max_pixels: width times height of a frame.
+        num_threads: threads of the decoder. Default: as many as there are cores.
 
     Yields:
         Seconds from the first frame to this one, and the frame as `to_rgb` makes it, upright.
@@ -76,23 +114,19 @@ def read_video(
         raise ValueError(f"fps={fps!r} must be a positive number")
     if isinstance(max_frames, bool) or max_frames != int(max_frames) or max_frames < 1:
         raise ValueError(f"max_frames={max_frames!r} must be a positive integer")
-    timer = _Timer(timeout)
-    for seconds, frame in _frames(source, fps, max_frames, channels, timer):
-        with timer.paused():
-            yield seconds, frame
-
-
-def _frames(source, fps, max_frames, channels, timer) -> Iterator[tuple[float, Image.Image]]:
     if isinstance(source, (list, tuple)) or hasattr(source, "shape") and hasattr(source, "dtype"):
         yield from _given_frames(source, fps, max_frames, channels)
         return
+    timer = _Timer(timeout)
     try:
         with _opened(source, timer) as file:
-            picture = _picture(file)
-            clip = _Film(file, timer) if picture is None else _Animation(picture, timer)
-            yield from clip.frames(_sampled(clip.starts, clip.end, fps, max_frames))
-    except OSError as error:
-        raise ValueError(f"it cannot be read ({_one_line(error)})") from error
+            picture = _picture(file, max_pixels)
+            clip = _Film(file, timer, max_pixels, num_threads) if picture is None else _Animation(picture, timer)
+            for seconds, frame in clip.frames(_sampled(clip.starts, clip.end, fps, max_frames)):
+                with timer.paused():
+                    yield seconds, frame
+    except (OSError, HTTPException) as error:
+        raise ValueError(_one_line(error)) from error
 
 
 def _given_frames(frames, fps, max_frames, channels) -> Iterator[tuple[float, Image.Image]]:
@@ -131,7 +165,7 @@ def _sampled(starts, end: float, fps: float, max_frames: int) -> list[int]:
 # --- animated pictures -----------------------------------------------------------------------------------------------
 
 
-def _picture(file: BinaryIO) -> Image.Image | None:
+def _picture(file: BinaryIO, max_pixels: int) -> Image.Image | None:
     """The file as a picture that Pillow reads, or None."""
     try:
         picture = Image.open(file, formats=_PICTURES)
@@ -139,8 +173,8 @@ def _picture(file: BinaryIO) -> Image.Image | None:
         file.seek(0)
         return None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"it has more than the {MAX_PIXELS:,} pixels allowed") from None
-    _check_size(*picture.size)
+        raise ValueError(f"it has more than the {max_pixels:,} pixels allowed") from None
+    _check_size(picture.width, picture.height, max_pixels)
     return picture
 
 
@@ -190,14 +224,16 @@ class _Film:
     missing or wrong. Decoding then skips to the key frames that it needs.
     """
 
-    def __init__(self, file: BinaryIO, timer: "_Timer"):
+    def __init__(self, file: BinaryIO, timer: "_Timer", max_pixels: int, num_threads: int):
         try:
             import av
-        except ImportError:
+        except ModuleNotFoundError:
             raise ImportError('Videos are read with PyAV: pip install "modeling-deco[video]"') from None
         self.av = av
         self.file = file
         self.timer = timer
+        self.max_pixels = max_pixels
+        self.num_threads = num_threads
         self.times = array("q")  # in units of the stream's time base, sorted; empty if packets have no times
         self.keys: list[tuple[int, int]] = []  # presentation and decoding time of each key frame, sorted
         with self._opened() as (container, stream):
@@ -234,9 +270,10 @@ class _Film:
             context = streams[0].codec_context
             if context is None:
                 raise ValueError("it has a codec that PyAV does not decode")
-            _check_size(context.width, context.height)
-            context.options = {"max_pixels": str(MAX_PIXELS)}
+            _check_size(context.width, context.height, self.max_pixels)
+            context.options = {"max_pixels": str(self.max_pixels)}
             context.thread_type = "AUTO"
+            context.thread_count = self.num_threads
             yield container, streams[0]
 
     def _index(self, container, stream) -> tuple[int, int]:
@@ -275,7 +312,7 @@ class _Film:
         found = self._by_time(indices) if self.times else self._by_number(indices)
         is_empty = True
         for start, frame in found:
-            _check_size(frame.width, frame.height)
+            _check_size(frame.width, frame.height, self.max_pixels)
             yield float(self.starts[start]), _to_picture(frame, self.av)
             is_empty = False
         if is_empty:
@@ -424,9 +461,9 @@ class _Timer:
         self.deadline += time.monotonic() - start
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"its {width} x {height} pixels are more than the {MAX_PIXELS:,} allowed")
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ValueError(f"its {width} x {height} pixels are more than the {max_pixels:,} allowed")
 
 
 def _one_line(error: Exception) -> str:

@@ -17,5 +17,7 @@ from .loading import load_config as load_config
 from .loading import load_model as load_model
 from .loading import load_processor as load_processor
 from .picture_reader import PictureReader as PictureReader
+from .picture_reader import VideoReader as VideoReader
 from .prompt_cache import PromptCache as PromptCache
 from .quantization import quantize_to_int8 as quantize_to_int8
+from .videos import encode_video as encode_video

@@ -21,34 +21,56 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..utils.errors import one_line
+from ..videos import PreparedVideo
 
 if TYPE_CHECKING:
     from .prompt_cache import PromptCache
 
 
-def encode(processor: ProcessorMixin, messages: list, pooled_grid_size=None) -> BatchFeature:
+def encode(processor: ProcessorMixin, messages: list, pooled_grid_size=None, **options) -> BatchFeature:
     """Encode one conversation, or a list of conversations as a batch, up to where the model answers.
 
-    Arguments and errors are those of `stream`.
+    Args:
+        options: other arguments of `DecoProcessor.__call__`, such as `max_image_tokens`, `tiles` and
+            `pooled_video_grid_size`. None is the processor's default.
+
+    The other arguments and the errors are those of `stream`.
     """
-    for message in chain.from_iterable(messages if isinstance(messages[0], list) else [messages]):
-        parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
-        for text in (part.get("text") or "" for part in parts):
-            if processor.image_token in text:
-                raise ValueError(f"The text contains {processor.image_token!r}, which marks an image; leave it out.")
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"The text {one_line(repr(text))} is not valid Unicode; write it in UTF-8.")
+    parts = list(_parts(messages))
+    for text in (part.get("text") or "" for part in parts):
+        for token, kind in ((processor.image_token, "an image"), (processor.video_token, "a video")):
+            if token is not None and token in text:
+                raise ValueError(f"The text contains {token!r}, which marks {kind}; leave it out.")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"The text {one_line(repr(text))} is not valid Unicode; write it in UTF-8.")
+    options["pooled_grid_size"] = pooled_grid_size
     with _template_errors():
-        return processor.apply_chat_template(
+        inputs = processor.apply_chat_template(
             messages,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "pooled_grid_size": pooled_grid_size},
+            processor_kwargs={
+                "padding": True,
+                **{name: value for name, value in options.items() if value is not None},
+            },
         )
+    videos = [part["video"] for part in parts if part.get("type") == "video"]
+    features = [video.features for video in videos if isinstance(video, PreparedVideo) and video.features is not None]
+    if features:
+        inputs["mm_encoder_outputs"] = {"video": BaseModelOutputWithPooling(pooler_output=features)}
+    return inputs
+
+
+def _parts(messages: list) -> Iterator[dict]:
+    """The texts, images and videos of one conversation, or of a list of conversations."""
+    for message in chain.from_iterable(messages if isinstance(messages[0], list) else [messages]):
+        content = message["content"]
+        yield from content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 @contextmanager
@@ -124,17 +146,20 @@ def stream(
     temperature: float | None = None,
     seed: int | None = None,
     prompt_cache: "PromptCache | None" = None,
+    **options,
 ) -> Generator[str, None, None]:
     """Answer a conversation and yield the text as it is generated.
 
     Args:
         messages: chat messages as in transformers, the last one by the user. Their content is a list of `{"type":
-            "image", "image": ...}` and `{"type": "text", "text": ...}`. Or the result of `encode`.
+            "image", "image": ...}`, `{"type": "video", "video": ...}` and `{"type": "text", "text": ...}`. Or the
+            result of `encode`.
         pooled_grid_size: token budget of each image, as in `DecoProcessor.__call__`.
         max_new_tokens: maximum length of the answer.
         temperature: see `sampling`.
         seed: seed of sampling. Default: a different one each time.
         prompt_cache: cache of the model, which avoids encoding earlier turns of a conversation again.
+        options: see `encode`.
 
     Yields:
         Pieces of text. Closing the iterator stops generation.
@@ -143,8 +168,9 @@ def stream(
         ValueError: the messages, images or grid do not fit the model, the prompt leaves no room for an answer, or the
             logits of the model are NaN.
     """
-    inputs = messages if isinstance(messages, BatchFeature) else encode(processor, messages, pooled_grid_size)
-    inputs = inputs.to(model.device)
+    if not isinstance(messages, BatchFeature):
+        messages = encode(processor, messages, pooled_grid_size, **options)
+    inputs = messages.to(model.device)
     check_length(model, inputs)
     budget = {"max_new_tokens": max_new_tokens, "num_return_sequences": 1, **sampling(temperature)}
     answer = partial((prompt_cache or model).generate, **inputs, **budget)

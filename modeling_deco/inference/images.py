@@ -54,13 +54,13 @@ def read_image(
 
 
 @contextmanager
-def named(source) -> Iterator[None]:
-    name = "The image"
+def named(source, kind: str = "image") -> Iterator[None]:
+    name = f"The {kind}"
     if isinstance(source, str) and source[:5].lower() != "data:":
         shown = re.sub(r"^(https?://)[^/@]*@", r"\1...@", source, flags=re.IGNORECASE)  # keeps passwords out of logs
-        name = f"The image {shown if len(shown) <= 120 else shown[:117] + '...'!r}"
+        name = f"The {kind} {shown if len(shown) <= 120 else shown[:117] + '...'!r}"
     elif isinstance(source, Path):
-        name = f"The image {str(source)!r}"
+        name = f"The {kind} {str(source)!r}"
     try:
         yield
     except ImageError as error:

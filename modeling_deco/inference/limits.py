@@ -35,6 +35,9 @@ class ImageLimits:
 # For images that anybody may send to a server: photographs of up to 50 megapixels.
 UNTRUSTED_LIMITS = ImageLimits(max_pixels=50_000_000)
 
+# For videos, whose `max_pixels` are those of a frame: 8K. The times are for all of a video's frames.
+UNTRUSTED_VIDEO_LIMITS = ImageLimits(max_bytes=128 * 2**20, max_pixels=2**25, timeout=60.0, decode_timeout=60.0)
+
 
 class Stop:
     """Ends what a thread waits for, from another thread: at a time limit, or when the result is no longer needed."""

@@ -1,19 +1,23 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Read untrusted images and URLs, for the server and the page."""
+"""Read untrusted images, videos and URLs, for the server and the page."""
 
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from ..utils.decoding import ImageError
-from .decoders import Decoder
+from .decoders import Decoder, VideoDecoder
 from .images import fetch, named
-from .limits import UNTRUSTED_LIMITS, ImageLimits, Stop
+from .limits import UNTRUSTED_LIMITS, UNTRUSTED_VIDEO_LIMITS, ImageLimits, Stop
+
+Frame = tuple[float, Image.Image]
+T = TypeVar("T")
 
 
 class PictureReader:
@@ -33,6 +37,9 @@ class PictureReader:
         max_downloads: number of downloads at the same time, one for each request. Use the number of concurrent
             requests, so that no request waits for the slow host of another.
     """
+
+    kind = "image"
+    _decoder_class: type = Decoder
 
     def __init__(
         self,
@@ -105,7 +112,7 @@ class PictureReader:
             self._stops.discard(stop)
 
     def _fetch(self, source, stop: Stop) -> bytes:
-        with named(source):
+        with named(source, self.kind):
             return fetch(source, self.limits, self.allow_files, self.allow_private, stop)
 
     def _decode(self, sources, encoded: list[bytes], stop: Stop) -> list[Image.Image]:
@@ -126,10 +133,55 @@ class PictureReader:
         with stop.after(self.limits.decode_timeout), named(source):
             return self._decoder().decode(encoded, stop)
 
-    def _decoder(self) -> Decoder:
+    def _decoder(self) -> Any:
         if not hasattr(self._of_thread, "decoder"):
-            self._of_thread.decoder = Decoder(self.limits)
+            self._of_thread.decoder = self._decoder_class(self.limits)
         return self._of_thread.decoder
+
+
+class VideoReader(PictureReader):
+    """Reads untrusted videos and URLs, like a `PictureReader`. It has processes of its own, so that no image waits for
+    a video.
+
+    Args:
+        limits: limits for one video. `max_pixels` applies to a frame, the times to all frames.
+    """
+
+    kind = "video"
+    _decoder_class = VideoDecoder
+
+    def __init__(self, limits: ImageLimits = UNTRUSTED_VIDEO_LIMITS, **options):
+        super().__init__(limits, **options)
+
+    async def read_frames(
+        self, source: str | bytes, fps: float, max_frames: int, convert: Callable[[Iterator[Frame]], T]
+    ) -> T:
+        """Read the frames of a video.
+
+        Args:
+            source: as in `read_all`.
+            fps, max_frames: as in `videos.read_video`.
+            convert: what to make of the frames, each seconds and picture, in another thread while they are decoded, so
+                that they need not be in memory together.
+
+        Raises:
+            ImageError: the video cannot be read.
+        """
+        encoded = [await self._in_thread(self._fetchers, self._fetch, source)]
+        return await self._in_thread(self._decoders, self._convert, source, encoded, fps, max_frames, convert)
+
+    def read_frames_sync(self, source: str | bytes, fps: float, max_frames: int, convert: Callable) -> Any:
+        """`read_frames` for synchronous code, with the same processes."""
+        encoded = [self._fetch(source, Stop())]
+        return self._decoders.submit(self._convert, source, encoded, fps, max_frames, convert, Stop()).result()
+
+    def _convert(self, source, encoded: list[bytes], fps, max_frames, convert, stop: Stop):
+        def frames():
+            with stop.after(self.limits.decode_timeout), named(source, self.kind):
+                yield from self._decoder().frames(encoded.pop(), fps, max_frames, stop)
+
+        with closing(frames()) as decoded:
+            return convert(decoded)
 
 
 @contextmanager

@@ -77,6 +77,24 @@ READY = b"ready\n"
 
 def serve_pictures(max_pixels: int, max_memory: int, timeout: float) -> None:
     """Decode images from standard input until it ends, or until one takes more than `timeout` seconds."""
+    limit_process(max_memory, max_pixels)
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    Image.init()
+    answers.write(READY)
+    answers.flush()
+    while length := requests.read(LENGTH.size):
+        encoded = requests.read(LENGTH.unpack(length)[0])
+        set_alarm(timeout)  # if the parent is gone it cannot kill this process
+        header, pixels = _answer(encoded, max_pixels)
+        set_alarm(0)
+        answers.write(json.dumps(header).encode() + b"\n")
+        answers.write(pixels)
+        answers.flush()
+        del encoded, pixels  # a waiting process should be small
+
+
+def limit_process(max_memory: int, max_pixels: int) -> None:
+    """Prepare this process to decode untrusted files: limit its memory, and the pixels of Pillow's images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that closes the pipe
     with suppress(ImportError):  # Windows has no such limit; macOS ignores it
         import resource
@@ -86,19 +104,12 @@ def serve_pictures(max_pixels: int, max_memory: int, timeout: float) -> None:
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow also checks the images inside containers
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    Image.init()
-    answers.write(READY)
-    answers.flush()
-    while length := requests.read(LENGTH.size):
-        encoded = requests.read(LENGTH.unpack(length)[0])
-        _set_alarm(timeout)  # if the parent is gone it cannot kill this process
-        header, pixels = _answer(encoded, max_pixels)
-        _set_alarm(0)
-        answers.write(json.dumps(header).encode() + b"\n")
-        answers.write(pixels)
-        answers.flush()
-        del encoded, pixels  # a waiting process should be small
+
+
+def set_alarm(seconds: float) -> None:
+    """End this process in so many seconds; 0 revokes it."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # an unhandled SIGALRM ends the process even inside a decoder
 
 
 def _answer(encoded: bytes, max_pixels: int) -> tuple[dict, bytes]:
@@ -107,8 +118,3 @@ def _answer(encoded: bytes, max_pixels: int) -> tuple[dict, bytes]:
         return {"size": image.size}, image.tobytes()
     except (ImageError, OSError, MemoryError) as error:
         return {"error": one_line(error)}, b""
-
-
-def _set_alarm(seconds: float) -> None:
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # an unhandled SIGALRM ends the process even inside a decoder

@@ -160,7 +160,7 @@ def test_a_picture_that_takes_too_long_is_refused_and_the_next_one_is_read(make,
 
 def process(*limits) -> subprocess.Popen:
     arguments = json.dumps([sys.path, *limits])
-    command = [sys.executable, "-I", "-c", decoders._DECODE, arguments]
+    command = [sys.executable, "-I", "-c", decoders.Decoder.program, arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -256,7 +256,7 @@ def test_a_process_that_crashes_or_lies_is_replaced(answer, make, red, monkeypat
     reader = make()
     with monkeypatch.context() as context:
         code = f"import os, sys; print('ready', flush=True); sys.stdin.buffer.read(8 + {len(red)}); {answer}"
-        context.setattr(decoders, "_DECODE", code)
+        context.setattr(decoders.Decoder, "program", code)
         with pytest.raises(ImageError, match=r"^The image cannot be read: it is broken \(the decoder crashed\)\.$"):
             reader.read_sync(red)
     assert colours(reader.read_sync(red)) == {RED}
@@ -272,7 +272,7 @@ def test_a_process_that_was_killed_while_idle_is_replaced(make, red):
 
 
 def test_a_process_that_cannot_start_is_said(make, red, monkeypatch):
-    monkeypatch.setattr(decoders, "_DECODE", "raise SystemExit(1)")
+    monkeypatch.setattr(decoders.Decoder, "program", "raise SystemExit(1)")
     with pytest.raises(RuntimeError, match=r"^Images cannot be decoded: '.*' could not start a process\.$"):
         make().read_sync(red)
 
@@ -287,7 +287,7 @@ def test_a_cancelled_task_kills_its_process(make, red, monkeypatch):
     monkeypatch.setattr(
         decoders.Decoder, "_ask", lambda self, encoded: (asked.append(self.process), ask(self, encoded))
     )
-    monkeypatch.setattr(decoders, "_DECODE", STUCK)
+    monkeypatch.setattr(decoders.Decoder, "program", STUCK)
 
     async def cancel():
         await cancelled(make().read(red), lambda: asked)
@@ -311,7 +311,7 @@ def test_closing_ends_what_is_under_way(make, red, monkeypatch):
     monkeypatch.setattr(
         decoders.Decoder, "_ask", lambda self, encoded: (asked.append(self.process), ask(self, encoded))
     )
-    monkeypatch.setattr(decoders, "_DECODE", STUCK)
+    monkeypatch.setattr(decoders.Decoder, "program", STUCK)
 
     async def close():
         reader = make()

@@ -237,7 +237,7 @@ def files() -> dict[str, tuple[bytes, str]]:
         ),
         "broken picture": (
             tiny_videos.animation(3, "WEBP")[:120],
-            r"cannot be read \(could not create decoder object\)",
+            r"could not create decoder object",
         ),
     }
 
@@ -328,11 +328,9 @@ def test_limits_on_frames_pixels_and_time(monkeypatch):
         patch.setattr(videos, "MAX_PACKETS", 5)
         with pytest.raises(ValueError, match="it has more than the 5 frames allowed"):
             list(read_video(VIDEO))
-    with monkeypatch.context() as patch:
-        patch.setattr(videos, "MAX_PIXELS", 1000)
-        for encoded in (VIDEO, tiny_videos.animation(2, "GIF")):
-            with pytest.raises(ValueError, match="its 32 x 32 pixels are more than the 1,000 allowed"):
-                list(read_video(encoded))
+    for encoded in (VIDEO, tiny_videos.animation(2, "GIF")):
+        with pytest.raises(ValueError, match="its 32 x 32 pixels are more than the 1,000 allowed"):
+            list(read_video(encoded, max_pixels=1000))
     with pytest.raises(ValueError, match="reading it takes longer than 0 seconds"):
         list(read_video(VIDEO, timeout=0))
 
@@ -371,7 +369,7 @@ def test_a_playlist_cannot_read_other_files(name, content, playlist_format, tmp_
 def test_without_pyav_a_video_says_what_to_install(monkeypatch):
     def without(name, *args, _import=builtins.__import__, **kwargs):
         if name.partition(".")[0] == "av":
-            raise ImportError(name)
+            raise ModuleNotFoundError(name)
         return _import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
