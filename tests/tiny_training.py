@@ -107,6 +107,26 @@ def save_checkpoint(folder: Path, hidden_size: int | None = None, tied: bool = F
     return folder
 
 
+def save_family(folder: Path, family: str, **fields) -> Path:
+    """A random model with the views and videos of a family of LLaVA."""
+    model = tiny.build_family(family, **fields)
+    model.save_pretrained(folder)
+    processor = tiny.build_family_processor(model.config)
+    processor.chat_template = CHAT_TEMPLATE
+    processor.save_pretrained(folder)
+    return folder
+
+
+def view_conversation(seed: int, sizes=(), videos=(), num_turns: int = 1) -> dict:
+    """A conversation about pictures of these sizes, and about videos of so many frames."""
+    sample = conversation(seed, num_images=0, num_turns=num_turns)
+    shown = [{"type": "image", "text": None} for _ in sizes] + [{"type": "video", "text": None} for _ in videos]
+    sample["messages"][0]["content"] = shown + sample["messages"][0]["content"]
+    sample["images"] = [tiny.picture(seed + number, *size) for number, size in enumerate(sizes)]
+    sample["videos"] = [[tiny.picture(100 * seed + frame, 40, 50) for frame in range(number)] for number in videos]
+    return sample
+
+
 def save_backbones(folder: Path) -> tuple[Path, Path]:
     """Folders of a vision tower and of a language model."""
 

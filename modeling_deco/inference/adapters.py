@@ -112,6 +112,9 @@ def add_adapter(model: DecoForConditionalGeneration, adapter: Adapter, reads_wei
         for module in adapted.modules():  # trained in float32, beside parts that may have 16 bits
             if isinstance(module, ModulesToSaveWrapper):
                 module.modules_to_save.to(next(module.original_module.parameters()).dtype)
+        newline = model.base_model.image_newline  # trained beside the adapter
+        if newline is not None:
+            newline.data = newline.data.to(model.dtype)
         if getattr(model.config, "quantization_config", None) is not None:
             return adapted.get_base_model()  # merging would round the weights again
         return adapted.merge_and_unload()

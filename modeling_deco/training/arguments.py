@@ -33,6 +33,37 @@ class DecoArguments:
             "choices": ["patch", "sequence"],
         },
     )
+    image_grid_pinpoints: str | None = field(
+        default=None,
+        metadata={
+            "help": "For two backbones: sizes [height, width] in pixels, as JSON: '[[336, 672], [672, 336]]'. A "
+            "picture is resized to the best of them and cut into tiles of the tower's size. Default: one view."
+        },
+    )
+    image_overview: bool = field(
+        default=True, metadata={"help": "With image_grid_pinpoints, the whole picture is one more view."}
+    )
+    image_newline: bool = field(
+        default=False,
+        metadata={"help": "With image_grid_pinpoints, a new newline, trained with the projector, ends each row."},
+    )
+    vision_aspect_ratio: str | None = field(
+        default=None,
+        metadata={"help": "With image_grid_pinpoints: anyres (the default), or anyres_max_N, at most about N views."},
+    )
+    takes_videos: bool = field(default=False, metadata={"help": "For two backbones: the model takes videos, too."})
+    pooled_video_grid_size: int | None = field(
+        default=None, metadata={"help": "Side of the grid of a video's frame; default: 7, or the checkpoint's."}
+    )
+    frames_per_token_grid: int | None = field(
+        default=None, metadata={"help": "Neighbouring frames that are averaged; default: 1, or the checkpoint's."}
+    )
+    fps: float | None = field(
+        default=None, metadata={"help": "Frames per second that are read from a video; default: the processor's."}
+    )
+    max_frames: int | None = field(
+        default=None, metadata={"help": "The most frames that are read from a video; default: the processor's."}
+    )
     projector_type: str | None = field(
         default=None,
         metadata={"help": "Type of a new projector: avg_pool (the default), or one of those that DecoConfig lists."},

@@ -22,6 +22,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # private,
 from ..modeling_deco import DecoForConditionalGeneration, _finish_logits
 from ..utils.errors import first_names
 from .collator import IGNORE_INDEX
+from .newline import NEWLINE
 from .parts import part_of
 
 # PEFT's initializations that subtract the new adapter from the weights, or quantize them
@@ -65,6 +66,7 @@ def check_teacher(model: PreTrainedModel, freeze: list[str]) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with model.disable_adapter():  # PEFT then freezes what belongs to the adapter
         in_place = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    in_place = [name for name in in_place if name.split(".")[-1] != NEWLINE]  # see `first_newline`
     if in_place:
         raise ValueError(
             f"--distill logits learns from the model without its adapter, but this run trains weights in place "

@@ -45,6 +45,9 @@ def load_model_and_processor(
         model, processor = _load(args, model_args)
     if chat_template is not None:
         processor.chat_template = chat_template
+    _set_video_options(args, model, processor)
+    if args.pad_images and model.config.image_grid_pinpoints is not None:
+        raise ValueError("--pad_images is for models of one view; leave it out with image_grid_pinpoints.")
     if args.pad_images:
         processor.image_processor = pad_to_square(processor.image_processor)
     return model, processor
@@ -57,11 +60,12 @@ def _join(vision_model: str, text_model: str, args: DecoArguments, model_args: M
             "(stage 1), then quantize the result; for another --model_revision, download it and name its folder."
         )
     grid = _grid(args)
+    views = _views(args)
     projector: dict[str, Any] = {} if args.projector_type is None else {"projector_type": args.projector_type}
     if args.projector_config is not None:
         projector["projector_config"] = read_sizes(args.projector_config)
     model = DecoForConditionalGeneration.from_vision_text_pretrained(
-        vision_model, text_model, dtype=model_args.dtype, **grid, **projector
+        vision_model, text_model, dtype=model_args.dtype, takes_videos=args.takes_videos, **grid, **views, **projector
     )
     try:
         _set_image_positions(model, args.image_positions or IMAGE_POSITIONS)
@@ -70,8 +74,13 @@ def _join(vision_model: str, text_model: str, args: DecoArguments, model_args: M
             raise
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
+    has_views = model.config.image_grid_pinpoints is not None or model.config.video_token_id is not None
     return model, DecoProcessor.from_vision_text_pretrained(
-        vision_model, text_model, **grid, chat_template=chat_template
+        vision_model,
+        text_model,
+        pooled_grid_size=model.config.pooled_grid_size,
+        chat_template=chat_template,
+        config=model.config if has_views else None,
     )
 
 
@@ -83,6 +92,11 @@ def _load(args: DecoArguments, model_args: ModelConfig):
         raise ValueError(
             f"{name} has a projector already. Leave out --projector_type and --projector_config, or join two "
             f"backbones with --vision_model_name_or_path."
+        )
+    if _views(args) or args.takes_videos:
+        raise ValueError(
+            f"image_grid_pinpoints and takes_videos are for two backbones (--vision_model_name_or_path); {name} keeps "
+            f"its own. A model of one view looks at tiles with --tiles."
         )
     if find_adapter(name, revision) is not None:
         raise ValueError(f"{name} is an adapter. Merge it first (--merge_adapter true), then train the result.")
@@ -102,6 +116,45 @@ def _load(args: DecoArguments, model_args: ModelConfig):
             )
         _set_image_positions(model, args.image_positions)
     return model, DecoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False, **grid)
+
+
+def _views(args: DecoArguments) -> dict[str, Any]:
+    """The fields of `DecoConfig` that say how pictures are cut into views."""
+    if args.image_grid_pinpoints is None:
+        if not args.image_overview or args.image_newline or args.vision_aspect_ratio is not None:
+            raise ValueError(
+                "image_overview, image_newline and vision_aspect_ratio have no effect without image_grid_pinpoints; "
+                "set it, or leave them out."
+            )
+        return {}
+    pinpoints: Any = args.image_grid_pinpoints  # from a YAML file it is a list already
+    if isinstance(pinpoints, str):
+        try:
+            pinpoints = json.loads(pinpoints)
+        except json.JSONDecodeError:
+            raise ValueError(
+                f"--image_grid_pinpoints must be JSON, such as [[336, 672], [672, 336]], got {pinpoints!r}."
+            ) from None
+    fields = {"image_grid_pinpoints": pinpoints, "image_overview": args.image_overview}
+    fields |= {"image_newline": args.image_newline}
+    return fields | ({} if args.vision_aspect_ratio is None else {"vision_aspect_ratio": args.vision_aspect_ratio})
+
+
+def _set_video_options(args: DecoArguments, model: DecoForConditionalGeneration, processor: DecoProcessor) -> None:
+    """Set how videos are read. The processor's values reach the model with every call; those of the config are for
+    calls without them."""
+    names = ("pooled_video_grid_size", "frames_per_token_grid", "fps", "max_frames")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if given and processor.video_token is None:
+        raise ValueError(f"--{next(iter(given))} is for models that take videos, and this one takes none.")
+    for name, value in given.items():
+        if value <= 0:
+            raise ValueError(f"--{name} must be positive, got {value}.")
+        setattr(processor, name, value)
+        if hasattr(model.config, name):
+            setattr(model.config, name, value)
+    if given:
+        processor.video_size(1, processor.frame_size)  # refuses a grid that is too large
 
 
 def _grid(args: DecoArguments) -> dict[str, Any]:
@@ -159,8 +212,9 @@ def save_joined_backbones(
     on_first_process(training_args, _write_base, args, model_args, base)
     args, model_args = copy(args), copy(model_args)
     args.vision_model_name_or_path = args.projector_type = args.projector_config = None
-    args.pooled_grid_size = args.image_positions = None
-    args.pad_images = args.overwrite_output_dir = False
+    args.pooled_grid_size = args.image_positions = args.image_grid_pinpoints = args.vision_aspect_ratio = None
+    args.image_overview = True
+    args.pad_images = args.overwrite_output_dir = args.image_newline = args.takes_videos = False
     model_args.model_name_or_path = str(base)
     return args, model_args
 

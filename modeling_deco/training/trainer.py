@@ -23,6 +23,7 @@ from .distillation import as_teacher, check_teacher, kl_divergence, one_encoding
 from .distributed import reduce_head_gradient
 from .feature_cache import CacheError, FeatureCache, features_as_pixels
 from .lengths import add_lengths
+from .newline import first_newline, save_newline, train_newline
 from .parts import PARTS, part_of
 from .sampler import ModalityLengthSampler, SetEpoch
 
@@ -73,7 +74,7 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
             max_length=args.max_length,
             largest_grid=max(grids, key=num_image_tokens),
             largest_video_grid=max(video_grids, key=num_image_tokens),
-            max_image_tokens=max(args.max_image_tokens, default=None) if args.max_image_tokens else None,
+            max_image_tokens=None if args.max_image_tokens is None else max(args.max_image_tokens),
             tiles=args.tiles,
             add_timestamps=args.add_timestamps,
             feature_cache=feature_cache,
@@ -95,6 +96,7 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
             data_collator=collator,
             **kwargs,
         )
+        self._first_newline = train_newline(self.model) if is_peft_model(self.model) else None
         self._check_trained_parts()
         if not self.is_deepspeed_enabled:  # DeepSpeed keeps float32 copies itself
             self._keep_trained_parameters_in_float32(model)
@@ -235,7 +237,7 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
         tower = deco.model.vision_tower
         is_frozen = not any(parameter.requires_grad for parameter in tower.parameters())
         with one_encoding(tower) if is_frozen else nullcontext() as encoding:
-            with as_teacher(self.model):
+            with as_teacher(self.model), first_newline(self.model, self._first_newline):
                 teacher_states = model(**teacher_inputs, answer_states=True)
             if encoding is not None:
                 encoding.rewind()
@@ -264,6 +266,12 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
             time.sleep(0.5)
 
     # --- what a run writes -------------------------------------------------------------------------------------------
+
+    # private, seen in transformers 5.19 to 5.24
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict=state_dict)
+        if is_peft_model(self.model):
+            save_newline(self.model, output_dir or self.args.output_dir, state_dict)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **metadata):
         """Write DeCo's card. The example in TRL's card is for a text model."""

@@ -5,30 +5,16 @@
 import pytest
 import tiny
 import torch
-from PIL import Image
 
 pytest.importorskip("trl")
 
 import tiny_training
-from tiny_training import conversation
+from tiny_training import conversation, view_conversation
 
 from modeling_deco.training.collator import IGNORE_INDEX, DecoCollator, expand_images
 
 FAMILIES = ["llava_next_video", "llava_onevision"]
 SIZES = [(30, 40), (60, 25), (20, 90)]
-
-
-def frames(number: int, seed: int = 0) -> list[Image.Image]:
-    return [tiny.picture(100 * seed + index, 40, 50) for index in range(number)]
-
-
-def example(seed: int, sizes=(), videos=(), num_turns: int = 1) -> dict:
-    """A conversation about pictures of these sizes, and about videos of so many frames."""
-    sample = conversation(seed, num_images=0, num_turns=num_turns)
-    shown = [{"type": "image"} for _ in sizes] + [{"type": "video"} for _ in videos]
-    sample["messages"][0]["content"] = shown + sample["messages"][0]["content"]
-    sample["images"] = [tiny.picture(seed + number, *size) for number, size in enumerate(sizes)]
-    return sample | {"videos": [frames(number, seed) for number in videos]}
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +30,16 @@ def families():
 
 
 SAMPLES = {
-    "one picture": [example(0, SIZES[:1])],
-    "several": [example(1, SIZES)],
-    "a video": [example(2, videos=[3])],
-    "text": [example(3)],
-    "all": [example(4, SIZES[1:2]), example(5, videos=[2, 5]), example(6), example(7, SIZES, [1], num_turns=2)],
+    "one picture": [view_conversation(0, SIZES[:1])],
+    "several": [view_conversation(1, SIZES)],
+    "a video": [view_conversation(2, videos=[3])],
+    "text": [view_conversation(3)],
+    "all": [
+        view_conversation(4, SIZES[1:2]),
+        view_conversation(5, videos=[2, 5]),
+        view_conversation(6),
+        view_conversation(7, SIZES, [1], num_turns=2),
+    ],
 }
 BUDGETS = [{}, {"pooled_grid_size": 2, "pooled_video_grid_size": 3}, {"max_image_tokens": 30}]
 
@@ -95,7 +86,7 @@ def test_lengths_are_counted_from_the_sizes_alone(family, add_timestamps, famili
     model, processor = families[family]
     largest = {"largest_grid": 4, "max_image_tokens": 50, "largest_video_grid": 3}
     collator = DecoCollator(processor, add_timestamps=add_timestamps, **largest)
-    for sample in [example(1, SIZES, [2, 5]), example(2, SIZES[:1], [3])]:
+    for sample in [view_conversation(1, SIZES, [2, 5]), view_conversation(2, SIZES[:1], [3])]:
         found = collator.count_tokens(collator.tokenize(collator.read(sample)))
         batch = collator([sample])
         at_grid = expand_images(batch, 4, processor, pooled_video_grid_size=3)
@@ -110,7 +101,7 @@ def test_lengths_are_counted_from_the_sizes_alone(family, add_timestamps, famili
 
 def test_independent_turns_see_the_video_and_the_picture(families):
     model, processor = families["llava_onevision"]
-    sample = example(0, SIZES[:1], [3], num_turns=2)
+    sample = view_conversation(0, SIZES[:1], [3], num_turns=2)
     packed = expand_images(DecoCollator(processor, independent_turns=True)([sample]), None, processor)
     with torch.no_grad():
         found = model(**packed).logits[packed["labels"] != IGNORE_INDEX]
