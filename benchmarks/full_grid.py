@@ -194,34 +194,51 @@ def logits_of(model, inputs: dict, features: torch.Tensor, grid: int, reduce: Re
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def greedy_answers(
     model, processor, pictures: Pictures, grid: int, image_positions: str, reduce: Reduce = pooled
 ) -> list[list[str]]:
-    """The model's greedy answers to all questions about each picture.
+    """The model's greedy answers to all questions about each picture."""
+    model.eval()
+
+    def predict(indices: list[int], rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = model_inputs(rows, grid, processor, image_positions)
+        return logits_of(model, inputs, pictures.features[indices], grid, reduce), inputs["labels"]
+
+    return drafted_answers(pictures.turns, processor.tokenizer, predict)
+
+
+@torch.inference_mode()
+def drafted_answers(
+    all_turns: list[list[Turn]],
+    tokenizer,
+    predict: Callable[[list[int], list[dict]], tuple[torch.Tensor, torch.Tensor]],
+) -> list[list[str]]:
+    """Greedy answers to all questions about each picture.
 
     All questions about a picture are one row, and all tokens of an answer are predicted at once from a draft, at first
     the reference. The predictions are the next draft, until nothing changes: then each token is the most likely one
     behind those before it, which is what `generate` writes. Most answers need one or two passes.
+
+    Args:
+        all_turns: the questions about each picture.
+        predict: from indices of pictures and their rows, as `single_turns` makes them, to logits and labels.
     """
-    model.eval()
-    tokenizer, eos = processor.tokenizer, processor.tokenizer.eos_token_id
-    drafts = [[(turn.answer + [eos] * SLOT)[:SLOT] for turn in turns] for turns in pictures.turns]
-    active = list(range(len(pictures)))
+    eos = tokenizer.eos_token_id
+    drafts = [[(turn.answer + [eos] * SLOT)[:SLOT] for turn in turns] for turns in all_turns]
+    active = list(range(len(all_turns)))
     for _ in range(SLOT + 1):
         changed = []
         for start in range(0, len(active), 50):
             chunk = active[start : start + 50]
             rows = [
                 single_turns(
-                    [turn._replace(answer=d) for turn, d in zip(pictures.turns[i], drafts[i], strict=True)], tokenizer
+                    [turn._replace(answer=d) for turn, d in zip(all_turns[i], drafts[i], strict=True)], tokenizer
                 )
                 for i in chunk
             ]
-            inputs = model_inputs(rows, grid, processor, image_positions)
-            predicted = logits_of(model, inputs, pictures.features[chunk], grid, reduce).argmax(-1)
-            is_answer = inputs["labels"] != IGNORE_INDEX
-            for index, row, mask in zip(chunk, predicted[:, :-1], is_answer[:, 1:], strict=True):
+            logits, labels = predict(chunk, rows)
+            is_answer = labels != IGNORE_INDEX
+            for index, row, mask in zip(chunk, logits.argmax(-1)[:, :-1], is_answer[:, 1:], strict=True):
                 new = [cut(answer, eos) for answer in row[mask].view(-1, SLOT).tolist()]
                 if new != [cut(answer, eos) for answer in drafts[index]]:
                     changed.append(index)

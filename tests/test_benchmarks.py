@@ -18,7 +18,10 @@ import typer
 
 from modeling_deco import SHIPPED_CHECKPOINT
 from modeling_deco.inference import load
+from modeling_deco.worlds.digits.clip_questions import clip_questions
+from modeling_deco.worlds.digits.clips import render_clip
 from modeling_deco.worlds.digits.evaluate import answer
+from modeling_deco.worlds.digits.questions import score
 from modeling_deco.worlds.digits.scenes import render
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -330,6 +333,67 @@ def test_positions_and_tuning_without_labels_are_measured_from_the_same_starts(r
     assert list(tuned) == ["fixed", "varied"]
     assert len(tuned["fixed"]) == 2 * 2 * 1 + 2
     assert all(path.stat().st_mtime_ns == written for path, written in cells.items())
+
+
+# --- tiles and clips -------------------------------------------------------------------------------------------------
+
+
+def test_answers_about_stitched_tiles_are_those_of_generate(benchmark, shipped):
+    tiles, (model, processor) = benchmark("tiles"), shipped
+    pictures = tiles.read_pictures(processor, "test", 1, scale=2, tiles=4, tower=model.model.vision_tower)
+    found = tiles.measure(model, processor, pictures, scale=2, tiles=4)
+    image = render("test", 0, seed=2, min_digits=2, scale=2).image
+    questions = [turn.question for turn in pictures.turns[0] if turn.question.kind in ("colour", "read")]
+    prompts = [f"<bos><user><image>{question.text}<assistant>" for question in questions]
+    for grid in (6, 24):
+        options = {"tiles": 4, "pooled_grid_size": grid, "add_special_tokens": False, "padding": True}
+        inputs = processor(images=[image] * len(prompts), text=prompts, return_tensors="pt", **options)
+        with torch.autocast("cpu", torch.bfloat16):  # as the benchmark
+            generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        answers = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        right = {question.kind: [score(question, text)] for question, text in zip(questions, answers, strict=True)}
+        assert {kind: found[str(grid)][kind] for kind in right} == right
+
+
+def test_answers_about_clips_are_those_of_generate(benchmark, monkeypatch):
+    videos, said = benchmark("videos"), []
+    model, processor = videos.build_model()
+    budget = videos.Budget(2, 3)
+    clips = videos.read_clips(model.model.vision_tower, "test", 1)
+    monkeypatch.setattr(videos, "score_clip", lambda question, text, clip: said.append(text))
+    videos.measure(model, processor, clips, budget, "in order")
+    clip = render_clip("test", 0)
+    texts = [question.text for question in clip_questions(clip, np.random.default_rng(0))][:2]
+    with torch.autocast("cpu", torch.bfloat16):  # as the benchmark
+        assert videos.answers_about(model, processor, list(clip.frames), texts, budget) == said[:2]
+    assert len(set(said)) > 1
+
+
+@pytest.mark.slow
+def test_tiles_and_one_view_are_trained_and_measured(run, tmp_path):
+    options = {"small": True, "runs": tmp_path / "runs", "out": tmp_path}
+    report = run("tiles", **options)
+    assert report == json.loads((tmp_path / "tiles.json").read_text())
+    assert (tmp_path / "tiles.png").exists()
+    assert list(report["accuracy"]) == ["untrained", "tiles", "one view", "one view and tower"]
+    assert {scale: list(found) for scale, found in report["accuracy"]["tiles"].items()} == {
+        "1": ["1"],
+        "2": ["1", "4", "9"],
+        "3": ["1", "4", "9"],
+    }
+    assert list(report["accuracy"]["untrained"]["3"]["9"]) == ["576", "324", "144", "64", "36", "16"]
+    assert report["accuracy"] == run("tiles", **options)["accuracy"]  # from its cells
+
+
+@pytest.mark.slow
+def test_clips_are_learned_and_asked_at_every_budget(run, tmp_path):
+    pytest.importorskip("av")
+    options = {"small": True, "runs": tmp_path / "runs", "out": tmp_path}
+    report = run("videos", **options)
+    assert report == json.loads((tmp_path / "videos.json").read_text())
+    assert [row["tokens"] for row in report["accuracy"]] == [540, 270, 180, 240, 120, 80, 60, 48, 240]
+    assert report["files"]["questions"] == 7
+    assert report["accuracy"] == run("videos", **options)["accuracy"]  # from its cells
 
 
 @pytest.fixture
