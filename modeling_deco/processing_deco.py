@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from math import isqrt
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -42,11 +43,19 @@ from .views import Grid, TokenMap, Views, largest_grid, num_map_tokens, num_map_
 
 # Arguments of a call that transformers does not know
 _IMAGE_OPTIONS = ("pooled_grid_size", "max_image_tokens", "tiles")
-_VIDEO_OPTIONS = ("pooled_video_grid_size", "frames_per_token_grid", "max_frames", "add_timestamps")
+_VIDEO_OPTIONS = ("pooled_video_grid_size", "frames_per_token_grid", "fps", "max_frames", "add_timestamps")
 _FRAMES_PER_CHUNK = 16
+
+# transformers (since 5.23) allows none of these as an argument of `__init__`, and `fps` is one
+_FramesKwargs = TypedDict(  # type: ignore[misc]
+    "_FramesKwargs",
+    {name: field for name, field in VideosKwargs.__annotations__.items() if name != "fps"},
+    total=False,
+)
 
 
 class DecoProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    videos_kwargs: _FramesKwargs
     _defaults = {"text_kwargs": {"padding": False}}
 
 
@@ -307,6 +316,11 @@ class DecoProcessor(ProcessorMixin):
         # stacks one number per image, and passes on as it is what has a name of its own.
         inputs["views"] = list(views)
         inputs["pixel_values"] = [torch.zeros(1) for _ in views]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = super().model_input_names
+        return names if self.video_token is None else [*names, "pixel_values_videos", "pooled_video_sizes"]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if images is not None:

@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' suites for training, tensor parallelism and FSDP on DeCo."""
 
+import math
 import unittest
 from types import SimpleNamespace
 
 import pytest
 import torch
-from deco_model_tester import DecoModelTester
+from deco_model_tester import DecoModelTester, ViewsTester
 from transformers_tests import test_fsdp_mixin, test_tensor_parallel_mixin
 from transformers_tests.distributed_testing_utils import _start_rank_processes
 from transformers_tests.test_fsdp_mixin import FSDPTesterMixin
@@ -16,6 +17,7 @@ from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 from modeling_deco import DecoForConditionalGeneration, DecoModel
 from modeling_deco.modeling_deco import CACHE_NAME
+from modeling_deco.views import num_map_tokens
 
 pytestmark = pytest.mark.enable_socket  # processes communicate on localhost
 
@@ -48,15 +50,21 @@ def _put_an_image_first(model, args, kwargs):
     if cache is not None and cache.get_seq_length() > 0:  # decoding: the image was in the prompt
         return args, kwargs
     config = model.config
-    input_ids = input_ids.masked_fill(input_ids == config.image_token_id, config.text_config.eos_token_id)
-    input_ids[:, : config.num_image_tokens] = config.image_token_id
     size = config.vision_config.image_size
-    pixel_values = torch.linspace(-1, 1, 3 * size**2, dtype=model.dtype).view(1, 3, size, size)
-    pixel_values = pixel_values.repeat(len(input_ids), 1, 1, 1)
-    return (), {**kwargs, "input_ids": input_ids, "pixel_values": pixel_values}
+    shape, image_sizes = (3, size, size), None
+    if config.image_grid_pinpoints is not None:  # an overview and two tiles
+        shape, image_sizes = (3, *shape), torch.tensor([[size, 2 * size]] * len(input_ids))
+    pixel_values = torch.linspace(-1, 1, math.prod(shape), dtype=model.dtype).view(1, *shape)
+    image_inputs = {"pixel_values": pixel_values.repeat(len(input_ids), *[1] * len(shape)), "image_sizes": image_sizes}
+    num_tokens = num_map_tokens(model.model.image_maps(image_sizes=image_sizes)[0])
+    input_ids = input_ids.masked_fill(input_ids == config.image_token_id, config.text_config.eos_token_id)
+    input_ids[:, :num_tokens] = config.image_token_id
+    return (), {**kwargs, "input_ids": input_ids, **image_inputs}
 
 
-class TextModelTester(DecoModelTester):
+class OfText:
+    """In the form in which the suites expect models of text."""
+
     causal_lm_class = DecoWithImagesForConditionalGeneration
 
     def get_config(self):
@@ -65,12 +73,21 @@ class TextModelTester(DecoModelTester):
         return config
 
 
+class TextModelTester(OfText, DecoModelTester):
+    pass
+
+
+class ViewsTextModelTester(OfText, ViewsTester):
+    pass
+
+
 class SetUp:
     all_model_classes = (DecoModel, DecoForConditionalGeneration)
+    model_tester_class = TextModelTester
     model_tester = None
 
     def setUp(self):
-        self.model_tester = TextModelTester(self)
+        self.model_tester = self.model_tester_class(self)
 
 
 class DecoOfAnyTokens(DecoForConditionalGeneration):
@@ -105,6 +122,33 @@ class DecoFSDPTest(SetUp, FSDPTesterMixin, unittest.TestCase):
 
     def _run_fsdp2_distributed_test(self, test_name, test_impl, *args, **kwargs):
         super()._run_fsdp2_distributed_test(test_name, _run_on_deco, test_impl, *args, **kwargs)
+
+
+def only(*names):
+    """Leave out the other tests of a class, each of which starts processes."""
+
+    def decorate(test_case):
+        for name in dir(test_case):
+            if name.startswith("test_") and name not in names:
+                setattr(test_case, name, None)
+        return test_case
+
+    return decorate
+
+
+@only("test_training_overfit")
+class ViewsTrainingTest(DecoTrainingTest):
+    model_tester_class = ViewsTextModelTester
+
+
+@only("test_tp_forward_0")  # its prompts for generation are too short for an image
+class ViewsTensorParallelTest(DecoTensorParallelTest):
+    model_tester_class = ViewsTextModelTester
+
+
+@only("test_fsdp2_plan_vs_ddp_0_untied", "test_fsdp2_save_load")
+class ViewsFSDPTest(DecoFSDPTest):
+    model_tester_class = ViewsTextModelTester
 
 
 def _run_on_deco(rank, config_class, config_dict, test_impl, *args, **kwargs):
