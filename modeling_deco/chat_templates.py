@@ -1,21 +1,22 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates that show images, and mark the assistant's words for training.
+"""Chat templates that show images and videos, and mark the assistant's words for training.
 
 `CHAT_TEMPLATES` has them by name. `adapt_chat_template` finds the template for a language model whose own template
-takes only text.
+takes only text. `complete_chat_template` adds videos and marks to a template that shows images.
 
 This file is saved with every checkpoint for `trust_remote_code=True`.
 """
 
 import json
+import re
 
 from transformers.utils.chat_template_utils import render_jinja_template  # private, seen in transformers 5.19 to 5.24
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 
-# A message's content is a string or a list of parts. Images keep their position among the parts. A line break follows
-# images that come before all text, as in LLaVA's data.
+# A message's content is a string or a list of parts. Images and videos keep their position among the parts. A line
+# break follows those that come before all text, as in LLaVA's data.
 _TEXT = """\
 {%- macro text(content) -%}
 {%- if content is string -%}
@@ -25,10 +26,12 @@ _TEXT = """\
 {%- for part in content -%}
 {%- if part['type'] == 'image' -%}
 {{- '<image>' + ('' if seen.text else '\\n') -}}
+{%- elif part['type'] == 'video' -%}
+{{- '<video>' + ('' if seen.text else '\\n') -}}
 {%- elif part['type'] == 'text' -%}
 {{- part['text'] -}}{%- set seen.text = true -%}
 {%- else -%}
-{{- raise_exception('Only text and images can be shown, got ' + part['type']) -}}
+{{- raise_exception('Only text, images and videos can be shown, got ' + part['type']) -}}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
@@ -71,7 +74,8 @@ _SYSTEM_IN_FIRST = """\
 {%- endif -%}
 """
 
-# The format of LLaVA's stage 1 (llava/conversation.py, conv_llava_plain): an image, its caption, a line break.
+# The format of LLaVA's stage 1 (llava/conversation.py, conv_llava_plain): an image or a video, its caption, a line
+# break.
 PLAIN_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- set content = message['content'] -%}
@@ -79,14 +83,16 @@ PLAIN_CHAT_TEMPLATE = """\
 {%- if message['role'] == 'assistant' -%}
 {% generation %}{%- for part in parts -%}{{- part['text'] -}}{%- endfor -%}{{- '\\n' -}}{% endgeneration %}
 {%- else -%}
-{%- for part in parts if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}
+{%- for part in parts -%}
+{%- if part['type'] == 'image' -%}{{- '<image>' -}}{%- elif part['type'] == 'video' -%}{{- '<video>' -}}{%- endif -%}
+{%- endfor -%}
 {%- endif -%}
 {%- endfor -%}
 """
 
 # `vicuna_v1`, LLaVA-1.5's training format (haotian-liu/LLaVA, llava/conversation.py, conv_vicuna_v1). It has no "<s>":
 # processors tokenize rendered text with special tokens, so the tokenizer adds it. The space before an answer belongs
-# to the answer, since Llama's tokens begin with their space. Images come first, as in LLaVA-1.5's data.
+# to the answer, since Llama's tokens begin with their space. Images and videos come first, as in LLaVA-1.5's data.
 VICUNA_SYSTEM = """\
 {{- "A chat between a curious user and an artificial intelligence assistant. " -}}
 {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
@@ -112,7 +118,10 @@ VICUNA_CHAT_TEMPLATE = (
 {%- if message['role'] == 'user' -%}
 {{- 'USER: ' -}}
 {%- if message['content'] is not string -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endif -%}
+{%- if part['type'] == 'video' -%}{{- '<video>\\n' -}}{%- endif -%}
+{%- endfor -%}
 {%- endif -%}
 {{- text(message['content']) + ' ' -}}
 {%- elif message['role'] == 'assistant' -%}
@@ -223,6 +232,51 @@ _PARTS_TO_TEXT = (
 """
 )
 
+# Comes before a template that shows images and no videos: a video becomes text, on a line of its own.
+_VIDEOS_TO_TEXT = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is iterable and message['content'] is not string -%}
+{%- set kept = namespace(parts=[], videos='') -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'video' -%}
+{%- set kept.videos = kept.videos + '<video>\\n' -%}
+{%- elif part['type'] == 'text' -%}
+{%- set kept.parts = kept.parts + [dict(part, text=kept.videos + part['text'])] -%}{%- set kept.videos = '' -%}
+{%- else -%}
+{%- set kept.parts = kept.parts + [part] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if kept.videos -%}{%- set kept.parts = kept.parts + [{'type': 'text', 'text': kept.videos}] -%}{%- endif -%}
+{%- set message = dict(message, content=kept.parts) -%}
+{%- endif -%}
+{%- set flat.messages = flat.messages + [message] -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+
+# Renders a conversation by another template, SOURCE, and marks each answer with its end. An answer begins where the
+# prompt for it ends; if the prompt is not the start of the rendered answer, it begins with its text.
+_MARKED = """\
+{% macro source(messages, add_generation_prompt) %}SOURCE{% endmacro %}
+{%- set shown = namespace(text='') -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{%- set before = source(messages[:loop.index0], true) -%}
+{%- set after = source(messages[:loop.index], false) -%}
+{%- if not after.startswith(before) -%}
+{%- set mark = 'ANSWER' if message['content'] is string else [{'type': 'text', 'text': 'ANSWER'}] -%}
+{%- set marked = source(messages[:loop.index0] + [dict(message, content=mark)], false) -%}
+{%- set before = marked.rpartition('ANSWER')[0] -%}
+{%- endif -%}
+{{- before[shown.text | length:] -}}
+{% generation %}{{- after[before | length:].rstrip() -}}{% endgeneration %}
+{%- set shown.text = after.rstrip() -%}
+{%- endif -%}
+{%- endfor -%}
+{{- source(messages, add_generation_prompt)[shown.text | length:] -}}
+"""
+
 _SYSTEM = {"role": "system", "content": "Be short."}
 _TURNS = [
     {"role": "user", "content": "What is this?"},
@@ -255,6 +309,49 @@ def shows_images(template: str, render=render, **special_tokens) -> bool:
     return rendered.count(IMAGE_TOKEN) == 1 and all(
         words in rendered for words in ("What is this?", "A cat.", "Sure?")
     )
+
+
+def complete_chat_template(template: str, **special_tokens) -> str:
+    """A template that shows images, with what it lacks: videos, and marks around each answer and its end.
+
+    What is rendered stays the same. A template is returned as it is if it lacks nothing, or if its answers cannot be
+    found in what it renders.
+
+    Args:
+        special_tokens: the tokenizer's special tokens by name, as templates use them: `bos_token`, `eos_token`.
+    """
+    with_video = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is this?"}]}]
+    if VIDEO_TOKEN not in (render(template, with_video, **special_tokens) or ""):
+        shown = render(_VIDEOS_TO_TEXT + template, with_video, **special_tokens) or ""
+        if shown.count(VIDEO_TOKEN) == 1 and "What is this?" in shown:
+            template = _VIDEOS_TO_TEXT + template
+    source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    source = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source)
+    marked = _MARKED.replace("SOURCE", source.removesuffix("\n"))
+    answers = _answers(marked, **special_tokens)
+    is_same = all(
+        render(marked, PROBE_CONVERSATION[:length], **special_tokens)
+        == render(template, PROBE_CONVERSATION[:length], **special_tokens)
+        for length in (1, 3)
+    )
+    is_found = len(answers) == 2 and "A cat." in answers[0] and "Yes." in answers[1]
+    return marked if is_same and is_found and answers != _answers(template, **special_tokens) else template
+
+
+def _answers(template: str, **special_tokens) -> list[str]:
+    """What a template marks in a conversation with two answers."""
+    conversation = [*PROBE_CONVERSATION, {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}]
+    if "generation" not in template:
+        return []
+    try:
+        (text,), (marks,) = render_jinja_template(
+            [conversation], chat_template=template, return_assistant_tokens_mask=True, **special_tokens
+        )
+    except MemoryError:
+        raise
+    except Exception:  # whatever a template does wrong
+        return []
+    return [text[start:end] for start, end in marks]
 
 
 def adapt_chat_template(template: str | None, vocabulary, render=render, **special_tokens) -> str | None:

@@ -573,6 +573,7 @@ def _fields_of_llava(fields: dict, name, arguments: dict[str, Any]) -> dict[str,
         check_features,
         check_image_token,
         check_vocabulary,
+        choose_video_token,
         deco_fields,
         find_llava,
         has_processor,
@@ -589,13 +590,23 @@ def _fields_of_llava(fields: dict, name, arguments: dict[str, Any]) -> dict[str,
     for part in ("vision_config", "text_config"):
         _check_sizes(part, fields.get(part) or {})
     config_fields = deco_fields(fields, where)
-    config = DecoConfig(**config_fields, pooled_grid_size=1)
+    video_token_id = config_fields.pop("video_token_id", None)
+    try:
+        config = DecoConfig(**config_fields, pooled_grid_size=1)
+    except ValueError:
+        raise
+    except Exception as error:  # a field has another type
+        raise ValueError(f"{where} cannot be used: {' '.join(str(error).split())[:300]}") from None
+    tokenizer, num_rows = None, config.text_config.vocab_size
     folder = find_llava(name, **hub_arguments(arguments))
     if folder is not None and has_processor(folder):
         tokenizer = load_tokenizer(folder)
         check_image_token(tokenizer, config.image_token_id, name)
-        check_vocabulary(tokenizer, config.text_config.vocab_size, name)
+        check_vocabulary(tokenizer, num_rows, name)
         config_fields["text_config"].pad_token_id = tokenizer.pad_token_id
+    if video_token_id is not None:  # the model was made for videos
+        config_fields["pooled_video_grid_size"] = list(config.views.full_video_grid)
+    config_fields["video_token_id"] = choose_video_token(tokenizer, video_token_id, num_rows, name)
     rows, cols = config.patch_grid
     return config_fields | {
         "model_type": DecoConfig.model_type,

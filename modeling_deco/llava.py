@@ -23,6 +23,7 @@ from .chat_templates import (
     PROBE_CONVERSATION,
     VICUNA_CHAT_TEMPLATE,
     VICUNA_SYSTEM,
+    VIDEO_TOKEN,
     adapt_chat_template,
     render,
 )
@@ -34,10 +35,16 @@ KEY_MAPPING = {
     r"^(?:model\.)?multi_modal_projector\.": "model.multi_modal_projector.",
     r"^(?:language_model\.model|model\.language_model)\.": "model.language_model.",
     r"^(?:language_model\.)?lm_head\.": "lm_head.",
+    r"^(?:model\.)?image_newline": "model.image_newline",
 }
 
-# model types of LLaVA, and those of the language models in the original code's checkpoints
-TEXT_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+# model types of transformers' LLaVAs, with the image processor of those that cut a picture into views
+LLAVA_TYPES = {
+    "llava": None,
+    "llava_next": "LlavaNextImageProcessor",
+    "llava_next_video": "LlavaNextImageProcessor",
+    "llava_onevision": "LlavaOnevisionImageProcessor",
+}
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 _SMALL_FILES = (
@@ -112,15 +119,36 @@ def is_llava(fields: dict) -> bool:
     one level, with `mm_*` fields."""
     is_of_transformers = "vision_config" in fields or "text_config" in fields
     model_type = fields.get("model_type")
-    return is_of_transformers and isinstance(model_type, str) and model_type in TEXT_MODELS
+    return is_of_transformers and isinstance(model_type, str) and model_type in LLAVA_TYPES
+
+
+# why no DeCo can be made of a model of another kind, by the start of its model type
+_REASONS = {
+    "vipllava": "it reads several layers of its vision tower, and DeCo reads one",
+    "video_llava": "it has a second vision tower for videos; LLaVA-NeXT-Video and LLaVA-OneVision have one for both",
+    "qwen2_vl": "its vision tower takes pictures of any shape, and merges patches by learned weights",
+    "qwen2_5_vl": "its vision tower takes pictures of any shape, and merges patches by learned weights",
+    "qwen3_vl": "its vision tower takes pictures of any shape, and merges patches by learned weights",
+    "internvl": "its projector learned patches that are shuffled four to one",
+    "mllama": "its language model reads pictures by cross-attention",
+    "blip": "its projector has learned queries; recipes/sft.py trains one (projector_type='qformer')",
+    "instructblip": "its projector has learned queries; recipes/sft.py trains one (projector_type='qformer')",
+    "idefics": "its projector has learned queries; recipes/sft.py trains one (projector_type='resampler')",
+}
+
+
+def reason_against(model_type) -> str:
+    """Why no DeCo can be made of a model of this type, `": ..."`; empty if it is not known."""
+    kinds = sorted(_REASONS, key=len, reverse=True)
+    return next((f": {_REASONS[kind]}" for kind in kinds if str(model_type).startswith(kind)), "")
 
 
 def refusal(model_type, name: str) -> str:
     """The message for a checkpoint that is neither a DeCo nor a LLaVA of transformers, but maybe one of the original
     code."""
     return (
-        f"{name} is a {model_type!r} model, not a DeCo. deco convert makes one of a LLaVA; recipes/sft.py joins a "
-        f"vision tower and a language model (--vision_model_name_or_path)."
+        f"{name} is a {model_type!r} model, not a DeCo{reason_against(model_type)}. deco convert makes one of a "
+        f"LLaVA; recipes/sft.py joins a vision tower and a language model (--vision_model_name_or_path)."
     )
 
 
@@ -136,18 +164,16 @@ def check_features(fields: dict, where: str) -> None:
             f"that they were made from, which can be quantized while it is loaded."
         )
     if fields.get("s2") or fields.get("mm_vision_s2"):
-        raise ValueError(f"s2 in {where}: DeCo does not support multi-scale (S2) features.")
-    aspect_ratio = fields.get("image_aspect_ratio") or "square"
-    if aspect_ratio not in ("square", "pad"):
         raise ValueError(
-            f"image_aspect_ratio {aspect_ratio!r} in {where}: DeCo supports one view of an image ('pad' or "
-            f"'square'), and not anyres."
+            f"s2 in {where}: DeCo does not support multi-scale (S2) features; take a LLaVA without them, such as "
+            f"LLaVA-1.6, which cuts pictures into tiles."
         )
-    merge_type = fields.get("mm_patch_merge_type") or "flat"
-    if merge_type != "flat":
-        raise ValueError(f"mm_patch_merge_type {merge_type!r} in {where}: DeCo supports 'flat', and not anyres.")
-    if fields.get("mm_resampler_type"):
-        raise ValueError(f"mm_resampler_type {fields['mm_resampler_type']!r} in {where}: DeCo has none.")
+    aspect_ratio = fields.get("image_aspect_ratio")
+    if is_llava(fields) and fields["model_type"] == "llava" and aspect_ratio not in (None, "square", "pad"):
+        raise ValueError(
+            f"image_aspect_ratio {aspect_ratio!r} in {where}: a 'llava' of transformers has one view of an image; "
+            f"those that cut it into views are 'llava_next' and 'llava_onevision'."
+        )
 
 
 def deco_fields(fields: dict, where: str) -> dict[str, Any]:
@@ -156,28 +182,61 @@ def deco_fields(fields: dict, where: str) -> dict[str, Any]:
     Raises:
         ValueError: several vision layers are used, or the vision tower is not supported.
     """
-    layer = fields.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
-        raise ValueError(f"vision_feature_layer {layer} in {where} is not one layer; DeCo reads one.")
+    family = fields["model_type"]
     try:
         parts = {part: fields.get(part) for part in ("vision_config", "text_config")}
-        config = AutoConfig.for_model("llava", **parts)
+        config = AutoConfig.for_model(family, **parts)
     except Exception as error:  # configs raise many types
         raise ValueError(f"{where} cannot be used: {type(error).__name__}: {_one_line(error)}") from error
+    layer = fields.get("vision_feature_layer", config.vision_feature_layer)
+    if not isinstance(layer, int):
+        raise ValueError(f"vision_feature_layer {layer} in {where} is not one layer; DeCo reads one.")
     model_type = config.vision_config.model_type
     if model_type.startswith("dinov2"):
         raise ValueError(f"The vision tower in {where} is a {model_type}; use a CLIP or a SigLIP.")
-    return {
+    strategy = fields.get("vision_feature_select_strategy", config.vision_feature_select_strategy)
+    common = {
         "vision_config": config.vision_config,
         "text_config": config.text_config,
-        "image_token_id": fields.get("image_token_index", fields.get("image_token_id", config.image_token_index)),
+        "image_token_id": _token_id(fields, "image_token", config),
         "image_positions": "patch",
         "projector_hidden_act": fields.get("projector_hidden_act", config.projector_hidden_act),
         "multimodal_projector_bias": fields.get("multimodal_projector_bias", config.multimodal_projector_bias),
         "vision_feature_layer": layer,
-        "vision_feature_select_strategy": fields.get("vision_feature_select_strategy", "default"),
+        "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": fields.get("tie_word_embeddings", False),
     }
+    if family == "llava":
+        return common
+    views = {
+        "image_grid_pinpoints": fields.get("image_grid_pinpoints") or config.image_grid_pinpoints,
+        "image_newline": True,
+    }
+    if family == "llava_next":
+        return common | views
+    views["video_token_id"] = _token_id(fields, "video_token", config)
+    if type(views["video_token_id"]) is not int:
+        raise ValueError(f"video_token_index in {where} must be an int, got {str(views['video_token_id'])[:80]!r}.")
+    if family == "llava_onevision":
+        aspect_ratio = fields.get("vision_aspect_ratio", config.vision_aspect_ratio)
+        return common | views | {"vision_aspect_ratio": aspect_ratio} | ONEVISION_VIDEOS
+    mode = fields.get("spatial_pool_mode", config.spatial_pool_mode)
+    if mode != "average":
+        raise ValueError(
+            f"spatial_pool_mode {mode!r} in {where}: DeCo averages the patches of a frame, and has no 'max' and no "
+            f"'conv'; take a LLaVA-NeXT-Video with 'average'."
+        )
+    stride = fields.get("spatial_pool_stride", config.spatial_pool_stride)
+    return common | views | {"spatial_pool_mode": mode, "spatial_pool_stride": stride}
+
+
+# how LLaVA-OneVision reads videos: it interpolates frames after the projector, and puts a newline behind a video
+ONEVISION_VIDEOS = {"spatial_pool_mode": "bilinear", "spatial_pool_stride": 2, "video_newline": True}
+
+
+def _token_id(fields: dict, token: str, config):
+    """The id of a placeholder, which has two names."""
+    return fields.get(f"{token}_index", fields.get(f"{token}_id", getattr(config, f"{token}_index")))
 
 
 # --- processor -------------------------------------------------------------------------------------------------------
@@ -254,6 +313,34 @@ def check_image_token(tokenizer, image_token_id: int, name) -> None:
         )
 
 
+def choose_video_token(tokenizer, video_token_id: int | None, num_rows: float, name) -> int | None:
+    """The id of `<video>`, which is added to the tokenizer if it is missing, so that any LLaVA can read videos.
+
+    Args:
+        tokenizer: None if the checkpoint has none.
+        video_token_id: that of the config.
+        num_rows: rows of the embeddings.
+
+    Returns:
+        None if the embeddings have no row for the token, which is not added then.
+
+    Raises:
+        ValueError: the tokenizer has `<video>` with another id than the config.
+    """
+    if tokenizer is None:
+        return video_token_id if video_token_id is not None and 0 <= video_token_id < num_rows else None
+    found = tokenizer.get_vocab().get(VIDEO_TOKEN)
+    if found is not None and video_token_id not in (None, found):
+        raise ValueError(
+            f"video_token_index is {video_token_id} in config.json of {name}, and the id of '<video>' in its "
+            f"tokenizer is {found}; they must be equal."
+        )
+    if found is None and len(tokenizer) >= num_rows:
+        return None
+    _add_token(tokenizer, VIDEO_TOKEN)
+    return tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+
+
 def check_vocabulary(tokenizer, vocab_size: int, name) -> None:
     """Raise a ValueError if the embeddings have no row for a token."""
     if len(tokenizer) > vocab_size:
@@ -306,6 +393,16 @@ def build_image_processor(kind: str, settings: dict, **kwargs):
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **kwargs)
 
 
+def check_image_processor(image_processor, config, name) -> None:
+    """Raise a ValueError if the image processor does not cut pictures into the views of the model's config."""
+    found, expected = getattr(image_processor, "image_grid_pinpoints", None), config.image_grid_pinpoints
+    if [list(size) for size in found or []] != [list(size) for size in expected or []]:
+        raise ValueError(
+            f"image_grid_pinpoints of {name} must be equal in config.json and preprocessor_config.json, and are "
+            f"{str(expected)[:60]} and {str(found)[:60]}."
+        )
+
+
 def load_chat_template(folder: Path, tokenizer, read=read_settings) -> str | dict[str, str] | None:
     """The chat template of a checkpoint: that of its processor, or otherwise that of its tokenizer.
 
@@ -325,8 +422,9 @@ def choose_chat_template(template, tokenizer=None, model_type: str = "llama") ->
     """The chat template of a LLaVA as a DeCo, and its origin: `"source"`, `"adapted"` or `"vicuna"`.
 
     A template of the source that renders images is kept, unless its format is Vicuna's. In that case this package's
-    template for Vicuna is used: it marks the assistant's text for the loss, with the end of the answer, which the one
-    of llava-hf lacks. The system prompt is omitted if the source has none. A template for text only is adapted.
+    template for Vicuna is used: it ends an answer by `</s>`, which the one of llava-hf lacks. The system prompt is
+    omitted if the source has none. A template for text only is adapted. `complete_chat_template` then adds what the
+    template lacks.
     Without a template, the special tokens of the tokenizer show the format; a Llama with an unknown format gets
     Vicuna's.
 
@@ -401,6 +499,9 @@ def generation_config_of(settings: dict[str, Any], tokenizer) -> GenerationConfi
     return config
 
 
-def suppress_image_token(config: GenerationConfig, image_token_id: int) -> None:
-    """Image tokens are never generated."""
-    config.suppress_tokens = list(dict.fromkeys([*(config.suppress_tokens or []), image_token_id]))
+def suppress_placeholders(generation_config: GenerationConfig, config) -> None:
+    """The placeholders of images and videos are never generated. `config` is the model's."""
+    placeholders = [index for index in (config.image_token_id, config.video_token_id) if index is not None]
+    generation_config.suppress_tokens = list(
+        dict.fromkeys([*(generation_config.suppress_tokens or []), *placeholders])
+    )

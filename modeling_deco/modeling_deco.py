@@ -63,7 +63,7 @@ from .llava import (
     hub_arguments,
     load_tokenizer,
     read_settings,
-    suppress_image_token,
+    suppress_placeholders,
 )
 from .positions import (
     Places,
@@ -251,7 +251,7 @@ class DecoPreTrainedModel(PreTrainedModel):
             tokenizer = load_tokenizer(folder) if has_processor(folder) else None
             settings = read_settings(folder / "generation_config.json")
             self.generation_config = generation_config_of(settings, tokenizer)
-            suppress_image_token(self.generation_config, self.config.image_token_id)
+            suppress_placeholders(self.generation_config, self.config)
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
         """`PreTrainedModel.save_pretrained`. With `push_to_hub=True` it also uploads what it writes, and takes the
@@ -463,16 +463,6 @@ class DecoModel(DecoPreTrainedModel):
                 f"pixel_values {tuple(pixel_values.shape)} are views of images, and image_sizes is missing: pass "
                 f"everything that the processor returns to the model."
             )
-        if image_sizes is not None:
-            self._check_view_size("pixel_values", pixel_values)
-
-    def _check_view_size(self, name: str, pixel_values: torch.FloatTensor) -> None:
-        if tuple(pixel_values.shape[-2:]) != self.config.view_size:
-            height, width = self.config.view_size
-            raise ValueError(
-                f"{name} of the shape {tuple(pixel_values.shape)} are not views of {height} x {width} pixels, the "
-                f"vision tower's image size; use the model's own processor."
-            )
 
     def _encode(
         self, tower_inputs: dict[str, Any], **kwargs: Unpack[TransformersKwargs]
@@ -513,7 +503,6 @@ class DecoModel(DecoPreTrainedModel):
         """
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        self._check_view_size("pixel_values_videos", pixel_values_videos)
         maps = self.video_maps(pooled_video_sizes, pixel_values_videos)
         num_frames = [num_map_views(maps_of_video) for maps_of_video in maps]
         features: list[list[torch.Tensor]] = [[] for _ in maps]

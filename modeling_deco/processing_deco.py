@@ -24,13 +24,15 @@ from transformers.processing_utils import (
 )
 from transformers.tokenization_utils_base import TextInput
 
-from .chat_templates import CHAT_TEMPLATES, adapt_chat_template, parts_to_text
+from .chat_templates import CHAT_TEMPLATES, adapt_chat_template, complete_chat_template, parts_to_text
 from .configuration_deco import DecoConfig, check_grid, default_video_grid, fit_grid, parse_grid
 from .hub import AUTO_MAP, copy_remote_code, upload
 from .llava import (
     HUB_ARGUMENTS,
     build_image_processor,
+    check_image_processor,
     choose_chat_template,
+    choose_video_token,
     find_llava,
     hub_arguments,
     load_chat_template,
@@ -187,13 +189,21 @@ class DecoProcessor(ProcessorMixin):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = DecoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         own = arguments_of_config(config)
-        own |= {name: kwargs.pop(name) for name in (*own, "chat_template", "image_token") if name in kwargs}
+        own |= {
+            name: kwargs.pop(name)
+            for name in (*own, "chat_template", "image_token", "fps", "max_frames")
+            if name in kwargs
+        }
         others = {name: value for name, value in kwargs.items() if name not in (*HUB_ARGUMENTS, "trust_remote_code")}
         tokenizer = load_tokenizer(folder, **others)
+        name, num_rows = pretrained_model_name_or_path, config.text_config.vocab_size
+        choose_video_token(tokenizer, config.video_token_id, num_rows, name)
         image_processor = load_image_processor(folder, **others)
+        check_image_processor(image_processor, config, name)
         if own.get("chat_template") is None:
             template = load_chat_template(folder, tokenizer)
-            own["chat_template"], _ = choose_chat_template(template, tokenizer, config.text_config.model_type)
+            chosen, _ = choose_chat_template(template, tokenizer, config.text_config.model_type)
+            own["chat_template"] = complete_chat_template(chosen, **tokenizer.special_tokens_map)
         tokenizer.chat_template = own["chat_template"]  # it may replace several named templates
         return cls(image_processor, tokenizer, **own)
 

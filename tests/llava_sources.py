@@ -122,8 +122,8 @@ def original_ids(prompt: str) -> list[int]:
     return ids
 
 
-def build_tokenizer() -> LlamaTokenizer:
-    """The tokenizer of llava-hf: the sentencepiece model as a fast tokenizer, with `<image>` and `<pad>`."""
+def build_tokenizer(tokens=("<image>", "<pad>")) -> LlamaTokenizer:
+    """The tokenizer of llava-hf: the sentencepiece model as a fast tokenizer, with special tokens from id 300."""
     pieces = sentencepiece_processor()
     vocabulary = {pieces.id_to_piece(index): index for index in range(VOCAB_SIZE)}
     merges = []
@@ -132,8 +132,9 @@ def build_tokenizer() -> LlamaTokenizer:
         splits = [split for split in splits if split[0] in vocabulary and split[1] in vocabulary]
         merges += sorted(splits, key=lambda split: (vocabulary[split[0]], vocabulary[split[1]]))
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=False, add_bos_token=True)
-    tokenizer.add_tokens(AddedToken("<image>", special=True, normalized=False), special_tokens=True)
-    tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", special=True, normalized=False)})
+    added = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(added, special_tokens=True)
+    tokenizer.pad_token = "<pad>"
     return tokenizer
 
 

@@ -44,7 +44,10 @@ def convert(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to create.")],
     pooled_grid_size: Annotated[
         str | None,
-        typer.Option(metavar="N|ROWSxCOLS", help="Grid of image tokens. Default: 12, or the grid of its training."),
+        typer.Option(
+            metavar="N|ROWSxCOLS",
+            help="Grid of image tokens, or of each view. Default: 12 (14 of 27), or that of its training.",
+        ),
     ] = None,
     vision_tower: Annotated[
         str | None, typer.Option(metavar="DIR_OR_ID", help="Vision tower; replaces the one that SRC names.")
@@ -73,10 +76,11 @@ def convert(
 ):
     """Convert the LLaVA checkpoint SRC to the DeCo checkpoint DST. The files in SRC show its format.
 
-    transformers' LLaVA (llava-hf):
+    transformers' LLaVA, LLaVA-NeXT (1.6), LLaVA-NeXT-Video and LLaVA-OneVision (llava-hf):
 
     \b
     deco convert llava-hf/llava-1.5-7b-hf deco-7b --pooled-grid-size 12
+    deco convert llava-hf/llava-v1.6-mistral-7b-hf deco-next-7b
 
     A whole model of the original code. Its config names the vision tower:
 

@@ -22,12 +22,14 @@ def build_card(checkpoint: LlavaCheckpoint, version: str) -> ModelCard:
         for role, origin in checkpoint.sources.items()
     )
     rows, cols = config.patch_grid
+    a_view = "" if config.image_grid_pinpoints is None else " for each view"
     if checkpoint.is_trained_pooled:
         trained = "It was trained with pooling; a grid other than that of its training may need fine-tuning."
     else:
         trained = (
-            f"At {rows} x {cols} its logits are LLaVA's. It has not been trained at a smaller grid. There its tokens "
-            f"keep the positions of their patches (`image_positions`), and its accuracy has not been measured."
+            f"At {rows} x {cols}{a_view} its logits are LLaVA's. It has not been trained at a smaller grid. There "
+            f"its tokens keep the positions of their patches (`image_positions`), and its accuracy has not been "
+            f"measured."
         )
     about = f"""\
 It has the weights of a LLaVA checkpoint (format: {checkpoint.format}). {trained}

@@ -5,7 +5,14 @@
 from pathlib import Path
 
 from .. import llava
-from ..chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, VICUNA_CHAT_TEMPLATE, read_chat_template, shows_images
+from ..chat_templates import (
+    CHAT_TEMPLATES,
+    IMAGE_TOKEN,
+    VICUNA_CHAT_TEMPLATE,
+    VIDEO_TOKEN,
+    read_chat_template,
+    shows_images,
+)
 from ..utils.errors import InputError, as_input_errors
 from ..utils.files import read_settings
 
@@ -21,8 +28,8 @@ def choose_chat_template(template, tokenizer=None, model_type="llama", use_im_st
     """The chat template of a converted checkpoint, and its origin, from `llava.choose_chat_template`.
 
     Args:
-        use_im_start_end: an image is placed between `<im_start>` and `<im_end>`, as by `mm_use_im_start_end` in the
-            original code's config.
+        use_im_start_end: an image or video is placed between `<im_start>` and `<im_end>`, as by `mm_use_im_start_end`
+            in the original code's config.
 
     Raises:
         InputError: the format is not recognized.
@@ -33,7 +40,9 @@ def choose_chat_template(template, tokenizer=None, model_type="llama", use_im_st
 
 
 def _between_marks(template: str, use_im_start_end: bool) -> str:
-    return template.replace(IMAGE_TOKEN, f"<im_start>{IMAGE_TOKEN}<im_end>") if use_im_start_end else template
+    for token in (IMAGE_TOKEN, VIDEO_TOKEN) if use_im_start_end else ():
+        template = template.replace(token, f"<im_start>{token}<im_end>")
+    return template
 
 
 def named_chat_template(name_or_path: str, use_im_start_end=False) -> str:

@@ -37,6 +37,7 @@ class LlavaCheckpoint:
         is_trained_pooled: it was trained with average pooling, so it is a DeCo.
         image_aspect_ratio: that of the original code's config.
         extra_tokens: tokens that the original code adds to the tokenizer, in its order.
+        video_token_id: that of the source's config.
     """
 
     format: str
@@ -50,6 +51,7 @@ class LlavaCheckpoint:
     is_trained_pooled: bool = False
     image_aspect_ratio: str | None = None
     extra_tokens: list[str] = field(default_factory=list)
+    video_token_id: int | None = None
 
 
 def add_tensors(
@@ -67,8 +69,6 @@ def add_tensors(
         where = f"{tensor.path.name} of {tensor.path.parent}"
         if reason is not None:
             checkpoint.dropped[key] = reason
-        elif key.endswith("image_newline"):
-            raise InputError(f"{key!r} in {where} belongs to anyres (LLaVA-1.6), which DeCo does not support.")
         elif name is None and re.search(r"projector|resampler", key):
             raise InputError(f"{key!r} in {where}: the projector{named} is not Linear-GELU-Linear, as DeCo's is.")
         elif name is None:
@@ -84,9 +84,10 @@ def add_tensors(
 
 
 def build_config(pooled_grid_size, grid_name="--pooled-grid-size", **fields) -> DecoConfig:
+    """The config at a grid. Default: 12 x 12, or a quarter of the patches if that is more (14 x 14 of 27 x 27)."""
     patch_grid = DecoConfig(**fields, pooled_grid_size=1).patch_grid
     if pooled_grid_size is None:
-        rows, cols = fit_grid((12, 12), patch_grid)
+        rows, cols = fit_grid((max(12, -(-patch_grid[0] // 2)), max(12, -(-patch_grid[1] // 2))), patch_grid)
     else:
         with as_input_errors():
             rows, cols = check_grid(pooled_grid_size, patch_grid, name=grid_name)

@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from .. import __version__
-from ..configuration_deco import parse_grid
-from ..llava import suppress_image_token
+from ..configuration_deco import DecoConfig, parse_grid
+from ..llava import suppress_placeholders
 from ..processing_deco import DecoProcessor
 from ..utils.errors import InputError, as_input_errors, wrap_errors
 from ..utils.staging import check_destination
@@ -49,11 +49,13 @@ def convert(
     """Convert a LLaVA checkpoint of any format to a DeCo checkpoint.
 
     Args:
-        source: folder or Hub id of a LLaVA-1.5: of transformers, or of the original code (a whole model, stage 1 or
-            LoRA), also with the `AvgPoolProjector` of DeCo's authors.
+        source: folder or Hub id of a LLaVA-1.5, LLaVA-NeXT (1.6), LLaVA-NeXT-Video or LLaVA-OneVision: of
+            transformers, or of the original code (a whole model, stage 1 or LoRA), also with the `AvgPoolProjector` of
+            DeCo's authors.
         destination: folder to create. It appears when everything is written and verified.
-        pooled_grid_size: DeCo's grid, an int or `[rows, cols]`. Default: for a checkpoint with the authors' projector
-            the grid of its training; otherwise 12 x 12, or the patch grid if that is smaller.
+        pooled_grid_size: DeCo's grid, an int or `[rows, cols]`, of an image or of each of its views. Default: for a
+            checkpoint with the authors' projector the grid of its training; otherwise 12 x 12, or a quarter of the
+            patches if that is more (14 x 14 of 27 x 27), or the patch grid if that is smaller.
         vision_tower: folder or Hub id of the vision tower; replaces the one that an original config names.
         base_model: folder or Hub id of the language model, for a projector (stage 1) or LoRA adapters.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`. Default: each tensor keeps its type.
@@ -87,7 +89,10 @@ def convert(
 
     def write_small_files(folder: Path) -> None:
         (rows, cols), num_tokens = config.patch_grid, config.num_image_tokens
-        logger.info(f"{opened.name}: {checkpoint.format}, {rows} x {cols} patches, {num_tokens} tokens per image")
+        patches, what = f"{rows} x {cols} patches", "image"
+        if config.image_grid_pinpoints is not None:
+            patches, what = f"views of {patches}, up to {_most_views(config)} of an image", "view"
+        logger.info(f"{opened.name}: {checkpoint.format}, {patches}, {num_tokens} tokens per {what}")
         config.save_pretrained(folder)
         generation_config.save_pretrained(folder)
         if processor is not None:
@@ -106,9 +111,11 @@ def convert(
 
     facts = {
         "format": checkpoint.format,
+        "model_type": opened.read_config().get("model_type"),
         "patch_grid": list(config.patch_grid),
         "pooled_grid_size": config.pooled_grid_size,
         "num_image_tokens": config.num_image_tokens,
+        "image_grid_pinpoints": config.image_grid_pinpoints,
         "image_positions": config.image_positions,
         "chat_template": origin,
         "dropped": checkpoint.dropped,
@@ -133,13 +140,19 @@ def _check_arguments(destination, overwrite, sources, pooled_grid_size, dtype, p
         check_login(push_to_hub)
 
 
+def _most_views(config: DecoConfig) -> int:
+    height, width = config.view_size
+    tiles = [(size[0] // height) * (size[1] // width) for size in config.image_grid_pinpoints or []]
+    return max(tiles, default=0) + config.image_overview
+
+
 def _generation_config(checkpoint: LlavaCheckpoint, processor: DecoProcessor | None) -> GenerationConfig:
     """The generation config of the source or, if it has none, of its base model. Image tokens are never generated."""
     has_own = (checkpoint.sources["source"].folder / "generation_config.json").exists()
     folder = (checkpoint.sources["source"] if has_own else checkpoint.tokenizer).folder
     with wrap_errors(f"generation_config.json of {folder}"):
         generation_config = load_generation_config(folder, getattr(processor, "tokenizer", None))
-        suppress_image_token(generation_config, checkpoint.config.image_token_id)
+        suppress_placeholders(generation_config, checkpoint.config)
     return generation_config
 
 

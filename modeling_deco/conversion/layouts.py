@@ -48,7 +48,7 @@ _BUFFERS = ((r".*\.rotary_emb\.inv_freq", BUFFER), (r".*embeddings\.position_ids
 # transformers: the names that it writes, the older ones on the Hub, and those in memory
 LLAVA_HF = Layout(
     drops=_BUFFERS,
-    renames=tuple((rf"{start}(.+)", rf"{name}\1") for start, name in KEY_MAPPING.items()),
+    renames=tuple((rf"{start}(.*)", rf"{name}\1") for start, name in KEY_MAPPING.items()),
 )
 
 # haotian-liu/LLaVA with its own projector or that of DeCo's authors, and its base: plain language models
@@ -57,6 +57,7 @@ ORIGINAL = Layout(
     renames=(
         (r"model\.((?:embed_tokens|layers|norm)\..+)", _TEXT),
         (r"lm_head\.weight", "lm_head.weight"),
+        (r"model\.image_newline", "model.image_newline"),
         (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)", _VISION),
         (r"(?:model\.)?mm_projector\.(?:mlp_projector\.)?(?P<index>\d*[02468])\.(?P<kind>weight|bias)", _linear),
     ),

@@ -13,7 +13,8 @@ def read_llava_hf(source: Source, raw_config: dict, pooled_grid_size) -> LlavaCh
     """Read a checkpoint of transformers' LLaVA. The arguments are those of `read_checkpoint`."""
     with as_input_errors():
         fields = deco_fields(raw_config, f"config.json of {source.name}")
-    checkpoint = LlavaCheckpoint("llava-hf", {"source": source}, {}, {}, source, source)
+    video_token_id = fields.pop("video_token_id", None)  # `build_processor` sets it
+    checkpoint = LlavaCheckpoint("llava-hf", {"source": source}, {}, {}, source, source, video_token_id=video_token_id)
     add_tensors(checkpoint, source.read_weights(), LLAVA_HF)
     checkpoint.config = build_config(pooled_grid_size, **fields)
     return checkpoint

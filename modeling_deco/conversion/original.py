@@ -9,7 +9,6 @@ of its own.
 import re
 from pathlib import Path
 
-from ..llava import TEXT_MODELS
 from ..utils.errors import InputError
 from ..utils.files import read_json
 from .checkpoints import EMBEDDINGS, LlavaCheckpoint, add_tensors, build_config
@@ -17,13 +16,23 @@ from .layouts import ORIGINAL
 from .lora import merge_adapters, read_adapters
 from .mm_projector import count_layers, grid_of_query_num, is_average_pooling
 from .sources import Source, open_source
+from .views import view_fields
 from .vision_tower import read_vision_config, read_vision_tower
 from .weights import read_weight_file, weight_entry
 
+# model types of the original code, and the language models of its classes; "llava" may be any of them
+TEXT_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+_ARCHITECTURES = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "LlavaQwenForCausalLM": "qwen2",
+}
+
 # fields that the original code adds to the config of a language model, and fields of the file itself
 _NOT_TEXT_FIELD = (
-    r"(mm|tune_mm|freeze_mm|unfreeze_mm|use_mm|image|s2)_.*|.*query_num|tokenizer_(model_max_length|padding_side)|"
-    r"model_type|architectures|auto_map|_name_or_path|transformers_version|use_cache|s2"
+    r"(mm|tune_mm|freeze_mm|unfreeze_mm|use_mm|image|use_image|s2)_.*|.*query_num|"
+    r"tokenizer_(model_max_length|padding_side)|(use_)?pos_skipping(_range)?|vision_tower.*|"
+    r"add_faster_video|faster_token_stride|add_time_instruction|force_sample|frames_upbound|model_type|architectures|auto_map|_name_or_path|transformers_version|use_cache|s2"
 )
 
 
@@ -38,12 +47,19 @@ def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tow
         raise InputError(f"config.json of {source.name} names no mm_vision_tower; pass --vision-tower.")
     tower = open_source(tower, what="--vision-tower")
     checkpoint.sources["vision_tower"] = checkpoint.image_processor = tower
-    read_vision_tower(checkpoint, tower, is_trained=bool(raw_config.get("unfreeze_mm_vision_tower")))
+    read_vision_tower(checkpoint, tower, is_trained=_is_tower_trained(raw_config))
+    vision_config = read_vision_config(tower)
+    views = view_fields(raw_config, vision_config.image_size, f"config.json of {source.name}")
 
     grid_name = "--pooled-grid-size"
     if is_average_pooling(checkpoint):
         checkpoint.format += " with AvgPoolProjector"
         checkpoint.is_trained_pooled = True
+        if views:
+            raise InputError(
+                f"{source.name} has the DeCo authors' AvgPoolProjector and image_aspect_ratio "
+                f"{raw_config['image_aspect_ratio']!r}: it pools each tile alone, and DeCo pools the stitched map."
+            )
         if pooled_grid_size is None:
             grid_name = f"The grid of query_num in config.json of {source.name}"
             pooled_grid_size = grid_of_query_num(raw_config, source)
@@ -57,12 +73,13 @@ def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tow
         pooled_grid_size,
         grid_name,
         image_positions="sequence" if checkpoint.is_trained_pooled else "patch",
-        vision_config=read_vision_config(tower),
+        vision_config=vision_config,
         text_config=_text_config(raw_config, checkpoint),
         image_token_id=0,  # `build_processor` sets it
         projector_num_layers=projector_num_layers,
         vision_feature_layer=raw_config.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}.get(select_feature, select_feature),
+        **views,
     )
     return checkpoint
 
@@ -107,4 +124,12 @@ def _text_config(raw_config: dict, checkpoint: LlavaCheckpoint) -> dict:
     embeddings = checkpoint.tensors.get(EMBEDDINGS[0])
     if embeddings is not None:  # the embeddings may have grown after the config was written
         fields["vocab_size"] = embeddings.shape[0] if embeddings.shape else 0
-    return {"model_type": TEXT_MODELS[raw_config["model_type"]], **fields}
+    architectures = raw_config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    return {"model_type": _ARCHITECTURES.get(str(named), TEXT_MODELS[raw_config["model_type"]]), **fields}
+
+
+def _is_tower_trained(raw_config: dict) -> bool:
+    return bool(raw_config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in str(
+        raw_config.get("mm_tunable_parts")
+    )

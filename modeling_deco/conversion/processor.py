@@ -4,11 +4,11 @@
 
 import logging
 import math
-from functools import partial
 
+from ..chat_templates import complete_chat_template
 from ..inference.folders import check_processor
-from ..llava import check_image_token, has_processor
-from ..processing_deco import DecoProcessor
+from ..llava import check_image_processor, check_image_token, choose_video_token, has_processor
+from ..processing_deco import DecoProcessor, arguments_of_config
 from ..utils.child_process import run_within_limits
 from ..utils.errors import as_input_errors
 from .chat_template import choose_chat_template, load_chat_template, named_chat_template
@@ -27,12 +27,17 @@ def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> t
             f"{source.name} has no tokenizer or no image processor, so the converted folder has no processor. Add the "
             f"files to the source and convert again, or save a DecoProcessor to the converted folder."
         )
+        num_rows = config.text_config.vocab_size
+        config.video_token_id = choose_video_token(None, checkpoint.video_token_id, num_rows, source.name)
         return None, None
     tokenizer = load_tokenizer(checkpoint.tokenizer.folder, checkpoint.extra_tokens)
-    image_processor = load_image_processor(checkpoint.image_processor.folder, checkpoint.image_aspect_ratio)
+    image_processor = load_image_processor(checkpoint.image_processor.folder, checkpoint.image_aspect_ratio, config)
     if checkpoint.format == "llava-hf":
         with as_input_errors():
             check_image_token(tokenizer, config.image_token_id, source.name)
+    with as_input_errors():
+        check_image_processor(image_processor, config, source.name)
+        config.video_token_id = choose_video_token(tokenizer, checkpoint.video_token_id, math.inf, source.name)
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     num_rows = checkpoint.tensors[EMBEDDINGS[0]].shape[0]
     if len(tokenizer) > num_rows:
@@ -44,13 +49,16 @@ def build_processor(checkpoint: LlavaCheckpoint, chat_template: str | None) -> t
         template, origin = named_chat_template(chat_template, use_im_start_end), chat_template
     else:
         loaded = load_chat_template(checkpoint.tokenizer.folder, tokenizer)
-        choose = partial(choose_chat_template, loaded, tokenizer, config.text_config.model_type, use_im_start_end)
+
+        def choose() -> tuple[str, str]:
+            chosen, origin = choose_chat_template(loaded, tokenizer, config.text_config.model_type, use_im_start_end)
+            return complete_chat_template(chosen, **tokenizer.special_tokens_map), origin
+
         with as_input_errors():
             run_within_limits(choose, f"The chat template of {source.name}")
         template, origin = choose()
     tokenizer.chat_template = template  # it may replace several named templates
-    patch_size = config.vision_config.patch_size
-    processor = DecoProcessor(image_processor, tokenizer, config.pooled_grid_size, template, patch_size=patch_size)
+    processor = DecoProcessor(image_processor, tokenizer, chat_template=template, **arguments_of_config(config))
     with as_input_errors():
         check_processor(processor, source.name)
     return processor, origin

@@ -6,11 +6,11 @@ The files of a checkpoint show its format: the config of transformers' LLaVA has
 `text_config`; the config of the original code has `mm_*` fields.
 """
 
-from ..llava import TEXT_MODELS, check_features, is_llava
+from ..llava import LLAVA_TYPES, check_features, is_llava, reason_against
 from ..utils.errors import InputError, as_input_errors, wrap_errors
 from .checkpoints import LlavaCheckpoint, check_complete
 from .llava_hf import read_llava_hf
-from .original import read_original
+from .original import TEXT_MODELS, read_original
 from .sources import Source
 
 
@@ -19,8 +19,7 @@ def read_checkpoint(source: Source, pooled_grid_size=None, vision_tower=None, ba
 
     Args:
         source: the checkpoint.
-        pooled_grid_size: DeCo's grid, an int or `[rows, cols]`. Default: for a checkpoint with the authors'
-            projector the grid of its training; otherwise 12 x 12, or the patch grid if that is smaller.
+        pooled_grid_size: as in `convert`.
         vision_tower: folder or Hub id of the vision tower; replaces the one that the config names.
         base_model: folder or Hub id of the language model under a projector or LoRA adapters.
 
@@ -42,9 +41,10 @@ def _check_architecture(raw_config: dict, source: Source) -> None:
     model_type, where = raw_config.get("model_type"), f"config.json of {source.name}"
     if model_type == "deco":
         raise InputError(f"{source.name} is a DeCo checkpoint already; there is nothing to convert.")
-    if not isinstance(model_type, str) or model_type not in TEXT_MODELS:
+    if not is_llava(raw_config) and (not isinstance(model_type, str) or model_type not in TEXT_MODELS):
         raise InputError(
-            f"model_type {model_type!r} in {where} is not LLaVA-1.5's; {', '.join(TEXT_MODELS)} can be converted."
+            f"model_type {model_type!r} in {where} cannot be converted{reason_against(model_type)}. deco convert "
+            f"takes {', '.join(LLAVA_TYPES)} of transformers, and {', '.join(TEXT_MODELS)} of the original code."
         )
     with as_input_errors():
         check_features(raw_config, where)

@@ -831,7 +831,8 @@ def test_a_revision_reaches_every_file(hub, tmp_path):
     assert "license: mit" in (tmp_path / "deco" / "README.md").read_text()
     generation_config = GenerationConfig.from_pretrained(tmp_path / "deco")
     assert generation_config.max_new_tokens == 17
-    assert generation_config.suppress_tokens == [load_deco(tmp_path / "deco").config.image_token_id]
+    config = load_deco(tmp_path / "deco").config
+    assert generation_config.suppress_tokens == [config.image_token_id, config.video_token_id]
     assert_equals_llava_hf(load_deco(tmp_path / "deco"), tmp_path / "old")
 
 

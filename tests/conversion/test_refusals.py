@@ -634,7 +634,7 @@ def test_a_config_that_is_none_is_named(root):
 
 
 def test_models_of_other_kinds_are_named(root):
-    kinds = ["llava_next", "llava_onevision", "vipllava", "video_llava", "qwen2", "blip-2", "no_such", "llava_mpt"]
+    kinds = ["qwen2_vl", "internvl", "vipllava", "video_llava", "qwen2", "blip-2", "no_such", "llava_mpt"]
     cases = {kind: (config(model_type=kind), rf"\b{re.escape(kind)}\b") for kind in kinds}
     cases |= {str(kind): (config(model_type=kind), r"model_type") for kind in (None, 3, ["llava"], {"llava": 1})}
     assert_all_refused(root, "llava-hf", cases)

@@ -8,6 +8,7 @@ The expected texts are written by hand after the model cards of the families.
 import re
 import time
 
+import llava_families
 import pytest
 import tiny
 import torch
@@ -15,7 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_deco import DecoProcessor
-from modeling_deco.chat_templates import CHAT_TEMPLATES, adapt_chat_template, read_chat_template, render
+from modeling_deco.chat_templates import (
+    CHAT_TEMPLATES,
+    adapt_chat_template,
+    complete_chat_template,
+    read_chat_template,
+    render,
+)
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -162,11 +169,19 @@ def test_text_has_the_format_of_the_family(name, form, processor):
 
 
 @pytest.mark.parametrize("name", sorted(set(FORMATS) - {"vicuna"}))
-def test_images_stand_where_their_parts_stand(name, processor):
-    picture, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
-    content = [picture, picture, text("Hi"), picture, text("?")]
-    expected = FORMATS[name][1].replace("Hi?", "<image>\n<image>\nHi<image>?")
-    assert rendered(processor, name, [{"role": "user", "content": content}, *TURNS[1:]]) == expected
+def test_images_and_videos_stand_where_their_parts_stand(name):
+    picture, video, text = {"type": "image"}, {"type": "video"}, lambda words: {"type": "text", "text": words}
+    content = [picture, video, picture, text("Hi"), video, picture, text("?")]
+    expected = FORMATS[name][1].replace("Hi?", "<image>\n<video>\n<image>\nHi<video><image>?")
+    found = render(CHAT_TEMPLATES[name], [{"role": "user", "content": content}, *TURNS[1:3]], **SPECIAL)
+    assert found == expected[: expected.index("A cat.")].rstrip(" ")
+
+
+def test_images_and_videos_come_first_in_vicunas_format_and_alone_in_stage_1():
+    content = [{"type": "text", "text": "Hi?"}, {"type": "video"}, {"type": "image"}]
+    messages = [{"role": "user", "content": content}]
+    assert render(CHAT_TEMPLATES["vicuna"], messages, **SPECIAL).endswith("USER: <video>\n<image>\nHi? ASSISTANT:")
+    assert render(CHAT_TEMPLATES["plain"], messages) == "<video><image>"
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -200,9 +215,9 @@ def test_training_learns_the_answers_and_their_ends(name, processor):
 
 
 @pytest.mark.parametrize("name", sorted(set(FORMATS) - {"vicuna"}))
-def test_what_is_no_text_and_no_image_is_refused(name, processor):
-    with pytest.raises(Exception, match="Only text and images can be shown, got video"):
-        rendered(processor, name, [{"role": "user", "content": [{"type": "video"}]}])
+def test_what_cannot_be_shown_is_refused(name, processor):
+    with pytest.raises(Exception, match="Only text, images and videos can be shown, got audio"):
+        rendered(processor, name, [{"role": "user", "content": [{"type": "audio"}]}])
 
 
 @pytest.mark.parametrize("name", ["vicuna", "mistral", "gemma"])
@@ -312,6 +327,65 @@ def test_a_template_that_does_not_show_the_text_is_not_adapted(template):
 )
 def test_without_a_template_the_special_tokens_tell_the_format(marks, name):
     assert adapt_chat_template(None, dict.fromkeys(marks, 0)) == CHAT_TEMPLATES.get(name)
+
+
+# --- templates of llava-hf -------------------------------------------------------------------------------------------
+
+# name: (the prompt of two turns, the next question and the start of its answer; what has to be learned)
+LLAVA_HF = {
+    "mistral": (
+        "[INST] <image>\nHi? [/INST] Ho.</s> [INST] What is it? [/INST]",
+        [" Ho.</s>", " A cat.</s>"],
+    ),
+    "llama3": (
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nHi?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHo.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhat is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ["Ho.<|eot_id|>", "A cat.<|eot_id|>"],
+    ),
+    "yi": (
+        "<|im_start|>user\n<image>\nHi?<|im_end|><|im_start|>assistant\nHo.<|im_end|>"
+        "<|im_start|>user\nWhat is it?<|im_end|><|im_start|>assistant\n",
+        ["Ho.<|im_end|>", "A cat.<|im_end|>"],
+    ),
+    "onevision": (
+        "<|im_start|>user <image>\nHi?<|im_end|><|im_start|>assistant \nHo.<|im_end|>"
+        "<|im_start|>user \nWhat is it?<|im_end|><|im_start|>assistant\n",
+        ["Ho.<|im_end|>", "A cat.<|im_end|>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LLAVA_HF)
+def test_a_template_of_llava_hf_keeps_its_prompt_and_gets_marks_and_videos(name):
+    prompt, learned = LLAVA_HF[name]
+    source = llava_families.CHAT_TEMPLATES[name]
+    template = complete_chat_template(source, **SPECIAL)
+    messages = [QUESTION, *as_parts(TURNS[1:])]
+    assert render(source, messages[:3], **SPECIAL) == render(template, messages[:3], **SPECIAL) == prompt
+    options = {"chat_template": template, "tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    tokenizer = byte_tokenizer()
+    inputs = tokenizer.apply_chat_template(messages, **options)
+    marked = [token for token, mark in zip(inputs["input_ids"], inputs["assistant_masks"], strict=True) if mark]
+    assert tokenizer.decode(marked) == "".join(learned)
+    video = [{**QUESTION, "content": [{"type": "video"}, QUESTION["content"][1]]}, *messages[1:3]]
+    assert render(template, video, **SPECIAL) == prompt.replace("<image>", "<video>")
+
+
+@pytest.mark.parametrize("name", sorted(set(CHAT_TEMPLATES) - {"plain"}))
+def test_a_template_that_lacks_nothing_is_complete(name):
+    assert complete_chat_template(CHAT_TEMPLATES[name], **SPECIAL) == CHAT_TEMPLATES[name]
+
+
+def test_a_template_whose_answers_are_not_found_stays_as_it_is():
+    """It shows the last answer alone, so that a conversation does not begin as the one before it."""
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'video' %}<video>"
+        "{% elif part['type'] == 'image' %}<image>{% elif message['role'] == 'user' or loop.last and messages[-1] == "
+        "message %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    assert complete_chat_template(template) == template
 
 
 # --- joining ---------------------------------------------------------------------------------------------------------

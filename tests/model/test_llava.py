@@ -377,9 +377,12 @@ def without_padding_token(folder):
 
 
 FOR_ALL = [
-    (config(model_type="llava_next"), r"is a 'llava_next' model, not a DeCo\. deco convert makes one of a LLaVA"),
-    (config(model_type="llava_onevision"), r"is a 'llava_onevision' model, not a DeCo"),
-    (config(model_type="qwen2_vl"), r"is a 'qwen2_vl' model, not a DeCo"),
+    (
+        config(model_type="qwen2_vl"),
+        r"is a 'qwen2_vl' model, not a DeCo: its vision tower takes pictures of any shape",
+    ),
+    (config(model_type="internvl"), r"is a 'internvl' model, not a DeCo: its projector learned patches that are shuf"),
+    (config(model_type="vipllava"), r"is a 'vipllava' model, not a DeCo: it reads several layers .* makes one of a"),
     (config(model_type="blip-2"), r"is a 'blip-2' model, not a DeCo"),
     (config(model_type="llama"), r"is a 'llama' model, not a DeCo"),
     (of_the_original_code, r"is a 'llava' model, not a DeCo\. deco convert makes one of a LLaVA"),

@@ -832,10 +832,10 @@ def test_a_pushed_run_has_decos_card(config, checkpoint, data, template, tmp_pat
 
 
 def test_another_model_is_refused_with_what_to_do(data, tmp_path):
-    from transformers import LlavaNextConfig
+    from transformers import VipLlavaConfig
 
-    LlavaNextConfig().save_pretrained(tmp_path / "llava")
-    with pytest.raises(ValueError, match=r"is a 'llava_next' model, not a DeCo\. deco convert makes one of a LLaVA"):
+    VipLlavaConfig().save_pretrained(tmp_path / "llava")
+    with pytest.raises(ValueError, match=r"is a 'vipllava' model, not a DeCo: .* deco convert makes one of a LLaVA"):
         run(tmp_path / "llava", data, tmp_path / "out")
 
 
