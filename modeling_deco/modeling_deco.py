@@ -463,6 +463,21 @@ class DecoModel(DecoPreTrainedModel):
                 f"pixel_values {tuple(pixel_values.shape)} are views of images, and image_sizes is missing: pass "
                 f"everything that the processor returns to the model."
             )
+        if image_sizes is not None:
+            if self.config.projector_type not in ("avg_pool", "mlp"):
+                raise ValueError(
+                    f"The projector {self.config.projector_type!r} makes the tokens of one view, and image_sizes says "
+                    f"that images are cut into tiles; leave out tiles, or use 'avg_pool'."
+                )
+            self._check_view_size("pixel_values", pixel_values)
+
+    def _check_view_size(self, name: str, pixel_values: torch.FloatTensor) -> None:
+        if tuple(pixel_values.shape[-2:]) != self.config.view_size:
+            height, width = self.config.view_size
+            raise ValueError(
+                f"{name} of the shape {tuple(pixel_values.shape)} are not views of {height} x {width} pixels, the "
+                f"vision tower's image size; use the model's own processor."
+            )
 
     def _encode(
         self, tower_inputs: dict[str, Any], **kwargs: Unpack[TransformersKwargs]

@@ -21,12 +21,14 @@ from .common import (
     ImagePositions,
     In4Bit,
     InInt8,
+    MaxImageTokens,
     MaxNewTokens,
     PooledGridSize,
     Revision,
     Seed,
     System,
     Temperature,
+    Tiles,
     check_figure,
     one_line_errors,
     quiet_transformers,
@@ -45,6 +47,8 @@ def ask(
     ),
     revision: Revision = None,
     pooled_grid_size: PooledGridSize = None,
+    max_image_tokens: MaxImageTokens = None,
+    tiles: Tiles = None,
     image_positions: ImagePositions = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = None,
@@ -70,6 +74,7 @@ def ask(
     \b
     deco ask digits.png "What colour is the 7?"
     deco ask digits.png "Read the digits." --pooled-grid-size 3 --json
+    deco ask page.png "Read the digits." --tiles 4
     deco ask https://example.org/photo.jpg "What is this?" --model DIR_OR_HUB_ID
     deco ask before.jpg after.jpg "What has changed?" --model DIR_OR_HUB_ID --4bit
     cat digits.png | deco ask - "Read the digits." --relevance relevance.png
@@ -87,7 +92,6 @@ def ask(
         content = [{"type": "image", "image": image} for image in _read(images)]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
-        from ..configuration_deco import parse_grid
         from ..inference.generation import encode, with_system
         from ..inference.loading import load
 
@@ -102,12 +106,13 @@ def ask(
             image_positions=image_positions,
         )
         start = time.perf_counter()
-        inputs = encode(processor, with_system(processor, messages, system), grid)
+        budget = {"pooled_grid_size": grid, "max_image_tokens": max_image_tokens, "tiles": tiles}
+        inputs = encode(processor, with_system(processor, messages, system), **budget)
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         if relevance is None:
             pieces = _stream(loaded, processor, inputs, **options)
         else:
-            pieces = _stream_explained(loaded, processor, content[0]["image"], question, grid, **options)
+            pieces = _stream_explained(loaded, processor, content[0]["image"], question, budget, **options)
         answer, explained = write(pieces, quiet=as_json)
         if not answer:
             typer.echo("(no answer)", err=True)
@@ -117,7 +122,7 @@ def ask(
                 "question": question,
                 "images": images,
                 "model": model,
-                "pooled_grid_size": list(parse_grid(grid or processor.pooled_grid_size)),
+                "pooled_grid_size": _grid(inputs, processor),
                 "image_positions": loaded.config.image_positions,
                 "num_image_tokens": int((inputs["input_ids"] == processor.image_token_id).sum()),
                 "num_prompt_tokens": inputs["input_ids"].shape[1],
@@ -128,6 +133,17 @@ def ask(
             from ..relevance import plot_relevance
 
             save_figure("--relevance", plot_relevance(explained, level), relevance)
+
+
+def _grid(inputs, processor) -> list[int]:
+    """The grid of the first image, or of its views."""
+    from ..configuration_deco import parse_grid
+
+    return list(
+        parse_grid(
+            inputs["pooled_grid_sizes"][0].tolist() if "pooled_grid_sizes" in inputs else processor.pooled_grid_size
+        )
+    )
 
 
 def _read(images: list[str]) -> list:
@@ -142,12 +158,12 @@ def _stream(model, processor, inputs, **options):
     return stream(model, processor, inputs, **options)
 
 
-def _stream_explained(model, processor, image, question: str, grid, *, max_new_tokens, temperature, seed):
+def _stream_explained(model, processor, image, question: str, budget: dict, *, max_new_tokens, temperature, seed):
     """Pieces of an answer. The generator returns its relevance."""
     from ..inference.generation import sampling, stream_call
     from ..relevance import explain
 
-    arguments = {"pooled_grid_size": grid, "max_new_tokens": max_new_tokens, **sampling(temperature)}
+    arguments = {**budget, "max_new_tokens": max_new_tokens, **sampling(temperature)}
     return stream_call(partial(explain, model, processor, image, question, **arguments), processor, seed=seed)
 
 

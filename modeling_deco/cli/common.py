@@ -20,6 +20,19 @@ Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag o
 PooledGridSize = Annotated[
     str | None, typer.Option(metavar="N|ROWSxCOLS", help="Token budget of each image. Default: the checkpoint's.")
 ]
+MaxImageTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Instead of --pooled-grid-size: the largest grid with which an image has at most N tokens."
+    ),
+]
+Tiles = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Cut each image into N tiles (4, 9, ...), in as many tokens, for a model that sees an image at once.",
+    ),
+]
 ImagePositions = Annotated[
     str | None,
     typer.Option(

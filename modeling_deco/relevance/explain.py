@@ -155,6 +155,8 @@ def explain(
     pooled_grid_size: int | list | tuple | None = None,
     method: str = "gae",
     image_positions: str | None = None,
+    max_image_tokens: int | None = None,
+    tiles: int | None = None,
     **generate_kwargs,
 ) -> Relevance:
     """Compute relevance maps for the tokens of an answer about one image.
@@ -170,10 +172,11 @@ def explain(
         processor: the model's `DecoProcessor`, with a chat template.
         image: whatever the chat template accepts: PIL image, path, URL.
         answer: text to explain. Default: the answer that the model generates.
-        pooled_grid_size: token budget of the image. Default: the processor's.
+        pooled_grid_size: token budget of the image, or of each of its views. Default: the processor's.
         method: `"gae"`, or `"attention"`, a baseline without gradients: the attention of the language model, averaged
             over heads and layers, times the pooling matrix or the averaged attention from queries to patches.
         image_positions: `"patch"` or `"sequence"`. Default: the config's.
+        max_image_tokens, tiles: as in `DecoProcessor.__call__`.
         generate_kwargs: arguments of `model.generate`. A `streamer` receives the answer before its maps are computed.
 
     Returns:
@@ -198,7 +201,8 @@ def explain(
 
     with evaluation(deco):
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        inputs = encode(processor, [{"role": "user", "content": content}], pooled_grid_size).to(deco.device)
+        budget = {"max_image_tokens": max_image_tokens, "tiles": tiles}
+        inputs = encode(processor, [{"role": "user", "content": content}], pooled_grid_size, **budget).to(deco.device)
         check_length(deco, inputs | {"image_positions": image_positions})
         prompt_ids, tokenizer = inputs["input_ids"][0].tolist(), processor.tokenizer
         image = encode_image(deco, inputs, method)

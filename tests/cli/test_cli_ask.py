@@ -61,7 +61,12 @@ def test_json_reports_what_was_used(scene, picture):
     assert 0 < report["seconds"] < elapsed
     assert (report["question"], report["images"]) == (question, [picture, picture])
     assert report["answer"].endswith("digits.")
-    for option, grid in ([], [6, 6]), (["--pooled-grid-size", "3"], [3, 3]):
+    for option, grid in (
+        ([], [6, 6]),
+        (["--pooled-grid-size", "3"], [3, 3]),
+        (["--max-image-tokens", "30"], [5, 5]),
+        (["--tiles", "4"], [6, 6]),
+    ):
         report = json.loads(ask(picture, "Is there a 7?", "--json", *option).stdout)
         assert (report["pooled_grid_size"], report["num_image_tokens"]) == (grid, grid[0] * grid[1])
         assert "relevance" not in report
@@ -203,6 +208,11 @@ def test_a_question_with_an_image_token_is_one_line(picture):
             ["{picture}", "Is there a 7?", "--pooled-grid-size", "4,4"],
             r"'4,4' is neither a number .* nor ROWSxCOLS",
         ),
+        (
+            ["{picture}", "Is there a 7?", "--pooled-grid-size", "4", "--max-image-tokens", "16"],
+            r"Give either pooled_grid_size or max_image_tokens, not both",
+        ),
+        (["{picture}", "Is there a 7?", "--tiles", "5"], r"tiles"),
         (["{picture}", "Is there a 7?", "--model", "no/such/model"], r"no/such/model"),
         (["{picture}", "Is there a 7?", "--model", "/no/folder"], r"There is no folder /no/folder;"),
         (
@@ -298,7 +308,7 @@ def test_an_image_is_read_from_stdin_and_from_a_home_folder_in_quotes(scene, pic
 
 def test_several_images_keep_their_order(picture, monkeypatch):
     asked, encode = [], generation.encode
-    monkeypatch.setattr(generation, "encode", lambda *args: asked.append(args[1]) or encode(*args))
+    monkeypatch.setattr(generation, "encode", lambda *args, **budget: asked.append(args[1]) or encode(*args, **budget))
     other = str(Path(picture).with_name("other.png"))
     Image.new("RGB", (8, 8)).save(other)
     report = json.loads(ask(picture, other, picture, "Which?", "--json").stdout)

@@ -466,6 +466,16 @@ def test_views_without_their_sizes_are_refused(onevision):
         model(**inputs)
 
 
+def test_tiles_are_refused_by_projectors_of_one_view():
+    size = {"hidden_size": 16, "num_hidden_layers": 1}
+    model = tiny.build_model(projector_type="c_abstractor", projector_config=size)
+    inputs = tiny.build_processor(patch_size=tiny.PATCH_SIZE)(
+        images=picture(40, 40), text="<image>", tiles=4, return_tensors="pt"
+    )
+    with pytest.raises(ValueError, match="The projector 'c_abstractor' makes the tokens of one view"):
+        model(**inputs)
+
+
 def test_views_of_another_size_are_refused(onevision):
     model, processor = onevision
     inputs = processor(images=picture(70, 40), text="<image>", return_tensors="pt")

@@ -24,11 +24,19 @@ def build(family, pooled_grid_size=3, **kwargs):
     """A model in float64, in which rounding does not hide a mistake."""
     if family == "llava_onevision":
         kwargs = {"vision_aspect_ratio": "anyres_max_1", **kwargs}  # most maps are shrunk
+    if family == "one view":
+        return tiny.build_model(pooled_grid_size=pooled_grid_size, **kwargs).double()
     return tiny.build_family(family, pooled_grid_size, **kwargs).double()
 
 
+def processor_of(model):
+    if model.config.image_grid_pinpoints is not None:
+        return tiny.build_family_processor(model.config)
+    return tiny.build_processor(patch_size=tiny.PATCH_SIZE, chat_template=tiny.CHAT_TEMPLATE)
+
+
 def explain_answer(model, picture, answer=ANSWER, **kwargs) -> Relevance:
-    return explain(model, tiny.build_family_processor(model.config), picture, QUESTION, answer, **kwargs)
+    return explain(model, processor_of(model), picture, QUESTION, answer, **kwargs)
 
 
 # --- matrices --------------------------------------------------------------------------------------------------------
@@ -134,9 +142,9 @@ def keep(attentions):
     return hook
 
 
-def naive_map(model, picture, index) -> torch.Tensor:
+def naive_map(model, picture, index, **budget) -> torch.Tensor:
     """Text-to-Patch `(rows, cols)` of a token, by one relevance matrix over all views' tokens and the text's."""
-    model, processor = copy.deepcopy(model), tiny.build_family_processor(model.config)
+    model, processor = copy.deepcopy(model), processor_of(model)
     model.set_attn_implementation("eager")
     kept = {"vision_tower": [], "language_model": []}
     for part, attentions in kept.items():
@@ -150,12 +158,13 @@ def naive_map(model, picture, index) -> torch.Tensor:
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        processor_kwargs=budget,
     )
     answer = processor.tokenizer(ANSWER)["input_ids"]
     ids = inputs.pop("input_ids")[0].tolist() + answer
     position = len(ids) - len(answer) + index - 1
     inputs.pop("attention_mask")
-    (maps,) = model.model.image_maps(image_sizes=inputs["image_sizes"])
+    (maps,) = model.model.image_maps(inputs.get("pooled_grid_sizes"), image_sizes=inputs["image_sizes"])
     logits = model(input_ids=torch.tensor([ids]), **inputs).logits[0, position]
     (logits[answer[index]] - max(logit for token, logit in enumerate(logits) if token != answer[index])).backward()
 
@@ -202,21 +211,22 @@ def naive_map(model, picture, index) -> torch.Tensor:
 
 @pytest.mark.newest
 @pytest.mark.parametrize(
-    ("family", "grid", "size"),
+    ("family", "size", "budget"),
     [
-        ("llava_next", 3, (40, 110)),
-        ("llava_next", [4, 5], (110, 40)),
-        ("tiles", 3, (60, 60)),
-        ("llava_onevision", 6, (60, 70)),
-        ("llava_onevision", 4, (70, 60)),
+        ("llava_next", (40, 110), {}),
+        ("llava_next", (110, 40), {"pooled_grid_size": [4, 5]}),
+        ("tiles", (60, 60), {"max_image_tokens": 50}),
+        ("llava_onevision", (60, 70), {"pooled_grid_size": 6}),
+        ("llava_onevision", (70, 60), {"pooled_grid_size": 4}),
+        ("one view", (40, 60), {"tiles": 4}),
+        ("one view", (40, 60), {"tiles": 9, "pooled_grid_size": [5, 8]}),
     ],
 )
-def test_a_map_over_all_views_is_that_of_the_naive_rules(family, grid, size):
-    model = build(family, grid)
-    picture = tiny.picture(0, *size)
-    found = explain_answer(model, picture)
+def test_a_map_over_all_views_is_that_of_the_naive_rules(family, size, budget):
+    model, picture = build(family), tiny.picture(0, *size)
+    found = explain_answer(model, picture, **budget)
     for index in (0, 2):
-        expected = naive_map(model, picture, index)
+        expected = naive_map(model, picture, index, **budget)
         assert expected.shape == found.patch_grid
         torch.testing.assert_close(
             found.text_to_patch[index].unflatten(0, found.patch_grid),
@@ -225,6 +235,18 @@ def test_a_map_over_all_views_is_that_of_the_naive_rules(family, grid, size):
             atol=1e-6,
             check_dtype=False,
         )
+
+
+@pytest.mark.parametrize(("tiles", "side"), [(4, 12), (9, 18)])
+def test_tiles_of_a_model_for_one_view_have_one_map_in_its_number_of_tokens(tiles, side):
+    found = explain_answer(build("one view"), tiny.picture(0, 60, 60), tiles=tiles)
+    assert (found.patch_grid, found.pooled_grid, found.overview_grid) == ((side, side), (3, 3), None)
+    assert found.image.shape == (side * tiny.PATCH_SIZE, side * tiny.PATCH_SIZE, 3)
+
+
+def test_the_largest_grid_that_fits_is_explained():
+    found = explain_answer(build("llava_next"), PICTURE, max_image_tokens=64)
+    assert (found.overview_grid, found.pooled_grid) == ((4, 4), (4, 11))  # 16 + 4 * (11 + 1) tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
