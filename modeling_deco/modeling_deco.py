@@ -518,6 +518,7 @@ class DecoModel(DecoPreTrainedModel):
         """
         return_dict = kwargs.pop("return_dict", None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        self._check_view_size("pixel_values_videos", pixel_values_videos)
         maps = self.video_maps(pooled_video_sizes, pixel_values_videos)
         num_frames = [num_map_views(maps_of_video) for maps_of_video in maps]
         features: list[list[torch.Tensor]] = [[] for _ in maps]

@@ -484,6 +484,15 @@ def test_views_of_another_size_are_refused(onevision):
         model(**inputs)
 
 
+def test_views_of_another_resolution_are_refused(onevision):
+    model, processor = onevision
+    inputs = processor(images=picture(70, 40), videos=[[picture(9, 9)]], text="<image> <video>", return_tensors="pt")
+    for name in ("pixel_values", "pixel_values_videos"):
+        wrong = {**inputs, name: torch.zeros(*inputs[name].shape[:3], 32, 24)}
+        with pytest.raises(ValueError, match=f"{name} .* are not views of 24 x 24 pixels"):
+            model(**wrong)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
