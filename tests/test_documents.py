@@ -279,6 +279,30 @@ def anchors(name: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
+def test_the_table_of_high_resolution_shows_what_the_views_are():
+    from transformers import LlavaNextConfig, LlavaOnevisionConfig
+
+    from modeling_deco.views import Views, num_map_tokens
+
+    text = (ROOT / "docs/high_resolution.md").read_text()
+    onevision = {"vision_aspect_ratio": LlavaOnevisionConfig().vision_aspect_ratio}
+    models = {
+        "NeXT": Views((336, 336), (24, 24), LlavaNextConfig().image_grid_pinpoints, image_newline=True),
+        "OneVision": Views(
+            (384, 384), (27, 27), LlavaOnevisionConfig().image_grid_pinpoints, image_newline=True, **onevision
+        ),
+    }
+    header, _, *rows = (line for line in text.splitlines() if line.startswith("|"))
+    columns = re.findall(r"(NeXT|OneVision), (\d+) x", header)
+    assert len(rows) >= 4
+    for row in rows:
+        (width, height), counts = map(int, re.findall(r"\d+", row)[:2]), list(map(int, re.findall(r"\d+", row)[2:]))
+        expected = [
+            num_map_tokens(models[name].image_maps((height, width), (int(side), int(side)))) for name, side in columns
+        ]
+        assert counts == expected, row
+
+
 def test_links_within_the_repository_lead_somewhere():
     broken = []
     for name in (*DOCUMENTS, "CHANGELOG.md"):
