@@ -683,14 +683,24 @@ class DecoModel(DecoPreTrainedModel):
         Returns:
             One `(num_tokens, text_hidden_size)` tensor per image or video.
         """
-        all_maps = [token_map for maps_of_one in maps for token_map in maps_of_one]
+        return self.project_pooled(self.pool_maps(view_features, maps), maps)
+
+    def pool_maps(self, view_features: torch.FloatTensor, maps: list[list[TokenMap]]) -> torch.FloatTensor:
+        """Stitch and pool the patch features of views: the first half of `project_maps`.
+
+        Returns:
+            What the projector gets, `(sum of TokenMap.num_pooled, vision_hidden_size)`.
+        """
+        all_maps = list(chain.from_iterable(maps))
         views = view_features.split([token_map.num_views for token_map in all_maps])
-        pooled = [self._pool_map(*pair) for pair in zip(views, all_maps, strict=True)]
-        projected = self.multi_modal_projector.project(torch.cat(pooled))  # token by token, so all at once
-        tokens = iter(
-            self._finish_map(*pair)
-            for pair in zip(projected.split([len(part) for part in pooled]), all_maps, strict=True)
-        )
+        return torch.cat([self._pool_map(*pair) for pair in zip(views, all_maps, strict=True)])
+
+    def project_pooled(self, pooled: torch.FloatTensor, maps: list[list[TokenMap]]) -> list[torch.FloatTensor]:
+        """Project what `pool_maps` returns, and add newlines: the second half of `project_maps`."""
+        all_maps = list(chain.from_iterable(maps))
+        projected = self.multi_modal_projector.project(pooled)  # token by token, so all at once
+        parts = projected.split([token_map.num_pooled for token_map in all_maps])
+        tokens = iter(self._finish_map(*pair) for pair in zip(parts, all_maps, strict=True))
         return [torch.cat([next(tokens) for _ in maps_of_one]) for maps_of_one in maps]
 
     def _pool_map(self, views: torch.FloatTensor, token_map: TokenMap) -> torch.FloatTensor:

@@ -593,7 +593,9 @@ class DecoProcessor(ProcessorMixin):
         """The pixels `(num_frames, 3, height, width)` of a video's frames. `kwargs` are the image processor's."""
         return self._frame_processor(list(frames), **{**kwargs, "return_tensors": "pt"})["pixel_values"]
 
-    def video_size(self, num_frames: int, frame_size: Grid, pooled_video_grid_size=None, frames_per_token_grid=None):
+    def video_size(
+        self, num_frames: int, frame_size: Grid, pooled_video_grid_size=None, frames_per_token_grid=None
+    ) -> list[int]:
         """A video's row of `pooled_video_sizes`: its frames, those that are averaged, rows, columns.
 
         Args:

@@ -52,6 +52,13 @@ class TokenMap(NamedTuple):
         return self.tile_grid[0] * self.tile_grid[1] * self.num_frames
 
     @property
+    def num_pooled(self) -> int:
+        """Vectors that the projector gets of the map."""
+        as_patches = self.is_interpolated or 0 in self.pooled_grid
+        rows, cols = self.patch_grid if as_patches else self.pooled_grid
+        return rows * cols
+
+    @property
     def num_tokens(self) -> int:
         """Tokens in the language model, newlines included."""
         return self._count(self.pooled_grid)

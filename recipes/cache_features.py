@@ -4,7 +4,7 @@
 # /// script
 # dependencies = ["modeling-deco[train]"]
 # ///
-"""Run a frozen vision tower over all images once, and keep its pooled features for training.
+"""Run a frozen vision tower over all images and videos once, and keep its pooled features for training.
 
     accelerate launch recipes/cache_features.py --config recipes/configs/stage1.yaml \
         --data_path blip558k --vision_model_name_or_path openai/clip-vit-large-patch14-336 \
@@ -13,7 +13,7 @@
 Give it the arguments of the run of `recipes/sft.py` that reads the cache: the features depend on them. All grids come
 from one pass of the tower; without `--pooled_grid_sizes`, the model's own grid is cached. The processes of a launch
 share the images shard by shard, each with the whole tower. Run it again after it was killed: it computes the shards
-that are missing.
+that are missing. Features of videos, pooled to `--pooled_video_grid_sizes`, are in the folder `videos` of the cache.
 """
 
 import logging
@@ -22,8 +22,8 @@ from trl import ModelConfig, TrlParser
 
 from modeling_deco.training import CacheArguments, DecoArguments, DecoSFTConfig, FeatureCache
 from modeling_deco.training.data import load_data
-from modeling_deco.training.feature_cache import grids_of_run
-from modeling_deco.training.feature_cache_writer import UniqueImages, check_cacheable, prepare_cache, write_shards
+from modeling_deco.training.feature_cache_maps_writer import write_caches
+from modeling_deco.training.feature_cache_writer import check_cacheable
 from modeling_deco.training.models import load_model_and_processor
 from modeling_deco.utils.script import run
 
@@ -37,13 +37,12 @@ def main(
     model, processor = load_model_and_processor(args, model_args)
 
     # Dataset
-    images = UniqueImages(load_data([*args.data_path, *(args.eval_data_path or ())]))
+    dataset = load_data([*args.data_path, *(args.eval_data_path or ())])
 
     # Features
-    grids = grids_of_run(model, processor, training_args, evaluates=args.eval_data_path is not None)
-    cache, missing_shards = prepare_cache(model, processor, images, training_args, grids, cache_args)
-    write_shards(cache, missing_shards, model, processor, images, training_args)
-    return cache
+    return write_caches(
+        model, processor, dataset, training_args, cache_args, evaluates=args.eval_data_path is not None
+    )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from .data.images import image_size, open_image
 from .data.rows import read_row
 from .data.videos import Clip, most_frames, read_clip
 from .feature_cache import PATCHES, FeatureCache, grid_name
+from .feature_cache_maps import VideoCache, budget_name
 
 IGNORE_INDEX = -100
 POSITIONS_ADVICE = "Set --image_positions sequence, or drop such samples with --overlong_samples drop."
@@ -64,6 +65,7 @@ class DecoCollator:
         tiles: tiles that each image is cut into, for models without `image_grid_pinpoints`.
         add_timestamps: whether the time of frames is written before their tokens.
         feature_cache: has the features of the images. Examples then have numbers of cached images in place of images.
+        video_cache: the same for videos.
         grids: the grids that steps may use; none may be larger than the patch grid of an image.
         max_positions: the positions of the language model, if images keep those of their patches.
         patches_per_image: the most patches that an image has, for `max_positions`, if it has one view.
@@ -78,6 +80,7 @@ class DecoCollator:
     tiles: int | None = None
     add_timestamps: bool = False
     feature_cache: FeatureCache | None = None
+    video_cache: VideoCache | None = None
     grids: list[int] | None = None
     max_positions: int | None = None
     patches_per_image: int = 0
@@ -121,26 +124,31 @@ class DecoCollator:
                 )
             self.check_positions(example, row)
         settings = self.processor.view_settings or {}
-        if not images and (not videos or (settings.get("image_newline") and not settings.get("video_newline"))):
+        has_own_newline = settings.get("image_newline") and not settings.get("video_newline")
+        is_blank = not images and (not videos or has_own_newline)
+        if is_blank:
             shortest = min(rows, key=lambda row: len(row["input_ids"]))  # lengthens the batch the least
             shortest["input_ids"] = shortest["input_ids"] + [self.processor.image_token_id]
             shortest["labels"] = shortest["labels"] + [IGNORE_INDEX]
             shortest["owners"] = shortest["owners"] + [PADDING]
-            images = [Image.new("RGB", (8, 8))]
         batch = {
             "input_ids": _padded(rows, "input_ids", self.processor.tokenizer.pad_token_id),
             "labels": _padded(rows, "labels", IGNORE_INDEX),
             "owners": _padded(rows, "owners", PADDING),
             "sample_ids": [str(example.get("id", "unnamed")) for example in examples],
         }
-        if self.feature_cache is not None:
-            return batch | {"patch_features": self.feature_cache.read(images)}
-        if videos:
+        num_images = [len(example["images"]) for example in examples]
+        if self.video_cache is not None and videos:
+            batch["video_features"] = self.video_cache.read(videos)
+            batch["num_frames"] = [size[0] for size in self.video_cache.sizes(videos)]
+        elif videos:
             batch["pixel_values_videos"] = pad_sequence([clip.pixels for clip in videos], batch_first=True)
             batch["num_frames"] = [len(clip.seconds) for clip in videos]
-        if not images:
+        if not images and not is_blank:
             return batch
-        inputs = self._image_inputs(images, [len(example["images"]) for example in examples])
+        if self.feature_cache is not None:
+            return batch | self.feature_cache.image_inputs(images, num_images)
+        inputs = self._image_inputs(images or [Image.new("RGB", (8, 8))], num_images)
         of_images = [example for example in examples for _ in example["images"]]
         for example, patch_grid in zip(of_images, inputs.get("spatial_shapes", ()), strict=False):
             with _naming(example):
@@ -180,8 +188,9 @@ class DecoCollator:
 
     def read(self, example: dict[str, Any]) -> dict[str, Any]:
         """The example in the form of `read_row`. A ValueError names the sample."""
-        if self.feature_cache is not None:  # the images are numbers
-            return {**read_row({**example, "images": [b""] * len(example["images"])}), "images": example["images"]}
+        if self.feature_cache is not None:  # images and videos are numbers
+            numbers = {name: list(example.get(name) or ()) for name in ("images", "videos")}
+            return read_row(example | {name: [b""] * len(given) for name, given in numbers.items()}) | numbers
         with _naming(example):
             example = read_row(example)
             if example["videos"] and self.processor.video_token is None:
@@ -205,7 +214,11 @@ class DecoCollator:
         or with timestamps one for each grid of a video's tokens; and `costs`, the `Cost` of each placeholder."""
         with _naming(example):
             seconds = [self._seconds(video) for video in example.get("videos", ())]
-            costs = self.costs.of_images(example["images"])
+            if self.feature_cache is not None:
+                sizes = self.feature_cache.sizes(example["images"])
+                costs = self.costs.of_sizes([(height, width) for height, width, *_ in sizes])
+            else:
+                costs = self.costs.of_images(example["images"])
             for seconds_of_video in seconds:
                 of_grids = self.costs.of_video(len(seconds_of_video))
                 costs += of_grids if self.add_timestamps else [Cost(*map(sum, zip(*of_grids, strict=True)))]
@@ -227,6 +240,8 @@ class DecoCollator:
 
     def _seconds(self, video: Any) -> list[float]:
         """The time of each frame. If the video is not opened, there are at least as many."""
+        if self.video_cache is not None:
+            return self.video_cache.seconds(video)
         if isinstance(video, Clip):
             return video.seconds
         num_frames = most_frames(video, self.processor.fps, self.processor.max_frames)
@@ -360,27 +375,17 @@ def expand_images(
     is_image = batch["input_ids"] == processor.image_token_id
     repeats = (owners != PADDING).long()  # rows are padded again
     grids: list = []
-    if "patch_features" in batch:
-        grid = processor.pooled_grid_size if pooled_grid_size is None else pooled_grid_size
-        by_grid = inputs.pop("patch_features")
-        inputs["pixel_values"] = by_grid[PATCHES] if PATCHES in by_grid else by_grid[grid_name(grid)]
-        grids = [parse_grid(grid)] * int(is_image.sum())
-        num_tokens = [num_image_tokens(grid) for grid in grids]
-    elif "pixel_values" in batch:
-        grids = processor.image_grids(batch, pooled_grid_size, max_image_tokens)
-        num_tokens = [num_map_tokens(maps) for maps in processor.image_maps(batch, grids)]
-    if grids:
+    if "pixel_values" in batch or "patch_features" in batch:
+        grids, num_tokens, pixels = _images_at(batch, pooled_grid_size, max_image_tokens, processor)
         repeats[is_image] = torch.tensor(num_tokens, device=repeats.device)
+        inputs.pop("patch_features", None)
+        inputs["pixel_values"] = pixels
     if "num_frames" in batch:
+        sizes, num_tokens, pixels = _videos_at(batch, pooled_video_grid_size, processor)
         is_video = batch["input_ids"] == processor.video_token_id
-        frame_size = processor.frame_size
-        sizes = [processor.video_size(number, frame_size, pooled_video_grid_size) for number in batch["num_frames"]]
-        maps = [processor.video_maps(size, frame_size) for size in sizes]
-        if is_video.sum() == len(maps):
-            num_tokens = [num_map_tokens(maps_of_video) for maps_of_video in maps]
-        else:  # with timestamps, each grid of tokens has a placeholder
-            num_tokens = [token_map.num_tokens for maps_of_video in maps for token_map in maps_of_video]
         repeats[is_video] = torch.tensor(num_tokens, device=repeats.device)
+        inputs.pop("video_features", None)
+        inputs["pixel_values_videos"] = pixels
         inputs["pooled_video_sizes"] = torch.tensor(sizes, device=owners.device)
     padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
     for name, value in padding.items():
@@ -393,6 +398,45 @@ def expand_images(
     else:
         inputs["attention_mask"] = (owners != PADDING).long()
     return inputs
+
+
+def _images_at(batch: dict[str, Any], pooled_grid_size, max_image_tokens: int | None, processor: DecoProcessor):
+    """The grid and the number of tokens of each image, and the pixels or features of all."""
+    own = processor.pooled_grid_size if pooled_grid_size is None else pooled_grid_size
+    if "patch_features" not in batch:
+        grids = processor.image_grids(batch, pooled_grid_size, max_image_tokens)
+        return grids, [num_map_tokens(maps) for maps in processor.image_maps(batch, grids)], batch["pixel_values"]
+    by_name = batch["patch_features"]
+    if "image_sizes" in batch:  # several views
+        sizes = [(height, width) for height, width in batch["image_sizes"].tolist()]
+        blank = torch.empty(len(sizes), 1, 3, *processor.frame_size, device="meta")
+        image_inputs = {**batch, "pixel_values": blank, "image_sizes": sizes}
+        grids = processor.image_grids(image_inputs, pooled_grid_size, max_image_tokens)
+        num_tokens = [num_map_tokens(maps) for maps in processor.image_maps(image_inputs, grids)]
+        # a projector without pooling has one grid
+        name = budget_name(own, max_image_tokens) if len(by_name) > 1 else next(iter(by_name))
+        return grids, num_tokens, by_name[name]
+    if max_image_tokens is not None:
+        blank = torch.empty(1, 3, *processor.frame_size, device="meta")
+        (own,) = processor.image_grids({"pixel_values": blank}, None, max_image_tokens)
+    num_images = int((batch["input_ids"] == processor.image_token_id).sum())
+    grids = [parse_grid(own)] * num_images
+    features = by_name[PATCHES] if PATCHES in by_name else by_name[grid_name(own)]
+    return grids, [num_image_tokens(grid) for grid in grids], features
+
+
+def _videos_at(batch: dict[str, Any], pooled_video_grid_size, processor: DecoProcessor):
+    """The size of each video, the number of tokens of each placeholder, and the pixels or features of all."""
+    frame_size = processor.frame_size
+    sizes = [processor.video_size(number, frame_size, pooled_video_grid_size) for number in batch["num_frames"]]
+    maps = [processor.video_maps(size, frame_size) for size in sizes]
+    if (batch["input_ids"] == processor.video_token_id).sum() == len(maps):
+        num_tokens = [num_map_tokens(maps_of_video) for maps_of_video in maps]
+    else:  # with timestamps, each grid of tokens has a placeholder
+        num_tokens = [token_map.num_tokens for maps_of_video in maps for token_map in maps_of_video]
+    if "video_features" in batch:
+        return sizes, num_tokens, batch["video_features"][grid_name(sizes[0][2:])]
+    return sizes, num_tokens, batch["pixel_values_videos"]
 
 
 def independent_mask(owners: torch.Tensor) -> torch.Tensor:

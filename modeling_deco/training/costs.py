@@ -42,14 +42,17 @@ class LargestCosts:
 
     def of_images(self, images: list[Any]) -> list[Cost]:
         """The cost of each image of a sample. Of images that are not opened, only the size is read."""
+        return self.of_sizes([image_size(image) if self.has_views else (0, 0) for image in images])
+
+    def of_sizes(self, sizes: list[tuple[int, int]]) -> list[Cost]:
+        """The cost of each image of a sample. The sizes, `(height, width)`, are those of images with views."""
         if not self.has_views:
-            num_tokens = max(
-                num_image_tokens(self.grid or self.processor.pooled_grid_size), self.max_image_tokens or 0
-            )
-            return [Cost(num_tokens, max(num_tokens, self.patches_per_image))] * len(images)
-        inputs = self.processor.blank_inputs([image_size(image) for image in images], {})
+            largest = num_image_tokens(self.grid or self.processor.pooled_grid_size)
+            num_tokens = max(largest, self.max_image_tokens or 0)
+            return [Cost(num_tokens, max(num_tokens, self.patches_per_image))] * len(sizes)
+        inputs = self.processor.blank_inputs(sizes, {})
         if tiles_single_images(self.processor):
-            inputs["batch_num_images"] = [len(images)]
+            inputs["batch_num_images"] = [len(sizes)]
         costs = [list(map(_cost, self.processor.image_maps(inputs, self.grid)))]
         if self.max_image_tokens is not None:
             costs.append(list(map(_cost, self.processor.image_maps(inputs, None, self.max_image_tokens))))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .. import num_image_tokens
 from ..configuration_deco import parse_grid
 from ..pixels import NORMALIZATION
+from ..views import largest_grid
+from .data.media import MIME_TYPES
 
 MANIFEST = "cache.json"
 COMMAND = "python recipes/cache_features.py"
@@ -51,16 +53,20 @@ def grids_of_run(model, processor, args, evaluates: bool) -> list[str]:
     """The names of the features that a run reads."""
     if model.config.projector_type != "avg_pool":
         return [PATCHES]
-    grids = list(args.pooled_grid_sizes or [processor.pooled_grid_size])
-    if evaluates:
+    grids = list(args.pooled_grid_sizes or ())
+    grids += [largest_grid(model.config.patch_grid, most, num_image_tokens) for most in args.max_image_tokens or ()]
+    if evaluates or not grids:
         grids.append(processor.pooled_grid_size)
     if args.distill is not None:  # the teacher's
         grids.append(model.config.patch_grid)
     return list(dict.fromkeys(map(grid_name, grids)))
 
 
-def fingerprint(model, processor, args) -> dict[str, Any]:
+def fingerprint(model, processor, args, image_processor=None) -> dict[str, Any]:
     """All that features depend on except the images, as JSON values.
+
+    Args:
+        image_processor: what prepares the images. Default: the processor's.
 
     Raises:
         CacheError: the tower has dropout, so features differ from step to step.
@@ -73,7 +79,7 @@ def fingerprint(model, processor, args) -> dict[str, Any]:
                 f"leave out --feature_cache."
             )
     config = model.config.vision_config.to_diff_dict()
-    image_processor = processor.image_processor
+    image_processor = image_processor or processor.image_processor
     weights_dtype = next(tower.parameters()).dtype
     parts = {
         "dtype": {"of the tower": str(weights_dtype), "of the features": str(feature_dtype(model, args))},
@@ -107,11 +113,15 @@ def _digest(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def image_keys(dataset: Dataset) -> list[list[bytes]]:
-    """The key, 16 bytes, of each image of each row.
+def image_keys(dataset: Dataset, column: str = "images", tiles_single_images: bool = False) -> list[list[bytes]]:
+    """The key, 16 bytes, of each image, or video, of each row.
+
+    Args:
+        column: `"images"` or `"videos"`.
+        tiles_single_images: whether an image has other features, and so another key, if its row has several.
 
     Raises:
-        CacheError: the file of an image cannot be read, or the data set is streamed or has a custom transform.
+        CacheError: a file cannot be read, or the data set is streamed or has a custom transform.
     """
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         raise CacheError(
@@ -119,18 +129,29 @@ def image_keys(dataset: Dataset) -> list[list[bytes]]:
             "the custom transform."
         )
     keys = []
-    for table in dataset.select_columns("images").with_format("arrow").iter(1000):
-        keys += [[_key(image) for image in images or ()] for images in table["images"].to_pylist()]
+    if column not in dataset.column_names:
+        return [[] for _ in range(len(dataset))]
+    for table in dataset.select_columns(column).with_format("arrow").iter(1000):
+        keys += [[_key(file) for file in files or ()] for files in table[column].to_pylist()]
+    if tiles_single_images:
+        keys = [[_of_several(key) for key in row] if len(row) > 1 else row for row in keys]
     return keys
 
 
-def _key(image: dict[str, Any]) -> bytes:
+def _of_several(key: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(b"of several " + key)
+
+
+def _key(image: Any) -> bytes:
+    if isinstance(image, list):  # the frames of a video
+        return xxhash.xxh3_128_digest(b"".join(map(_key, image)))
     if image["bytes"] is not None:
         return xxhash.xxh3_128_digest(image["bytes"])
     try:
         return xxhash.xxh3_128_digest(f"{Path(image['path']).stat().st_size} {image['path']}".encode())
     except OSError as error:
-        raise CacheError(f"The image {image['path']} of the data cannot be read: {error.strerror}.") from None
+        kind = "video" if str(MIME_TYPES.guess_type(image["path"])[0]).startswith("video/") else "image"
+        raise CacheError(f"The {kind} {image['path']} of the data cannot be read: {error.strerror}.") from None
 
 
 @dataclass
@@ -150,6 +171,8 @@ class FeatureCache:
     config: Any
     names: list[str]
     manifest: dict[str, Any] = field(init=False)
+
+    column: ClassVar[str] = "images"  # of the data
 
     def __post_init__(self):
         self._files = {}
@@ -172,9 +195,10 @@ class FeatureCache:
             raise CacheError(
                 "--feature_cache compares the weights of the tower, which ZeRO-3 splits. Use DDP or FSDP2."
             )
-        cache = cls(Path(args.feature_cache), model.config, grids_of_run(model, processor, args, evaluates))
+        folder = cls.place(Path(args.feature_cache))
+        cache = cls(folder, model.config, cls.names_of_run(model, processor, args, evaluates))
         # the first process computes it, because under FSDP the others may have no weights yet
-        found = [fingerprint(model, processor, args) if args.process_index == 0 else None]
+        found = [cls.fingerprint(model, processor, args) if args.process_index == 0 else None]
         cache.check(broadcast_object_list(found)[0])
         problems = {path.name: problem for path, problem in cache.problems().items() if problem}
         if problems:
@@ -184,6 +208,28 @@ class FeatureCache:
                 f"{problem}). Run `{COMMAND}` with the arguments of this run; it computes what is missing."
             )
         return cache
+
+    @classmethod
+    def place(cls, folder: Path) -> Path:
+        """The folder of this cache, from that of `--feature_cache`."""
+        return folder
+
+    @classmethod
+    def names_of_run(cls, model, processor, args, evaluates: bool) -> list[str]:
+        """The names of the features that a run reads."""
+        return grids_of_run(model, processor, args, evaluates)
+
+    @classmethod
+    def fingerprint(cls, model, processor, args) -> dict[str, Any]:
+        """All that the features depend on, except the files."""
+        return fingerprint(model, processor, args)
+
+    def shapes(self, file, num_items: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors of an open shard."""
+        shapes: dict[str, tuple[int, ...]] = {
+            name: (num_items, *feature_shape(self.config, name)) for name in self.manifest["grids"]
+        }
+        return shapes | {"keys": (num_items, 16)}
 
     def check(self, expected: dict[str, Any]) -> None:
         """Compare the fingerprint with the cache's. A CacheError names the first difference."""
@@ -228,16 +274,13 @@ class FeatureCache:
         try:
             with safe_open(path, "pt") as file:  # compares the header with the length of the file
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-                mark = (file.metadata() or {}).get("cache")
+                is_ours = (file.metadata() or {}).get("cache") == self.mark
+                is_whole = is_ours and shapes == self.shapes(file, num_images)
         except FileNotFoundError:
             return "missing"
         except (OSError, SafetensorError) as error:
             return f"broken, {error}"
-        expected: dict[str, tuple[int, ...]] = {
-            name: (num_images, *feature_shape(self.config, name)) for name in self.manifest["grids"]
-        }
-        expected["keys"] = num_images, 16
-        return "" if mark == self.mark and shapes == expected else "of another cache"
+        return "" if is_whole else "of another cache"
 
     def _open(self, shard: int):
         if shard not in self._files:
@@ -250,26 +293,28 @@ class FeatureCache:
     # --- what training reads -----------------------------------------------------------------------------------------
 
     def refer(self, dataset: Dataset) -> Dataset:
-        """The data set with the numbers of cached images in place of its images, so that no image is decoded.
+        """The data set with the numbers of cached images (or videos) in place of them, so that none is decoded.
 
         Raises:
-            CacheError: images are not in the cache; the message has their number and the first sample with one.
+            CacheError: some are not in the cache; the message has their number and the first sample with one.
         """
+        if self.column not in dataset.column_names:
+            return dataset
         numbers: dict[bytes, int] = {}
         for shard in range(self.num_shards):
             keys = self._open(shard).get_tensor("keys").numpy()
             numbers |= {key.tobytes(): number for key, number in zip(keys, self.images_of(shard), strict=True)}
-        keys = image_keys(dataset)
+        keys = image_keys(dataset, self.column, self.manifest.get("tiles_single_images", False))
         lacking = {key: row for row, keys_of_row in enumerate(keys) for key in keys_of_row if key not in numbers}
         if lacking:
             row = min(lacking.values())
             name = dataset[row]["id"] if "id" in dataset.column_names else f"row {row}"
             raise CacheError(
-                f"--feature_cache {self.folder} lacks {len(lacking)} images of these data; the first is in sample "
-                f"{name!r}. Write a cache of these data in another folder with `{COMMAND}`."
+                f"--feature_cache {self.folder} lacks {len(lacking)} {self.column} of these data; the first is in "
+                f"sample {name!r}. Write a cache of these data in another folder with `{COMMAND}`."
             )
         references = [[numbers[key] for key in keys_of_row] for keys_of_row in keys]
-        return dataset.remove_columns("images").add_column("images", references, feature=List(Value("int64")))
+        return dataset.remove_columns(self.column).add_column(self.column, references, feature=List(Value("int64")))
 
     def read(self, images: list[int]) -> dict[str, torch.Tensor]:
         """The features `(images, tokens, vision_hidden_size)` by grid. Without images, zeros for one blank image."""
@@ -280,20 +325,39 @@ class FeatureCache:
             name: torch.stack([self._open(shard).get_slice(name)[row] for shard, row in places]) for name in self.names
         }
 
+    def sizes(self, items: list[int]) -> list[tuple[int, ...]]:
+        """`(height, width, ...)` of cached images, or as many places if all have one view."""
+        return [(0, 0)] * len(items)
+
+    def image_inputs(self, images: list[int], num_images: list[int]) -> dict[str, Any]:
+        """What the collator adds to a batch.
+
+        Args:
+            images: numbers of cached images.
+            num_images: of each sample.
+        """
+        return {"patch_features": self.read(images)}
+
 
 @contextmanager
 def features_as_pixels(model) -> Iterator[None]:
     """Inside this context, a model takes cached features as its `pixel_values`.
 
     They are `(images, tokens, vision_hidden_size)`: of the patch grid or, if the projector is `"avg_pool"`, pooled to
-    the grid of the call, the same for all images. The projector still runs within the model's `forward`, as DDP and
-    FSDP2 need.
+    the grid of the call, the same for all images. Those of images of several views and of videos are what the
+    projector gets of all maps, `(rows, vision_hidden_size)`. The projector still runs within the model's `forward`, as
+    DDP and FSDP2 need.
 
     Args:
         model: a `DecoModel`.
     """
 
-    def get_image_features(pixel_values, pooled_grid_sizes=None, *args, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        pixel_values, pooled_grid_sizes=None, *args, image_sizes=None, batch_num_images=None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        if image_sizes is not None:
+            maps = model.image_maps(pooled_grid_sizes, None, None, image_sizes, batch_num_images)
+            return BaseModelOutputWithPooling(pooler_output=model.project_pooled(pixel_values, maps))
         grid = model.config.patch_grid
         is_pooled = pixel_values.shape[1] != num_image_tokens(grid)
         if is_pooled and model.config.projector_type == "avg_pool":  # the others refuse pooled features
@@ -304,11 +368,18 @@ def features_as_pixels(model) -> Iterator[None]:
     def patch_grids(pixel_values=None, spatial_shapes=None) -> tuple[int, int]:
         return model.config.patch_grid
 
+    def get_video_features(pixel_values_videos, pooled_video_sizes, **kwargs) -> BaseModelOutputWithPooling:
+        maps = video_maps(pooled_video_sizes)
+        return BaseModelOutputWithPooling(pooler_output=model.project_pooled(pixel_values_videos, maps))
+
+    video_maps = model.video_maps
     model.get_image_features, model.patch_grids = get_image_features, patch_grids
+    model.get_video_features = get_video_features
+    model.video_maps = lambda sizes=None, pixel_values_videos=None: video_maps(sizes)
     try:
         yield
-    finally:
-        del model.get_image_features, model.patch_grids  # of this instance; the class keeps its own
+    finally:  # of this instance; the class keeps its own
+        del model.get_image_features, model.patch_grids, model.get_video_features, model.video_maps
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -27,6 +28,7 @@ from ..utils.staging import INCOMPLETE, staged_file
 from .arguments import CacheArguments, DecoArguments
 from .collator import DecoCollator
 from .config import DecoSFTConfig
+from .costs import tiles_single_images
 from .distributed import on_first_process
 from .feature_cache import (
     MANIFEST,
@@ -35,11 +37,11 @@ from .feature_cache import (
     FeatureCache,
     feature_dtype,
     feature_shape,
-    fingerprint,
     image_keys,
     key_digest,
     key_tensor,
 )
+from .feature_cache_maps import VIDEOS, ViewCache, most_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -69,24 +71,38 @@ class MultiGridPool(torch.nn.Module):
 
 
 class UniqueImages(torch.utils.data.Dataset):
-    """The images of a data set without repetitions; `keys` has the cache key of each."""
+    """The images of a data set, or its videos, without repetitions; `keys` has the cache key of each.
 
-    def __init__(self, dataset: Dataset):
+    Args:
+        dataset: from `load_data`.
+        column: `"images"` or `"videos"`.
+        tiles_single_images: whether an image of several in its row is another item than the same image alone.
+    """
+
+    def __init__(self, dataset: Dataset, column: str = "images", tiles_single_images: bool = False):
         places: dict[bytes, tuple[int, int]] = {}
-        for row, keys in enumerate(image_keys(dataset)):
+        numbers = []
+        for row, keys in enumerate(image_keys(dataset, column, tiles_single_images)):
             for position, key in enumerate(keys):
                 places.setdefault(key, (row, position))
+            numbers.append(len(keys))
         self.keys, self.places = list(places), list(places.values())
-        self.dataset = dataset
-        self.feature = dataset.features["images"].feature
-        self.encoded = dataset.select_columns("images").with_format("arrow")
+        self.dataset, self.column = dataset, column
+        self.is_tiled = [not tiles_single_images or numbers[row] == 1 for row, _ in self.places]
+        self.encoded: Any = dataset.select_columns(column).with_format("arrow") if self.places else None
+        self.feature: Any = dataset.features[column].feature if self.places else None
 
     def __len__(self):
         return len(self.places)
 
-    def __getitem__(self, index):
+    def reference(self, index: int) -> Any:
+        """An image or a video as it is stored."""
         row, position = self.places[index]
-        image = self.encoded[row]["images"][0][position].as_py()
+        return self.encoded[row][self.column][0][position].as_py()
+
+    def __getitem__(self, index):
+        row, _ = self.places[index]
+        image = self.reference(index)
         try:
             return self.feature.decode_example(image)
         except Exception as error:  # decoders raise many kinds
@@ -110,12 +126,19 @@ def check_cacheable(args: DecoArguments, training_args: DecoSFTConfig, model_arg
 
 
 def prepare_cache(
-    model, processor, images: UniqueImages, training_args: DecoSFTConfig, names: list[str], cache_args: CacheArguments
+    model,
+    processor,
+    images: UniqueImages,
+    training_args: DecoSFTConfig,
+    names: list[str],
+    cache_args: CacheArguments,
+    cache_class: type[FeatureCache] = FeatureCache,
 ) -> tuple[FeatureCache, list[int]]:
     """Open the cache `training_args.feature_cache`, or create it. Every process of a launch must call it.
 
     Args:
-        names: of the features to cache, from `grids_of_run`.
+        names: of the features to cache, from `cache_class.names_of_run`.
+        cache_class: of the cache.
 
     Returns:
         The cache, and the numbers of the shards that are missing.
@@ -124,11 +147,12 @@ def prepare_cache(
         CacheError: the folder has another cache or other files, or the disk is too small.
     """
     assert training_args.feature_cache is not None  # see check_cacheable
-    if names != [PATCHES]:
+    if names != [PATCHES] and cache_class is FeatureCache:
         DecoCollator(processor).check_grids(images.dataset, [list(map(int, name.split("x"))) for name in names])
 
     def prepare() -> list[int]:
-        cache = _open_or_create(model, processor, images, training_args, names, cache_args.shard_gigabytes)
+        shard_gigabytes = cache_args.shard_gigabytes
+        cache = _open_or_create(model, processor, images, training_args, names, shard_gigabytes, cache_class)
         missing = [shard for shard, problem in enumerate(cache.problems().values()) if problem]
         _check_space(cache, missing)
         return missing
@@ -137,20 +161,25 @@ def prepare_cache(
         missing = on_first_process(training_args, prepare)
     except ValueError as error:
         raise CacheError(str(error)) from None
-    cache = FeatureCache(Path(training_args.feature_cache), model.config, names)
-    cache.check(fingerprint(model, processor, training_args))
+    cache = cache_class(cache_class.place(Path(training_args.feature_cache)), model.config, names)
+    cache.check(cache_class.fingerprint(model, processor, training_args))
     return cache, missing
 
 
-def _open_or_create(model, processor, images, training_args, names, shard_gigabytes) -> FeatureCache:
-    folder = Path(training_args.feature_cache)
+def _open_or_create(
+    model, processor, images, training_args, names, shard_gigabytes, cache_class: type[FeatureCache]
+) -> FeatureCache:
+    folder = cache_class.place(Path(training_args.feature_cache))
     cached_images = {"number": len(images), "xxh3_128": key_digest(images.keys)}
-    found = fingerprint(model, processor, training_args)
+    found = cache_class.fingerprint(model, processor, training_args)
     if not (folder / MANIFEST).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        if any(path.suffix != INCOMPLETE for path in folder.iterdir()):
+        if any(path.suffix != INCOMPLETE and path.name != VIDEOS for path in folder.iterdir()):
             raise CacheError(f"--feature_cache {folder} contains other files; name an empty folder, or a new one.")
-        bytes_per_image = _bytes_per_image(model, names, training_args)
+        if issubclass(cache_class, ViewCache):
+            bytes_per_image = most_bytes(model, processor, names, training_args, cache_class)
+        else:
+            bytes_per_image = _bytes_per_image(model, names, training_args)
         manifest = {
             "fingerprint": found,
             "grids": names,
@@ -158,14 +187,19 @@ def _open_or_create(model, processor, images, training_args, names, shard_gigaby
             "images_per_shard": max(1, int(shard_gigabytes * 1e9 / bytes_per_image)),
             "bytes_per_image": bytes_per_image,
         }
+        if issubclass(cache_class, ViewCache):
+            manifest |= {
+                "tiles_single_images": cache_class is ViewCache and tiles_single_images(processor),
+                "frames_per_token_grid": processor.frames_per_token_grid,
+            }
         with staged_file(folder / MANIFEST) as incomplete:
             incomplete.write_text(json.dumps(manifest, indent=1) + "\n")
-    cache = FeatureCache(folder, model.config, names)
+    cache = cache_class(folder, model.config, names)
     cache.check(found)
     if cache.manifest["images"] != cached_images:
         raise CacheError(
-            f"--feature_cache {folder} is of other images: it has {cache.manifest['images']['number']:,}, these "
-            f"data have {len(images):,}. Name another folder, or remove it."
+            f"--feature_cache {folder} is of other {cache.column}: it has {cache.manifest['images']['number']:,}, "
+            f"these data have {len(images):,}. Name another folder, or remove it."
         )
     return cache
 
@@ -176,6 +210,8 @@ def _bytes_per_image(model, names, training_args) -> int:
 
 
 def _check_space(cache: FeatureCache, missing: list[int]) -> None:
+    if isinstance(cache, ViewCache):  # whose items have at most `bytes_per_image`
+        return
     needed = sum(len(cache.images_of(shard)) for shard in missing) * cache.manifest["bytes_per_image"]
     free = shutil.disk_usage(cache.folder).free
     if needed > free:

@@ -22,6 +22,7 @@ from .config import DecoSFTConfig
 from .distillation import as_teacher, check_teacher, kl_divergence, one_encoding, return_answer_states
 from .distributed import reduce_head_gradient
 from .feature_cache import CacheError, FeatureCache, features_as_pixels
+from .feature_cache_maps import VideoCache, has_videos, image_cache_class
 from .lengths import add_lengths
 from .newline import first_newline, save_newline, train_newline
 from .parts import PARTS, part_of
@@ -58,11 +59,15 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
         for name, parameter in model.named_parameters():
             if part_of(name) in args.freeze:
                 parameter.requires_grad_(False)
-        feature_cache = None
+        feature_cache: FeatureCache | None = None
+        video_cache: VideoCache | None = None
         if args.feature_cache is not None:
-            feature_cache = FeatureCache.of_run(model, processing_class, args, evaluates=eval_dataset is not None)
-            train_dataset = feature_cache.refer(train_dataset)
-            eval_dataset = _apply(feature_cache.refer, eval_dataset)
+            evaluates = eval_dataset is not None
+            feature_cache = image_cache_class(model, args).of_run(model, processing_class, args, evaluates)
+            if has_videos(train_dataset) or has_videos(eval_dataset):
+                video_cache = VideoCache.of_run(model, processing_class, args, evaluates)
+            for cache in filter(None, (feature_cache, video_cache)):
+                train_dataset, eval_dataset = cache.refer(train_dataset), _apply(cache.refer, eval_dataset)
         grids = [*(args.pooled_grid_sizes or ()), processing_class.pooled_grid_size]  # the last is evaluation's
         own_video_grid = model.config.pooled_video_grid
         if processing_class.pooled_video_grid_size is not None:
@@ -78,6 +83,7 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
             tiles=args.tiles,
             add_timestamps=args.add_timestamps,
             feature_cache=feature_cache,
+            video_cache=video_cache,
             grids=args.pooled_grid_sizes,
             max_positions=_max_positions(model.config),
             patches_per_image=getattr(
