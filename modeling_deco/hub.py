@@ -90,10 +90,13 @@ def model_card(config, title: str, model_id: str, about: str = "", **metadata) -
         pooling = "2D average pooling, which has no parameters,"
         how = pooling if config.projector_type == "avg_pool" else f"the projector `{config.projector_type}`"
         any_grid = "; any other grid can be chosen per call" if config.takes_any_grid else ""
-        tokens = (
-            f"An image's {rows} x {cols} patches are shrunk by {how} to {pooled_rows} x {pooled_cols} = "
-            f"{config.num_image_tokens} tokens{any_grid}."
-        )
+        to_grid = f"to {pooled_rows} x {pooled_cols} = {config.num_image_tokens} tokens"
+        tokens = f"An image's {rows} x {cols} patches are shrunk by {how} {to_grid}{any_grid}."
+        if config.image_grid_pinpoints is not None:
+            tokens = (
+                f"An image is cut into views of {rows} x {cols} patches. The patches of its tiles are one map, which "
+                f"is shrunk by {how} as a view is {to_grid}{any_grid}."
+            )
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",

@@ -125,8 +125,9 @@ def build(family, vision=None, text=None, side=SIDE, shapes=None, seed=0, text_c
     is_onevision = family == "llava_onevision"
     vision, text = vision or ("siglip" if is_onevision else "clip"), text or ("qwen2" if is_onevision else "llama")
     vision_config = {**tiny.VISION_CONFIGS[vision], "image_size": side}
+    strategy = "default" if vision == "clip" else "full"
+    choices = {"vision_feature_select_strategy": strategy, **choices}
     if vision == "siglip":
-        choices = {"vision_feature_select_strategy": "full", **choices}
         vision_config["vision_use_head"] = False
     if is_onevision:
         choices = {"vision_aspect_ratio": "anyres_max_4", **choices}
@@ -374,7 +375,8 @@ def prepare(model, prompts, images=None, videos=None) -> dict[str, torch.Tensor]
         counts[IMAGE_MARKER] = iter([len(feature) for feature in features])
     if videos is not None:
         features = model.model.get_video_features(videos).pooler_output
-        counts[VIDEO_MARKER] = iter([len(feature) for feature in features])
+        # in transformers 5.19, LLaVA-NeXT-Video has one more dimension, of the frames
+        counts[VIDEO_MARKER] = iter([feature.shape[:-1].numel() for feature in features])
         placeholders[VIDEO_MARKER] = model.config.video_token_id
         inputs["pixel_values_videos"] = videos
     rows = [

@@ -36,17 +36,27 @@ def _to_text(about: dict) -> str:
 
     tower, text, parameters = about["vision_tower"], about["language_model"], about["parameters"]
     patches, pooled = ("{} x {}".format(*grid) for grid in (about["patch_grid"], about["pooled_grid_size"]))
+    has_views = about["num_views"] > 1
+    source, most = (f"image -> up to {about['num_views']} views", "at most ") if has_views else ("image", "")
+    tokens = (
+        f"{pooled} a view, {most}{about['num_image_tokens']}"
+        if has_views
+        else f"{pooled} = {about['num_image_tokens']}"
+    )
     stored = ", ".join(name for name in (about["dtype"], about["quantization"]) if name)
     lines = [
         about["model"],
         "",
-        f"image -> {tower['type']}, {tower['layers']} layers: {patches} patches of {about['patch_size']} pixels "
-        f"-> {about['projector_type']} -> {pooled} = {about['num_image_tokens']} tokens "
+        f"{source} -> {tower['type']}, {tower['layers']} layers: {patches} patches of {about['patch_size']} pixels "
+        f"-> {about['projector_type']} -> {tokens} tokens "
         f"-> {text['type']}, {text['layers']} layers",
         "",
-        f"positions   {about['image_positions']}: an image takes {about['num_image_positions']} of the context",
+        f"positions   {about['image_positions']}: an image takes {most}{about['num_image_positions']} of the context",
         f"licence     {about['license'] or 'not stated'}",
     ]
+    if about["pooled_video_grid_size"]:
+        rows, cols = about["pooled_video_grid_size"]
+        lines.append(f"videos      {rows} x {cols} = {rows * cols} tokens a frame")
     if about["adapter_of"]:
         lines.append(f"adapter of  {about['adapter_of']}")
     if about["base_model"]:
@@ -54,11 +64,11 @@ def _to_text(about: dict) -> str:
         lines.append(f"base model  {bases if isinstance(bases, str) else ', '.join(bases)}")
     if stored:
         lines.append(f"stored as   {stored}")
-    rows: list[tuple[str, ...]] = [(name.replace("_", " "), f"{parameters[name]:,}") for name in parameters]
-    lines += ["", *table(("parameters", ""), rows)]
-    rows = [(name, format_size(size)) for name, size in about["weights"].items()]
-    lines += ["", *table(("weights as", "memory"), rows)]
-    rows = [
+    table_rows: list[tuple[str, ...]] = [(name.replace("_", " "), f"{parameters[name]:,}") for name in parameters]
+    lines += ["", *table(("parameters", ""), table_rows)]
+    table_rows = [(name, format_size(size)) for name, size in about["weights"].items()]
+    lines += ["", *table(("weights as", "memory"), table_rows)]
+    table_rows = [
         (
             "{} x {}".format(*grid["pooled_grid_size"]),
             str(grid["num_image_tokens"]),
@@ -71,8 +81,9 @@ def _to_text(about: dict) -> str:
         for grid in about["grids"]
     ]
     header = ("grid", "tokens", "cache float32", "cache 16bit", *(f"total {name}" for name in _CACHE_OF))
-    lines += ["", *table(header, rows)]
-    lines += ["", "cache: keys and values of one image's tokens. total: weights and cache, without activations."]
+    lines += ["", *table(header, table_rows)]
+    image = "the largest image" if has_views else "one image"
+    lines += ["", f"cache: keys and values of {image}'s tokens. total: weights and cache, without activations."]
     if not about["takes_any_grid"]:
         lines.append(f"This projector has only one grid, {pooled}.")
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_deco import DecoConfig, num_image_tokens
 from ..utils.measure import synchronize
+from ..views import TokenMap, num_map_tokens, num_map_views, one_map
 from .adapters import find_adapter
 from .loading import check_checkpoint, load_config
 from .lookup import checkpoint_name
@@ -71,7 +72,8 @@ def describe_config(config: DecoConfig) -> dict:
     """Describe a config: token flow, parameters of each part, memory by grid and dtype.
 
     Returns:
-        A dict for JSON. Grids are `[rows, cols]`. Memory is in bytes: `weights` by dtype, and `kv_cache`, which one
+        A dict for JSON. Grids are `[rows, cols]`. Tokens and positions are those of an image, of the one that takes
+        most if the model cuts images into views. Memory is in bytes: `weights` by dtype, and `kv_cache`, which one
         image adds, by grid. `"4bit"` has the layers of the language model in NF4 and the rest in 16 bits. Activations
         need memory in addition.
     """
@@ -85,7 +87,10 @@ def describe_config(config: DecoConfig) -> dict:
     }
     total = sum(parameters.values())
     tower, text = config.vision_config, config.text_config
-    rows, cols = config.patch_grid
+    maps = max(_maps_of_images(config, config.pooled_grid), key=num_map_tokens)
+    tokens_of_grids = [
+        (grid, max(map(num_map_tokens, _maps_of_images(config, (grid[0], grid[1]))))) for grid in default_grids(config)
+    ]
     return {
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
         "quantization": (getattr(config, "quantization_config", None) or {}).get("quant_method"),
@@ -95,12 +100,16 @@ def describe_config(config: DecoConfig) -> dict:
             "hidden_size": tower.hidden_size,
         },
         "patch_size": tower.patch_size,
-        "patch_grid": [rows, cols],
+        "patch_grid": list(config.patch_grid),
+        "num_views": max(map(num_map_views, _maps_of_images(config, config.pooled_grid))),
         "projector_type": config.projector_type,
         "pooled_grid_size": list(config.pooled_grid),
-        "num_image_tokens": config.num_image_tokens,
+        "num_image_tokens": num_map_tokens(maps),
+        "pooled_video_grid_size": None if config.video_token_id is None else list(config.pooled_video_grid),
         "image_positions": config.image_positions,
-        "num_image_positions": rows * cols if config.image_positions == "patch" else config.num_image_tokens,
+        "num_image_positions": sum(token_map.span for token_map in maps)
+        if config.image_positions == "patch"
+        else num_map_tokens(maps),
         "takes_any_grid": config.takes_any_grid,
         "language_model": {
             "type": text.model_type,
@@ -117,15 +126,22 @@ def describe_config(config: DecoConfig) -> dict:
         "grids": [
             {
                 "pooled_grid_size": grid,
-                "num_image_tokens": num_image_tokens(grid),
+                "num_image_tokens": num_tokens,
                 "kv_cache": {
-                    "float32": kv_cache_bytes(text, num_image_tokens(grid), torch.float32),
-                    "16bit": kv_cache_bytes(text, num_image_tokens(grid), torch.float16),
+                    "float32": kv_cache_bytes(text, num_tokens, torch.float32),
+                    "16bit": kv_cache_bytes(text, num_tokens, torch.float16),
                 },
             }
-            for grid in default_grids(config)
+            for grid, num_tokens in tokens_of_grids
         ],
     }
+
+
+def _maps_of_images(config: DecoConfig, pooled_grid: tuple[int, int]) -> list[list[TokenMap]]:
+    """The maps of an image of each size that the model has."""
+    if config.image_grid_pinpoints is None:
+        return [one_map(config.patch_grid, pooled_grid)]
+    return [config.views.image_maps((height, width), pooled_grid) for height, width in config.image_grid_pinpoints]
 
 
 def default_grids(config: DecoConfig) -> list[list[int]]:

@@ -53,6 +53,13 @@ VARIANTS = {
 }
 
 
+SLOW = ("next video, stride 3", "onevision", "1.6, sharded .bin", "OneVision, tower inside")
+
+
+def _marked(cases):
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in cases]
+
+
 @dataclass
 class Family:
     """A model of transformers, its folder, and its conversion."""
@@ -74,7 +81,7 @@ class Family:
         return 1e-5 if getattr(self.model.config, "spatial_pool_stride", 2) == 3 else 0.0
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=_marked(VARIANTS))
 def family(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("family")
     name, choices, template = VARIANTS[request.param]
@@ -234,6 +241,7 @@ def test_report_card_and_config_say_what_it_is(family):
     card = (family.folder / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["license"] == llava_sources.LICENSE
     rows, cols = config.patch_grid
+    assert f"cut into views of {rows} x {cols} patches" in card
     assert f"At {rows} x {cols} for each view its logits are LLaVA's" in card
 
 
@@ -332,11 +340,11 @@ ORIGINALS = {
     "1.6 on Mistral, tower inside": ("llava_next", {"text": "mistral"}, {"tower_inside": True, "shards": 3}),
     "OneVision, tower inside": ("llava_onevision", {}, {"tower_inside": True}),
     "OneVision, .bin": ("llava_onevision", {"side": 30}, {"kind": "bin"}),
-    "NeXT-Video": ("llava_next_video", {}, {"config": {"model_type": "llava_llama"}}),
+    "NeXT-Video": ("llava_next_video", {}, {"config": {"model_type": "llava_llama"}, "shards": 2}),
 }
 
 
-@pytest.mark.parametrize("name", ORIGINALS)
+@pytest.mark.parametrize("name", _marked(ORIGINALS))
 def test_a_checkpoint_of_the_original_code(name, tmp_path):
     kind, choices, layout = ORIGINALS[name]
     model = build(kind, vision_feature_layer=-2, **choices)

@@ -93,6 +93,31 @@ def test_text_says_flow_positions_parameters_memory_and_licence(image_positions,
         assert re.search(words, result.stdout), words
 
 
+def test_views_and_videos_are_described_by_the_largest_image_and_a_frame(tmp_path):
+    """The largest image has 2 x 2 tiles: 12 x 12 patches and 12 newlines behind the 6 x 6 of the overview."""
+    views = {"image_grid_pinpoints": [[24, 24], [48, 48], [24, 72]], "image_newline": True, "video_token_id": 21}
+    tiny.build_model(image_positions="patch", **views).save_pretrained(tmp_path)
+    about, text = describe(str(tmp_path)), info(tmp_path).stdout
+    assert (about["num_views"], about["num_image_tokens"], about["num_image_positions"]) == (5, 9 + 36 + 6, 192)
+    capped = tiny.build_config(**views, vision_aspect_ratio="anyres_max_1")
+    assert describe_config(capped)["num_views"] == 5  # though 2 x 2 tiles take no more tokens than one
+    assert {tuple(row["pooled_grid_size"]): row["num_image_tokens"] for row in about["grids"]} == {
+        (1, 1): 1 + 4 + 2,
+        (2, 2): 4 + 16 + 4,
+        (3, 3): 9 + 36 + 6,
+        (4, 4): 16 + 64 + 8,
+        (6, 6): 36 + 144 + 12,
+    }
+    for words in (
+        "image -> up to 5 views -> clip_vision_model, 2 layers: 6 x 6 patches of 4 pixels",
+        "-> avg_pool -> 3 x 3 a view, at most 51 tokens -> llama",
+        "an image takes at most 192 of the context",
+        "videos      6 x 6 = 36 tokens a frame",
+        "keys and values of the largest image's tokens",
+    ):
+        assert words in text, words
+
+
 def test_json_is_the_description():
     assert json.loads(info("--json").stdout) == describe(str(SHIPPED_CHECKPOINT))
 
