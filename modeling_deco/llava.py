@@ -208,8 +208,9 @@ def deco_fields(fields: dict, where: str) -> dict[str, Any]:
     }
     if family == "llava":
         return common
+    pinpoints = fields.get("image_grid_pinpoints")
     views = {
-        "image_grid_pinpoints": fields.get("image_grid_pinpoints") or config.image_grid_pinpoints,
+        "image_grid_pinpoints": config.image_grid_pinpoints if pinpoints is None else pinpoints,
         "image_newline": True,
     }
     if family == "llava_next":
@@ -396,7 +397,7 @@ def build_image_processor(kind: str, settings: dict, **kwargs):
 def check_image_processor(image_processor, config, name) -> None:
     """Raise a ValueError if the image processor does not cut pictures into the views of the model's config."""
     found, expected = getattr(image_processor, "image_grid_pinpoints", None), config.image_grid_pinpoints
-    if [list(size) for size in found or []] != [list(size) for size in expected or []]:
+    if json.dumps(found) != json.dumps(expected):  # tuples are lists
         raise ValueError(
             f"image_grid_pinpoints of {name} must be equal in config.json and preprocessor_config.json, and are "
             f"{str(expected)[:60]} and {str(found)[:60]}."

@@ -346,7 +346,7 @@ class DecoProcessor(ProcessorMixin):
                 images = None
         if videos is not None:
             if isinstance(text, (list, tuple)):
-                self._count_videos(text, videos)
+                self._count_videos(list(text), videos)
             videos = _list_videos(videos) or None
         images, text, videos, audio = super().prepare_inputs_layout(
             images=images, text=text, videos=videos, audio=audio, **kwargs

@@ -49,7 +49,8 @@ def read_original(source: Source, raw_config: dict, pooled_grid_size, vision_tow
     checkpoint.sources["vision_tower"] = checkpoint.image_processor = tower
     read_vision_tower(checkpoint, tower, is_trained=_is_tower_trained(raw_config))
     vision_config = read_vision_config(tower)
-    views = view_fields(raw_config, vision_config.image_size, f"config.json of {source.name}")
+    view_size = getattr(vision_config, "image_size", 0)  # a SigLIP 2 has none, and no views
+    views = view_fields(raw_config, view_size, f"config.json of {source.name}")
 
     grid_name = "--pooled-grid-size"
     if is_average_pooling(checkpoint):

@@ -281,10 +281,13 @@ def test_it_is_the_conversion(family):
 
 def test_a_processor_of_other_views_is_refused_by_both(family, tmp_path):
     hostile_copy(family.source, tmp_path / "copy")
-    hostile.edit_json(tmp_path / "copy" / "preprocessor_config.json", image_grid_pinpoints=[[336, 672]])
-    for load in (DecoProcessor.from_pretrained, lambda source: convert(source, tmp_path / "deco")):
-        with pytest.raises(ValueError, match=r"image_grid_pinpoints of .* must be equal in config\.json and prepro"):
-            load(tmp_path / "copy")
+    for pinpoints in ([[336, 672]], [5], "(1x1),...,(2x2)"):
+        hostile.edit_json(tmp_path / "copy" / "preprocessor_config.json", image_grid_pinpoints=pinpoints)
+        for load in (DecoProcessor.from_pretrained, lambda source: convert(source, tmp_path / "deco")):
+            with pytest.raises(
+                ValueError, match=r"image_grid_pinpoints of .* must be equal in config\.json and prepro"
+            ):
+                load(tmp_path / "copy")
 
 
 def hostile_copy(source, destination):
@@ -464,6 +467,7 @@ REFUSED = [
     ({"image_grid_pinpoints": "(1x1),...,(2x2)"}, r"image_grid_pinpoints"),
     ({"image_grid_pinpoints": [[24 * 10**9, 24]]}, r"more than 256 tiles"),
     ({"image_grid_pinpoints": [[24, 24]] * 2000}, r"image_grid_pinpoints must be a list of 1 to"),
+    ({"image_grid_pinpoints": []}, r"image_grid_pinpoints must be a list of 1 to"),
     ({"image_grid_pinpoints": [[24.0, 24]]}, r"image_grid_pinpoints has \[24\.0, 24\]"),
     ({"vision_aspect_ratio": "anyres_max_0"}, r"vision_aspect_ratio .* 'anyres_max_0'"),
     ({"vision_aspect_ratio": "anyres_max_-9"}, r"vision_aspect_ratio"),
