@@ -16,7 +16,7 @@ the output is the same JSON.
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -47,7 +47,7 @@ from modeling_deco.inference import load
 from modeling_deco.utils.measure import command, environment, write_report
 from modeling_deco.utils.staging import staged_file
 from modeling_deco.worlds.digits.evaluate import summary
-from modeling_deco.worlds.digits.questions import KINDS, questions, score
+from modeling_deco.worlds.digits.questions import KINDS, Question, questions, score
 from modeling_deco.worlds.digits.scenes import IMAGE_SIZE, render
 from modeling_deco.worlds.digits.tower_model import PATCH_GRID, patch_features
 
@@ -56,7 +56,8 @@ TILES = (1, 4, 9)
 GRIDS = (12, 8, 6, 4)
 FINER_GRIDS = (24, 18)  # more tokens than one view has patches, for pictures with a tile for each 96 x 96 pixels
 TRAINED_GRIDS = (3, 4, 6, 12)
-SHOWN = ("read", "count", "colour", "relation", "locate")
+SHOWN = ("existence", "colour", "count", "read", "relation", "locate")
+IN_TILE = "locate in tile"  # boxes as the vision tower sees them, in one tile
 UNTRAINED, WITH_TILES, ONE_VIEW, WITH_TOWER = MODELS = ("untrained", "tiles", "one view", "one view and tower")
 
 
@@ -64,9 +65,9 @@ UNTRAINED, WITH_TILES, ONE_VIEW, WITH_TOWER = MODELS = ("untrained", "tiles", "o
 class Sizes:
     """How much is trained and measured."""
 
-    pool: int = 800  # training pictures of each scale
+    pool: int = 600  # training pictures of each scale
     test: int = 150  # of each scale, each with one question of every kind
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 16
 
 
@@ -191,11 +192,21 @@ def measure(model, processor, test: Pictures, scale: int, tiles: int) -> dict[st
     found: dict = {}
     for grid in grids_of(scale, tiles):
         answers = drafted_answers(test.turns, processor.tokenizer, partial(predict, grid=grid))
-        found[str(grid)] = {kind: [] for kind in KINDS}
+        right: dict = {kind: [] for kind in (*KINDS, IN_TILE)}
         for turns, texts in zip(test.turns, answers, strict=True):
             for turn, text in zip(turns, texts, strict=True):
-                found[str(grid)][turn.question.kind].append(score(turn.question, text))
+                right[turn.question.kind].append(score(turn.question, text))
+                if turn.question.box is not None:
+                    right[IN_TILE].append(score(within_tile(turn.question, tiles), text))
+        found[str(grid)] = right
     return found
+
+
+def within_tile(question: Question, tiles: int) -> Question:
+    """A question about a box with the box that the vision tower sees in one tile: that of the digit's center."""
+    x0, y0, x1, y1 = (edge * math.isqrt(tiles) for edge in question.box or ())
+    left, top = (IMAGE_SIZE * ((low + high) // (2 * IMAGE_SIZE)) for low, high in ((x0, x1), (y0, y1)))
+    return replace(question, box=(x0 - left, y0 - top, x1 - left, y1 - top))
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -205,7 +216,7 @@ def over_pictures(cells: list[dict]) -> dict:
     """Accuracy and standard error over pictures by tokens and kind of question, over cells of different seeds."""
     return {
         str(num_image_tokens(int(grid))): {
-            kind: summary(list(zip(*(cell[grid][kind] for cell in cells), strict=True))) for kind in KINDS
+            kind: summary(list(zip(*(cell[grid][kind] for cell in cells), strict=True))) for kind in cells[0][grid]
         }
         for grid in cells[0]
     }
@@ -215,13 +226,23 @@ def shown(value: dict) -> str:
     return f"{value['accuracy']:.0f} ± {value['standard_error']:.0f}"
 
 
-def table(report: dict, model: str) -> list[list[str]]:
-    """Rows of a model: side, tiles, tokens, then `SHOWN`."""
+def table(report: dict, tokens: str) -> list[list[str]]:
+    """Rows of all models at a number of tokens: side of the pictures, model, tiles, then `SHOWN`."""
     return [
-        [f"{96 * int(scale)}", tiles, tokens, *(shown(by_kind[kind]) for kind in SHOWN)]
-        for scale, by_tiles in report["accuracy"][model].items()
-        for tiles, by_tokens in by_tiles.items()
-        for tokens, by_kind in by_tokens.items()
+        [str(96 * scale), model, tiles, *(shown(by_tokens[tokens][kind]) for kind in SHOWN)]
+        for scale in SCALES
+        for model, by_scale in report["accuracy"].items()
+        for tiles, by_tokens in by_scale.get(str(scale), {}).items()
+    ]
+
+
+def table_of_tokens(report: dict) -> list[list[str]]:
+    """Rows where each 96 x 96 pixels have a tile: side of the pictures, model, tokens, then `SHOWN` and `IN_TILE`."""
+    return [
+        [str(96 * scale), model, tokens, *(shown(by_kind[kind]) for kind in (*SHOWN, IN_TILE))]
+        for scale in SCALES[1:]
+        for model in (UNTRAINED, WITH_TILES)
+        for tokens, by_kind in report["accuracy"].get(model, {}).get(str(scale), {}).get(str(scale**2), {}).items()
     ]
 
 
@@ -299,10 +320,8 @@ def main(
         "reference_boxes": {str(scale): reference_boxes(sizes.test, scale) for scale in SCALES},
         "environment": environment("cpu"),
     }
-    for name in accuracy:
-        typer.echo(f"\n{name}")
-        for row in table(report, name):
-            typer.echo("".join(f"{value:>10}" for value in row))
+    for row in table(report, "36") + table_of_tokens(report):
+        typer.echo("".join(f"{value:>{20 if column == 1 else 10}}" for column, value in enumerate(row)))
     write_report(report, out / "tiles.json")
     draw(report, out / "tiles.png")
     typer.echo(json.dumps(report))

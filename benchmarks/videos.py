@@ -275,6 +275,14 @@ def over_clips(cells: list[dict]) -> dict:
     return {kind: summary(list(zip(*(cell[kind] for cell in cells), strict=True))) for kind in CLIP_KINDS}
 
 
+def guesses(num_clips: int) -> dict[str, float]:
+    """Percentage of right answers by guesses that know which digits a clip has, and nothing of time."""
+    numbers = [len(render_clip("test", index).actors) for index in range(num_clips)]
+    one_of_all = round(100 * float(np.mean([1 / number for number in numbers])), 1)
+    one_of_others = round(100 * float(np.mean([1 / (number - 1) for number in numbers])), 1)
+    return {"first": one_of_all, "before": one_of_others, "changed": one_of_all, "direction": 25.0}
+
+
 def table(report: dict) -> list[list[str]]:
     """Rows of tokens, the grid of a frame, averaged frames, the order, then the kinds of questions."""
     rows = []
@@ -286,20 +294,24 @@ def table(report: dict) -> list[list[str]]:
 
 
 def draw(report: dict, path: Path) -> None:
-    """Accuracy against tokens of a clip, a line for each kind of question."""
+    """Accuracy by budget, a line for each kind of question."""
     rows = sorted((row for row in report["accuracy"] if row["order"] == IN_ORDER), key=lambda row: row["tokens"])
-    tokens = [row["tokens"] for row in rows]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for kind in CLIP_KINDS:
         values = [row["accuracy"][kind] for row in rows]
         points, errors = ([value[name] for value in values] for name in ("accuracy", "standard_error"))
-        axes.errorbar(tokens, points, errors, fmt="o-", label=kind, markersize=4, linewidth=1.3)
-    axes.set(xscale="log", xticks=tokens, xticklabels=tokens, xlabel="tokens per clip", ylim=(0, 101))
-    axes.set_ylabel("accuracy, %")
-    axes.minorticks_off()
+        axes.errorbar(range(len(rows)), points, errors, fmt="o-", label=kind, markersize=4, linewidth=1.3)
+    trained = [tuple(budget.values()) for budget in report["trained_budgets"]]
+    labels = [
+        f"{row['tokens']}\n{row['grid']} x {row['grid']}, {row['frames']}"
+        + ("" if (row["grid"], row["frames"]) in trained else "\nnot trained")
+        for row in rows
+    ]
+    axes.set(xticks=range(len(rows)), xticklabels=labels, ylim=(0, 101), ylabel="accuracy, %")
+    axes.set_xlabel("tokens per clip; grid of a frame, frames averaged")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
 
 
@@ -344,6 +356,7 @@ def main(
         "sizes": asdict(sizes),
         "trained_budgets": [budget._asdict() for budget in TRAINED_BUDGETS],
         "accuracy": rows,
+        "guesses": guesses(sizes.test),
         "files": files,
         "environment": environment("cpu", "av"),
     }

@@ -355,6 +355,14 @@ def test_answers_about_stitched_tiles_are_those_of_generate(benchmark, shipped):
         assert {kind: found[str(grid)][kind] for kind in right} == right
 
 
+def test_a_box_within_its_tile_is_what_the_tower_sees_there(benchmark):
+    tiles = benchmark("tiles")
+    box = (100, 90, 124, 118)  # of 192 x 192 pixels: the center is in the tile on the lower right
+    question = tiles.Question("locate", "", "", box=tuple(edge / 2 for edge in box))
+    assert tiles.within_tile(question, 4).box == (4, -6, 28, 22)
+    assert tiles.within_tile(question, 1) == question
+
+
 def test_answers_about_clips_are_those_of_generate(benchmark, monkeypatch):
     videos, said = benchmark("videos"), []
     model, processor = videos.build_model()

@@ -267,6 +267,12 @@ def test_the_tables_of_positions_show_what_was_measured(monkeypatch):
     assert [rows[0] for rows in tables if as_table(rows) not in page] == []
 
 
+def test_the_table_of_clips_shows_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measured = json.loads((RESULTS / "videos.json").read_text())
+    assert as_table(import_module("videos").table(measured)) in text("docs/clips.md")
+
+
 def as_table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
