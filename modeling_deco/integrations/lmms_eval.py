@@ -10,6 +10,7 @@ lmms-eval finds this class by the entry point `lmms_eval.models`. Tested with lm
 import inspect
 import re
 import time
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,13 +20,16 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.model_utils.progress import make_progress
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import Collator
+from PIL import Image
 from transformers import LogitsProcessorList
 from transformers.utils import logging
 
 from ..configuration_deco import check_grid, parse_grid
 from ..inference.generation import RefuseNaN, encode, num_positions
 from ..inference.loading import load
+from ..inference.videos import encode_video
 from ..utils.options import parse_grid_option
+from ..videos import PreparedVideo
 
 logger = logging.get_logger(__name__)
 
@@ -38,13 +42,15 @@ _SAMPLING_KWARGS = ("temperature", "top_p", "top_k")
 
 
 class Deco(lmms):
-    """A DeCo checkpoint as a chat model of lmms-eval: text and images in any order, one turn or several.
+    """A DeCo checkpoint as a chat model of lmms-eval: text, images and videos in any order, one turn or several.
 
     With `accelerate launch -m lmms_eval`, each process has a whole model and answers its share of the requests.
 
     Args:
         pretrained: folder or Hub id of a DeCo, of a LLaVA of transformers, or of an adapter.
         pooled_grid_size: token budget of each image, `8` or `8x12` (rows x columns). Default: the checkpoint's.
+        max_image_tokens, tiles, fps, max_frames, pooled_video_grid_size, frames_per_token_grid, add_timestamps: as in
+            `DecoProcessor.__call__`, grids as `pooled_grid_size`. Default: the checkpoint's.
         image_positions: `patch` or `sequence`, see `DecoConfig`. Default: the checkpoint's.
         batch_size: number of requests answered together.
         device: default: one GPU for each process, or the CPU.
@@ -65,6 +71,13 @@ class Deco(lmms):
         self,
         pretrained: str | None = None,
         pooled_grid_size: int | str | None = None,
+        max_image_tokens: int | None = None,
+        tiles: int | None = None,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        pooled_video_grid_size: int | str | None = None,
+        frames_per_token_grid: int | None = None,
+        add_timestamps: bool | None = None,
         image_positions: str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
@@ -88,9 +101,18 @@ class Deco(lmms):
             raise ValueError(
                 f"--batch_size must be a positive integer, got {batch_size!r}; DeCo does not support 'auto'."
             )
-        self.pooled_grid_size = None
-        if pooled_grid_size is not None:  # 8 (lmms-eval has made it a number) or "8x12"
-            self.pooled_grid_size = parse_grid(parse_grid_option(str(pooled_grid_size)))
+        self.options = {
+            "pooled_grid_size": _parse_grid(pooled_grid_size),
+            "max_image_tokens": max_image_tokens,
+            "tiles": tiles,
+            "add_timestamps": add_timestamps,
+        }
+        self.video_options: dict[str, Any] = {
+            "fps": fps,
+            "max_frames": max_frames,
+            "pooled_video_grid_size": _parse_grid(pooled_video_grid_size, "pooled_video_grid_size"),
+            "frames_per_token_grid": frames_per_token_grid,
+        }
         self.batch_size = int(batch_size)
 
         self.accelerator = Accelerator()
@@ -101,20 +123,34 @@ class Deco(lmms):
             )
         if device_map not in (None, "auto"):
             raise ValueError(f"device_map must be auto, got {device_map!r}.")
+        own_device = self.accelerator.device  # "cpu:0" for each of several processes on CPUs
+        own_device = own_device.type if own_device.type == "cpu" else str(own_device)
         self.model, self.processor = load(
             str(pretrained),
             revision=revision,
-            device=None if device_map else device or str(self.accelerator.device),
+            device=None if device_map else device or own_device,
             dtype=dtype,
             attn_implementation=attn_implementation,
             in_4bit=load_in_4bit,
             image_positions=image_positions,
         )
         self.device = self.model.device
-        config = self.model.config
-        if self.pooled_grid_size is not None:  # before lmms-eval loads the data
-            check_grid(self.pooled_grid_size, config.patch_grid)
-        self.max_length = getattr(config.text_config, "max_position_embeddings", None)
+        self._check_options()
+        self.max_length = getattr(self.model.config.text_config, "max_position_embeddings", None)
+
+    def _check_options(self) -> None:
+        """Refuse budgets that do not fit the checkpoint, before lmms-eval loads the data."""
+        grid = self.options["pooled_grid_size"]
+        if grid is not None and self.options["tiles"] is None:  # the processor may not know the patch grid
+            check_grid(grid, self.model.config.patch_grid)
+        blank = Image.new("RGB", (64, 64))
+        content = [{"type": "image", "image": blank}]
+        if any(value is not None for value in self.video_options.values()):
+            content.append({"type": "video", "video": self._encode_video([blank])})
+        encode(self.processor, [{"role": "user", "content": content}], **self.options)
+
+    def _encode_video(self, source) -> PreparedVideo:
+        return encode_video(self.model, self.processor, source, **self.video_options)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests. Each ends before the first of its task's stop strings (`until`).
@@ -122,8 +158,9 @@ class Deco(lmms):
         Decoding is greedy, unless the task or `--gen_kwargs` sets a temperature above 0 or `do_sample=True`.
 
         Raises:
-            ValueError: an image cannot be read, or the text has another number of `<image>` than there are images.
-            NotImplementedError: a request has video or audio.
+            ValueError: an image or video cannot be read, or the text has another number of `<image>` than there are
+                images.
+            NotImplementedError: a request has audio, or asks for a part of a video.
         """
         # Requests with the same generation arguments are answered together. The longest come first: if memory is too
         # small for a batch, the first one fails.
@@ -135,7 +172,7 @@ class Deco(lmms):
         for batch in batches.get_batched(n=self.batch_size):
             try:
                 conversations = [self._conversation(*args) for args in batch]
-                inputs = encode(self.processor, conversations, self.pooled_grid_size).to(self.device)
+                inputs = encode(self.processor, conversations, **self.options).to(self.device)
                 start = time.perf_counter()
                 results += self._generate(inputs, **batch[0][2])
                 seconds += time.perf_counter() - start
@@ -150,14 +187,20 @@ class Deco(lmms):
         return batches.get_original(results)
 
     def _conversation(self, context, doc_to_messages, generation_kwargs, doc_id, task, split) -> list[dict]:
-        """The chat messages of a request, in transformers' format."""
+        """The chat messages of a request, in transformers' format, with encoded videos."""
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-        _, videos, audios = messages.extract_media()
-        if videos or audios:
-            raise NotImplementedError(f"DeCo reads only text and images; {task} has {'video' if videos else 'audio'}.")
+        if messages.extract_media()[2]:
+            raise NotImplementedError(f"DeCo reads text, images and videos; {task} has audio.")
         messages = messages.to_hf_messages()
         for message in messages:
-            message["content"] = _interleave(message["content"], self.processor.image_token)
+            for part in message["content"]:
+                if part["type"] == "video":
+                    if {"video_start", "video_end"} & part.keys() or isinstance(part["video"], dict):
+                        raise NotImplementedError(f"DeCo reads whole videos; {task} asks for a part of one.")
+                    part["video"] = self._encode_video(part["video"])
+            for kind in ("image", "video"):
+                token = getattr(self.processor, f"{kind}_token")
+                message["content"] = _interleave(message["content"], kind, token)
         return messages
 
     @torch.inference_mode()
@@ -203,15 +246,22 @@ class Deco(lmms):
         raise NotImplementedError("DeCo supports generate_until tasks only, not generate_until_multi_round.")
 
 
-def _interleave(content: list[dict], image_token: str) -> list[dict]:
-    """Move a message's images to the `<image>` marks in its text, which some tasks write for LLaVA. If the numbers
-    differ, the content is unchanged."""
-    images = [part for part in content if part["type"] == "image"]
-    text = "".join(part["text"] for part in content if part["type"] == "text")
-    pieces = text.split(image_token)
-    if len(pieces) == 1 or len(pieces) != len(images) + 1:
+def _parse_grid(size: int | str | None, name: str = "pooled_grid_size") -> tuple[int, int] | None:
+    """The grid of a `--model_args`: 8 (lmms-eval has made it a number) or "8x12"."""
+    return None if size is None else parse_grid(parse_grid_option(str(size)), name)
+
+
+def _interleave(content: list[dict], kind: str, token: str | None) -> list[dict]:
+    """Move a message's images, or videos, to the marks in its text (`<image>`), which some tasks write for LLaVA. If
+    the numbers differ, the content is unchanged."""
+    media = [part for part in content if part["type"] == kind]
+    num_marks = sum(part["text"].count(token) for part in content if token and part["type"] == "text")
+    if num_marks == 0 or num_marks != len(media):
         return content
-    interleaved = [{"type": "text", "text": pieces[0]}]
-    for image, piece in zip(images, pieces[1:], strict=True):
-        interleaved += [image, {"type": "text", "text": piece}]
+    interleaved, rest = [], iter(media)
+    for part in (part for part in content if part["type"] != kind):
+        first, *pieces = part["text"].split(token) if part["type"] == "text" else (None,)
+        interleaved.append(part if first is None else {"type": "text", "text": first})
+        for piece in pieces:
+            interleaved += [next(rest), {"type": "text", "text": piece}]
     return [part for part in interleaved if part.get("text") != ""]

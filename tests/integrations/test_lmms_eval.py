@@ -143,7 +143,9 @@ def evaluate(run, task_folder, tmp_path_factory):
             *("--tasks", "digits_world", "--include_path", str(task_folder)),
             *("--output_path", str(output), "--log_samples", *options),
         )
-        (results,), (samples,) = list(output.rglob("*_results.json")), list(output.rglob("*_samples_*.jsonl"))
+        found = list(output.rglob("*_results.json"))
+        assert len(found) == 1, log
+        (results,), (samples,) = found, list(output.rglob("*_samples_*.jsonl"))
         samples = [json.loads(line) for line in samples.read_text().splitlines()]
         return json.loads(results.read_text()), sorted(samples, key=lambda sample: sample["doc_id"]), log
 
@@ -463,6 +465,9 @@ def test_a_prompt_beyond_the_context_is_warned_of(lm, warned):
         ({"pooled_grid_size": "[4,4]"}, r"'\[4,4\]' is neither a number \(8\) nor ROWSxCOLS \(8x12\)"),
         ({"pooled_grid_size": 0}, r"pooled_grid_size must be .* got \[0, 0\]"),
         ({"pooled_grid_size": "2x7"}, r"2 x 7 is larger than the 6 x 6 patches"),
+        ({"max_image_tokens": 0}, r"max_image_tokens must be a positive int, got 0"),
+        ({"tiles": 4}, r"tiles=4 needs the processor's patch_size, which is not set"),
+        ({"fps": 2}, r"takes no videos"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(deco, checkpoint, arguments, message):
@@ -565,11 +570,76 @@ def test_dtype_and_4_bits(deco):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["video", "audio"])
-def test_video_and_audio_are_refused(lm, kind):
-    messages = [{"role": "user", "content": [{"type": kind, "url": f"a.{kind}"}, text("what ?")]}]
-    with pytest.raises(NotImplementedError, match=f"DeCo reads only text and images; cats has {kind}"):
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "audio", "url": "a.wav"}, "DeCo reads text, images and videos; cats has audio"),
+        ({"type": "video", "url": "a.mp4", "start_time": 1.0}, "DeCo reads whole videos; cats asks for a part of one"),
+        # as in EgoTempo
+        ({"type": "video", "url": {"path": "a.mp4", "video_start": 0}}, "cats asks for a part of one"),
+    ],
+)
+def test_audio_and_parts_of_videos_are_refused(lm, part, message):
+    messages = [{"role": "user", "content": [part, text("what ?")]}]
+    with pytest.raises(NotImplementedError, match=message):
         lm.generate_until([request(lm, messages, doc_id=17)])
+
+
+@pytest.fixture(scope="module")
+def onevision(tmp_path_factory):
+    """A folder with a tiny model that cuts pictures into views and takes videos."""
+    folder = tmp_path_factory.mktemp("onevision")
+    model = tiny.build_family("llava_onevision")
+    model.save_pretrained(folder)
+    tiny.build_family_processor(model.config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A file with a video of six seconds."""
+    import av
+
+    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=2)
+        stream.width, stream.height = 40, 30
+        for seed in range(12):
+            container.mux(stream.encode(av.VideoFrame.from_image(tiny.picture(seed))))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_args", "options"),
+    [
+        ({}, {}),
+        (
+            {"pooled_video_grid_size": "2x1", "fps": 2, "max_frames": 5, "frames_per_token_grid": 2},
+            {"pooled_video_grid_size": [2, 1], "fps": 2, "max_frames": 5, "frames_per_token_grid": 2},
+        ),
+        ({"max_image_tokens": 20, "add_timestamps": False}, {"max_image_tokens": 20, "add_timestamps": False}),
+    ],
+)
+def test_videos_and_views_are_prepared_as_by_the_processor(deco, onevision, clip, model_args, options):
+    lm = deco.Deco(str(onevision), batch_size=2, **model_args)
+    contents = [
+        [{"type": "video", "url": clip}, text("what is this ?")],
+        [image(1), text("two ?")],
+        [{"type": "video", "url": clip}, image(2), text("a <image> ? the <video> .")],
+    ]
+    prompts = ["<video>what is this ? ", "<image>two ? ", "a <image> ? the <video> . "]
+    pictures, videos = [None, [tiny.picture(1)], [tiny.picture(2)]], [[clip], None, [clip]]
+    messages = [[{"role": "user", "content": content}] for content in contents]
+    results = lm.generate_until([request(lm, one, index, max_new_tokens=6) for index, one in enumerate(messages)])
+    for result, prompt, images, video in zip(results, prompts, pictures, videos, strict=True):
+        chat = f"<s>user : {prompt}assistant : "
+        inputs = lm.processor(images, chat, video, return_tensors="pt", add_special_tokens=False, **options)
+        generated = lm.model.generate(**inputs, do_sample=False, max_new_tokens=6)
+        length = inputs["input_ids"].shape[1]
+        assert result.token_counts.input_tokens == length
+        assert result.text == lm.processor.decode(generated[0, length:], skip_special_tokens=True)
 
 
 @pytest.mark.slow
