@@ -3,15 +3,18 @@
 """The cost of an answer: DeCo at several grids, transformers' LLaVA with the same weights, and the limit of both.
 
     python benchmarks/inference.py --shape 0.5b --variant default --variant int8
+    python benchmarks/inference.py --shape next --shape onevision --variant default --num-layers 6
 
-Weights are random and are created on the device. LLaVA and DeCo share their tensors; LLaVA has one more vision layer,
-which it computes and does not use. All variants are timed in rounds in one process, after a warm-up. A time is the
-median over rounds, with quartiles, and a ratio is the median over rounds of the ratio.
+Weights are random and are created on the device. LLaVA and DeCo share their tensors; LLaVA-1.5 and LLaVA-NeXT have one
+more vision layer, which they compute and do not use. All variants are timed in rounds in one process, after a warm-up.
+A time is the median over rounds, with quartiles, and a ratio is the median over rounds of the ratio.
 
-The limit is the cost that every model of this kind has: the used layers of the vision tower alone, and the language
-model alone on as many embeddings. Prefill is one forward pass from pixels to the logits of the last position. The time
-to the first token is measured in `generate`. Peak memory is the weights and the most that a prefill holds besides
-them.
+The shapes `next` and `onevision` cut a picture into views: an overview and 2 x 2 or 3 x 3 tiles.
+
+The limit is the cost that every model of this kind has: the used layers of the vision tower alone, on all views, and
+the language model alone on as many embeddings. Prefill is one forward pass from pixels to the logits of the last
+position. The time to the first token is measured in `generate`. Peak memory is the weights and the most that a prefill
+holds besides them.
 
 The results are written to results/inference.json and .png after each shape and batch size, and the last line of the
 output is the same JSON.
@@ -19,6 +22,7 @@ output is the same JSON.
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -28,36 +32,60 @@ from typing import Annotated
 import torch
 import typer
 from matplotlib.figure import Figure
-from shapes import NUM_TEXT_TOKENS, RESULTS, TEXT_CONFIGS, TensorBytes, TokenTimes, build_config
+from shapes import (
+    NUM_TEXT_TOKENS,
+    PICTURES,
+    RESULTS,
+    TEXT_CONFIGS,
+    TensorBytes,
+    TokenTimes,
+    build_config,
+    build_views_config,
+)
 from torch import nn
-from transformers import AutoConfig, CompileConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, CompileConfig, LlavaConfig, PreTrainedModel
 
-from modeling_deco import SHIPPED_CHECKPOINT, DecoForConditionalGeneration, num_image_tokens
+from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration
 from modeling_deco.inference.costs import format_size
 from modeling_deco.inference.quantization import Int8Linear, quantize_to_int8
 from modeling_deco.modeling_deco import CACHE_NAME
 from modeling_deco.utils.measure import command, environment, spread, synchronize, time_interleaved, write_report
+from modeling_deco.views import num_map_tokens, num_map_views
 
-SHAPES = ("digits", *TEXT_CONFIGS)
+SHAPES = ("digits", *TEXT_CONFIGS, *PICTURES)
 VARIANTS = ("default", "int8", "compiled")
 
 
-def build(shape: str) -> tuple[DecoForConditionalGeneration, LlavaForConditionalGeneration]:
-    """DeCo and LLaVA with the same random tensors, on the default device and in the default dtype."""
-    if shape == "digits":
-        config = AutoConfig.from_pretrained(SHIPPED_CHECKPOINT, trust_remote_code=False)
+def build(shape: str, num_layers: int | None = None) -> tuple[DecoForConditionalGeneration, PreTrainedModel]:
+    """DeCo and transformers' LLaVA with the same random tensors, on the default device and in the default dtype.
+
+    Args:
+        num_layers: number of layers of tower and language model that are used. Default: all.
+    """
+    if shape in PICTURES:
+        llava_config = build_views_config(shape, num_layers)
+        config = DecoConfig(
+            vision_config=llava_config.vision_config,
+            text_config=llava_config.text_config,
+            image_token_id=llava_config.image_token_id,
+            vision_feature_layer=llava_config.vision_feature_layer,
+            image_grid_pinpoints=llava_config.image_grid_pinpoints,
+            image_newline=True,
+            vision_aspect_ratio=getattr(llava_config, "vision_aspect_ratio", "anyres"),
+        )
     else:
-        config = build_config(shape)
-    vision_config = config.vision_config.to_dict()
-    vision_config["num_hidden_layers"] += 1
-    llava_config = LlavaConfig(
-        vision_config=vision_config,
-        text_config=config.text_config,
-        image_token_id=config.image_token_id,
-        vision_feature_layer=-2,
-    )
+        digits = AutoConfig.from_pretrained(SHIPPED_CHECKPOINT, trust_remote_code=False)
+        config = digits if shape == "digits" else build_config(shape, num_layers)
+        vision_config = config.vision_config.to_dict()
+        vision_config["num_hidden_layers"] += 1
+        llava_config = LlavaConfig(
+            vision_config=vision_config,
+            text_config=config.text_config,
+            image_token_id=config.image_token_id,
+            vision_feature_layer=-2,
+        )
     torch.manual_seed(0)
-    llava = LlavaForConditionalGeneration(llava_config).eval()
+    llava = AutoModelForImageTextToText.from_config(llava_config).eval()
     deco = DecoForConditionalGeneration(config).eval()
     missing, _ = deco.load_state_dict(llava.state_dict(), strict=False, assign=True)
     assert not missing, missing
@@ -65,19 +93,45 @@ def build(shape: str) -> tuple[DecoForConditionalGeneration, LlavaForConditional
     return deco, llava
 
 
-def build_inputs(model: PreTrainedModel, batch_size: int, num_tokens: int) -> dict[str, torch.Tensor]:
-    """Random pixels, and a prompt of `num_tokens` placeholders and random words."""
-    device, dtype, config = model.device, model.dtype, model.config
-    side = config.vision_config.image_size
+def build_inputs(deco: DecoForConditionalGeneration, batch_size: int, picture: tuple[int, int] | None = None) -> dict:
+    """Random pixels, and a prompt of placeholders and random words.
+
+    Args:
+        deco: the model that the placeholders are for, at its config's grid.
+        picture: height and width of a picture that is cut into views. Default: an image is one view.
+    """
+    device, dtype, config = deco.device, deco.dtype, deco.config
+    image_sizes = None if picture is None else torch.tensor([picture] * batch_size, device=device)
+    image_maps = deco.model.image_maps(image_sizes=image_sizes)
+    num_views = () if picture is None else (num_map_views(image_maps[0]),)
     text = torch.randint(3, config.text_config.vocab_size, (batch_size, NUM_TEXT_TOKENS), device=device)
     text[text == config.image_token_id] = 3
-    image = torch.full((batch_size, num_tokens), config.image_token_id, device=device)
+    image = torch.full((batch_size, num_map_tokens(image_maps[0])), config.image_token_id, device=device)
     input_ids = torch.cat([image, text], dim=1)
-    return {
+    inputs = {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
-        "pixel_values": torch.randn(batch_size, 3, side, side, device=device, dtype=dtype),
+        "pixel_values": torch.randn(batch_size, *num_views, 3, *config.view_size, device=device, dtype=dtype),
     }
+    return inputs if picture is None else {**inputs, "image_sizes": image_sizes}
+
+
+def project(model: PreTrainedModel, patch_features: torch.Tensor, image_sizes: torch.Tensor | None) -> Callable:
+    """A function that makes the image tokens of the language model from the vision tower's patches."""
+    body = model.model
+    if isinstance(model, DecoForConditionalGeneration):
+        if image_sizes is None:
+            return lambda: body.multi_modal_projector(patch_features, None, model.config.pooled_grid)
+        return lambda: body.project_maps(patch_features, body.image_maps(image_sizes=image_sizes))
+    if image_sizes is None:
+        return lambda: body.multi_modal_projector(patch_features)
+    options = {"image_newline": body.image_newline}
+    if model.config.model_type == "llava_next":
+        options["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
+    num_views = len(patch_features) // len(image_sizes)
+    return lambda: body.pack_image_features(
+        body.multi_modal_projector(patch_features).split(num_views), image_sizes, **options
+    )
 
 
 class Subject:
@@ -94,11 +148,12 @@ class Subject:
     ):
         """`tower` is the vision tower without an unused layer."""
         self.variant, self.name, self.model, self.inputs, self.new_tokens = variant, name, model, inputs, new_tokens
-        pixels, (batch_size, length), config = inputs["pixel_values"], inputs["input_ids"].shape, model.config
+        (batch_size, length), config = inputs["input_ids"].shape, model.config
         self.batch_size, self.length = batch_size, length
+        pixels = inputs["pixel_values"].flatten(end_dim=-4)  # (num_views, 3, height, width)
         like = {"device": pixels.device, "dtype": pixels.dtype}
         num_patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-        patch_features = torch.randn(batch_size, num_patches, config.vision_config.hidden_size, **like)
+        patch_features = torch.randn(len(pixels), num_patches, config.vision_config.hidden_size, **like)
         embeds = torch.randn(batch_size, length, config.text_config.hidden_size, **like)
         forward, language_model, self.generation = model, model.model.language_model, {}
         if variant == "compiled":
@@ -108,11 +163,10 @@ class Subject:
             compile_config = CompileConfig(fullgraph=True, mode=mode)
             compile_config._compile_all_devices = True  # private, seen in transformers 5.19 to 5.24
             self.generation = {"cache_implementation": "static", "compile_config": compile_config}
-        grids = (None, config.pooled_grid) if name == "DeCo" else ()
         self.decode_seconds, self.first_token_seconds = [], []
         self.parts: dict[str, Callable] = {
             "vision_tower": lambda: tower(pixels),
-            "projector": lambda: model.model.multi_modal_projector(patch_features, *grids),
+            "projector": project(model, patch_features, inputs.get("image_sizes")),
             "language_model": lambda: model.lm_head(
                 language_model(inputs_embeds=embeds, use_cache=True).last_hidden_state[:, -1:]
             ),
@@ -201,14 +255,26 @@ def at_grid(model: DecoForConditionalGeneration, grid: int) -> DecoForConditiona
 
 
 def measure(
-    device: str, shape: str, grids: list[int], variants: list[str], batch_size: int, repeats: int, new_tokens: int
+    device: str,
+    shape: str,
+    num_layers: int | None,
+    grids: list[int],
+    variants: list[str],
+    batch_size: int,
+    repeats: int,
+    new_tokens: int,
 ) -> list[dict]:
     """Results of one shape at one batch size, in the default dtype."""
     torch.compiler.reset()  # graphs of other shapes and batch sizes count towards a limit
     with torch.device(device):  # not around compiled code, which would trace this context too
-        deco, llava = build(shape)
+        deco, llava = build(shape, num_layers)
+    (side, _), picture = deco.config.patch_grid, PICTURES.get(shape)
+    grids = grids or ([12, 8, 6] if picture is None else [math.ceil(side / k) for k in (1, 2, 3, 4)])
+    llava_name = {"llava_next": "LLaVA-NeXT", "llava_onevision": "LLaVA-OneVision"}.get(
+        llava.config.model_type, "LLaVA"
+    )
     subjects = []
-    pixels_of_batch = build_inputs(deco, batch_size, 1)["pixel_values"]
+    pixels_of_batch = build_inputs(deco, batch_size, picture)["pixel_values"]
     for variant in [
         "default",
         *(name for name in variants if name != "default"),
@@ -217,15 +283,16 @@ def measure(
         if variant == "int8":
             models = [quantize_to_int8(copy.deepcopy(model)) for model in models]
         tower = models[0].model.vision_tower
-        for name, model, grid in [
-            ("LLaVA", models[1], deco.config.patch_grid),
-            *(("DeCo", at_grid(models[0], grid), grid) for grid in grids),
+        pooled = [at_grid(models[0], grid) for grid in grids]
+        for name, model, counted in [
+            (llava_name, models[1], at_grid(deco, side)),
+            *(("DeCo", model, model) for model in pooled),
         ]:
-            inputs = build_inputs(model, batch_size, num_image_tokens(grid)) | {"pixel_values": pixels_of_batch}
+            inputs = build_inputs(counted, batch_size, picture) | {"pixel_values": pixels_of_batch}
             subjects.append(Subject(variant, name, model, tower, inputs, new_tokens))
     runs = {(i, part): run for i, subject in enumerate(subjects) for part, run in subject.parts.items()}
     samples = time_interleaved(runs, repeats, deco.device)
-    llavas = {subject.variant: subject for subject in subjects if subject.name == "LLaVA"}
+    llavas = {subject.variant: subject for subject in subjects if subject.name == llava_name}
     return [
         subject.summarize(
             {part: samples[i, part] for part in subject.parts}, llavas["default"], llavas[subject.variant]
@@ -262,9 +329,16 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
 @torch.inference_mode()
 def main(
     shapes: Annotated[list[str], typer.Option("--shape", help=f"One of {', '.join(SHAPES)}.")] = ["digits", "0.5b"],  # noqa: B006
-    grids: Annotated[list[int], typer.Option("--grid", help="Sides of DeCo's grids.")] = [12, 8, 6],  # noqa: B006
+    grids: Annotated[
+        list[int],
+        typer.Option(
+            "--grid",
+            help="Sides of DeCo's grids. Default: 12, 8 and 6, or for views the full grid, 1/4, 1/9 and 1/16 of it.",
+        ),
+    ] = [],  # noqa: B006
     variants: Annotated[list[str], typer.Option("--variant", help=f"{', '.join(VARIANTS)}.")] = ["default", "int8"],  # noqa: B006
     batch_sizes: Annotated[list[int], typer.Option("--batch-size", help="Prompts with one image each.")] = [1],  # noqa: B006
+    num_layers: Annotated[int | None, typer.Option(help="Layers of tower and language model. Default: all.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 5,
     new_tokens: Annotated[int, typer.Option(min=3, help="Length of the answers.")] = 9,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the plot.")] = RESULTS,
@@ -279,6 +353,7 @@ def main(
         "command": command(),
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
+        "num_layers": num_layers,
         "text_tokens": NUM_TEXT_TOKENS,
         "repeats": repeats,
         "results": {},
@@ -286,7 +361,7 @@ def main(
     }
     for shape, batch_size in product(shapes, batch_sizes):
         torch.set_default_dtype(dtype)
-        rows = measure(device, shape, grids, variants, batch_size, repeats, new_tokens)
+        rows = measure(device, shape, num_layers, grids, variants, batch_size, repeats, new_tokens)
         torch.set_default_dtype(torch.float32)
         report["results"][f"{shape}, batch {batch_size}"] = rows
         typer.echo(f"\n{shape}, batch {batch_size}: medians in ms")

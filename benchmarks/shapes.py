@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # private, seen in torch 2.13
 from torch.utils._pytree import tree_leaves  # private, seen in torch 2.13
-from transformers import AutoModelForImageTextToText, CLIPImageProcessor
+from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaNextConfig, LlavaOnevisionConfig
 from transformers.generation import BaseStreamer
 
 from modeling_deco import DecoConfig, DecoProcessor
@@ -38,6 +38,8 @@ TEXT_CONFIGS = {
     },
     "7b": {"vocab_size": 32064},
 }
+# height and width of the picture that transformers' models of high resolution see: five views and ten
+PICTURES = {"next": (672, 672), "onevision": (1152, 1152)}
 _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -57,6 +59,22 @@ def build_config(shape: str, num_layers: int | None = None, **kwargs) -> DecoCon
         text_config["num_hidden_layers"] = vision_config["num_hidden_layers"] = num_layers
     text_config |= kwargs.pop("text_config", {})
     return DecoConfig(vision_config=vision_config, vision_feature_layer=-1, text_config=text_config, **kwargs)
+
+
+def build_views_config(shape: str, num_layers: int | None = None) -> LlavaNextConfig | LlavaOnevisionConfig:
+    """LLaVA-NeXT with CLIP ViT-L/14-336, or LLaVA-OneVision with SigLIP-so400m/14-384, with the decoder `"0.5b"`.
+
+    Args:
+        shape: a key of `PICTURES`.
+        num_layers: number of layers of tower and decoder that are used. Default: all.
+    """
+    config_class = {"next": LlavaNextConfig, "onevision": LlavaOnevisionConfig}[shape]
+    config = config_class(text_config=TEXT_CONFIGS["0.5b"], tie_word_embeddings=True)  # the towers are the defaults
+    if num_layers is not None:
+        config.text_config.num_hidden_layers = num_layers
+        config.text_config.layer_types = config.text_config.layer_types[:num_layers]
+        config.vision_config.num_hidden_layers = num_layers - config.vision_feature_layer - 1
+    return config
 
 
 def save_random_checkpoint(

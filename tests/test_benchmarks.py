@@ -221,8 +221,38 @@ def test_inference_gives_llava_and_deco_the_same_weights(benchmark):
     inference = benchmark("inference")
     deco, llava = inference.build("digits")
     deco = inference.at_grid(deco, 12)  # of the patches
-    inputs = inference.build_inputs(deco, 2, 144)
+    inputs = inference.build_inputs(deco, 2)
     assert torch.equal(deco(**inputs).logits, llava(**inputs).logits)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("shape", "num_tokens"), [("next", (3 * 576 + 24, 3 * 64 + 8)), ("onevision", (2 * 729 + 27, 2 * 81 + 9))]
+)
+def test_inference_gives_llavas_of_high_resolution_and_deco_the_same_weights(
+    shape, num_tokens, benchmark, monkeypatch
+):
+    inference, shapes = benchmark("inference"), benchmark("shapes")
+
+    def small_config(*args):
+        config = shapes.build_views_config(*args)
+        for part in (config.vision_config, config.text_config):
+            part.hidden_size, part.intermediate_size, part.num_attention_heads = 32, 48, 2
+        return config
+
+    monkeypatch.setattr(inference, "build_views_config", small_config)
+    deco, llava = inference.build(shape, num_layers=1)
+    picture = {"next": (336, 672), "onevision": (384, 384)}[shape]
+    (side, _) = deco.config.patch_grid
+    for grid, expected in zip((side, side // 3), num_tokens, strict=True):
+        pooled = inference.at_grid(deco, grid)
+        inputs = inference.build_inputs(pooled, 1, picture)
+        assert inputs["input_ids"].shape[1] == expected + shapes.NUM_TEXT_TOKENS
+        logits = pooled(**inputs, logits_to_keep=1).logits
+        assert grid != side or torch.equal(logits, llava(**inputs, logits_to_keep=1).logits)
+    for model in (deco, llava):
+        patches = torch.randn(len(inputs["pixel_values"][0]), side * side, model.config.vision_config.hidden_size)
+        assert inference.project(model, patches, inputs["image_sizes"])() is not None
 
 
 @pytest.mark.slow
