@@ -436,11 +436,11 @@ class DecoModel(DecoPreTrainedModel):
         if image_sizes is not None:
             maps = self.image_maps(pooled_grid_sizes, image_sizes=image_sizes, batch_num_images=batch_num_images)
             views = _without_empty_views(pixel_values, [num_map_views(maps_of_image) for maps_of_image in maps])
-            image_outputs, view_features = self._encode(self._tower_inputs(views), **kwargs)
+            image_outputs, view_features = self.encode_views(self._tower_inputs(views), **kwargs)
             image_outputs.pooler_output = self.project_maps(view_features, maps)
         else:
             tower_inputs = self._tower_inputs(pixel_values, pixel_attention_mask, spatial_shapes)
-            image_outputs, patch_features = self._encode(tower_inputs, **kwargs)
+            image_outputs, patch_features = self.encode_views(tower_inputs, **kwargs)
             patch_grids = self.patch_grids(pixel_values, spatial_shapes)
             image_outputs.pooler_output = self.project_features(patch_features, patch_grids, pooled_grid_sizes)
         return image_outputs if return_dict else image_outputs.to_tuple()
@@ -479,7 +479,7 @@ class DecoModel(DecoPreTrainedModel):
                 f"vision tower's image size; use the model's own processor."
             )
 
-    def _encode(
+    def encode_views(
         self, tower_inputs: dict[str, Any], **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[BaseModelOutputWithPooling, torch.FloatTensor]:
         """The vision tower's output, and its patch features `(num_views, num_patches, vision_hidden_size)`."""
@@ -524,7 +524,7 @@ class DecoModel(DecoPreTrainedModel):
         features: list[list[torch.Tensor]] = [[] for _ in maps]
         video_outputs = None
         for owners, maps_of_pass, frames in _passes(maps, _without_empty_views(pixel_values_videos, num_frames)):
-            video_outputs, frame_features = self._encode(self._tower_inputs(frames), **kwargs)
+            video_outputs, frame_features = self.encode_views(self._tower_inputs(frames), **kwargs)
             for owner, tokens in zip(
                 owners, self.project_maps(frame_features, [[token_map] for token_map in maps_of_pass]), strict=True
             ):

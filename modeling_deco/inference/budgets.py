@@ -23,7 +23,7 @@ from ..utils.errors import one_line
 from ..utils.measure import spread, time_interleaved
 from .agreement import agreement, pictures_needed
 from .costs import default_grids, kv_cache_bytes
-from .grid_answers import Answer, EncodedPicture, Grid, GridAnswers, grid_of
+from .grid_answers import Answer, EncodedPicture, Grid, GridAnswers
 from .questions import Question, choose_questions
 
 MOST_TIMED = 20  # pictures
@@ -38,7 +38,7 @@ class Comparison:
     """
 
     grids: list[Grid]
-    patch_grids: list[Grid] = field(default_factory=list)  # of each picture
+    num_tokens: dict[Grid, list[int]] = field(default_factory=dict)  # of each picture
     asked: list[list[Question]] = field(default_factory=list)  # about each picture
     answers: dict[Grid, list[list[Answer]]] = field(default_factory=dict)  # about each picture
     unreadable: dict[str, str] = field(default_factory=dict)  # names of pictures, and what is wrong with them
@@ -78,6 +78,7 @@ def compare(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     seed: int = 0,
+    tiles: int | None = None,
 ) -> Comparison:
     """Ask a model questions about pictures at several grids. Each picture goes through the vision tower once.
 
@@ -87,13 +88,14 @@ def compare(
         grids: from `grids_to_compare`.
         batch_size: number of questions that are answered together.
         seed: of the choice of questions.
+        tiles: as in `DecoProcessor.__call__`.
 
     Raises:
         ValueError: no picture can be read, or a prompt is too long for the model.
     """
     found, random = Comparison(grids), Random(seed)
-    found.answers = {grid: [] for grid in grids}
-    answers = GridAnswers(model, processor, [question.text for question in questions], max_new_tokens)
+    found.answers, found.num_tokens = {grid: [] for grid in grids}, {grid: [] for grid in grids}
+    answers = GridAnswers(model, processor, [question.text for question in questions], max_new_tokens, tiles)
     num_questions = len(choose_questions(questions, Random(seed)))
     timed: list[EncodedPicture] = []
     chunk: list[tuple[EncodedPicture, list[Question]]] = []
@@ -115,8 +117,8 @@ def compare(
             if len(chunk) * num_questions >= batch_size or number == len(pictures):
                 for grid in reversed(grids):  # the largest first: what does not fit shows at once
                     found.answers[grid] += _answer(answers, chunk, grid, batch_size, progress.update)
+                    found.num_tokens[grid] += [answers.num_tokens(picture, grid) for picture, _ in chunk]
                 found.asked += [asked for _, asked in chunk]
-                found.patch_grids += [picture.patch_grid for picture, _ in chunk]
                 chunk = []
     if not found.asked:
         name, problem = next(iter(found.unreadable.items()))
@@ -183,7 +185,7 @@ def summarize(found: Comparison, model: PreTrainedModel, target: float) -> dict[
             for pair in zip(found.answers[grid], found.answers[full_grid], strict=True)
         ]
         agreed, seconds = agreement(equal), found.first_token_seconds[grid]
-        num_tokens = mean(num_image_tokens(grid_of(picture, grid, full_grid)) for picture in found.patch_grids)
+        num_tokens = mean(found.num_tokens[grid])
         row: dict[str, Any] = {
             "pooled_grid_size": list(grid),
             "num_image_tokens": round(num_tokens),

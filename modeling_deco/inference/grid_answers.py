@@ -11,9 +11,10 @@ from PIL import Image
 from transformers import LogitsProcessorList, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..configuration_deco import fit_grid, num_image_tokens
+from ..configuration_deco import fit_grid
 from ..modeling_deco import IMAGE_INPUTS
-from .costs import now
+from ..views import num_map_tokens
+from .encoded_views import project, replaced_tower, timed_tower
 from .generation import RefuseNaN, check_length, encode, sampling
 
 Grid = tuple[int, int]
@@ -23,9 +24,10 @@ Grid = tuple[int, int]
 class EncodedPicture:
     """The vision tower's output for a picture, and the time that it took."""
 
-    patch_features: torch.Tensor  # (1, num_patches, vision_hidden_size)
-    patch_grid: Grid
+    patch_features: torch.Tensor  # (num_views, num_patches, vision_hidden_size)
+    patch_grid: Grid  # of a view
     seconds: float
+    image_inputs: dict[str, torch.Tensor]  # of the model, without a grid
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,21 @@ class GridAnswers:
         model: a DeCo whose projector takes any grid.
         texts: the questions.
         max_new_tokens: maximum length of an answer.
+        tiles: as in `DecoProcessor.__call__`.
 
     Raises:
         ValueError: a question, or the chat template, cannot be used.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, texts: Iterable[str], max_new_tokens: int):
-        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        texts: Iterable[str],
+        max_new_tokens: int,
+        tiles: int | None = None,
+    ):
+        self.model, self.processor, self.max_new_tokens, self.tiles = model, processor, max_new_tokens, tiles
         end = model.generation_config.eos_token_id
         self._ends = {*(end if isinstance(end, list) else [end]), processor.tokenizer.pad_token_id}
         blank = Image.new("RGB", (64, 64))  # the ids do not depend on the picture
@@ -67,19 +77,29 @@ class GridAnswers:
         Raises:
             ValueError: the processor cannot prepare the picture.
         """
-        inputs = encode(self.processor, _message(image, text), 1).to(self.model.device)
-        image_inputs = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
-        calls: list[tuple] = []
-        hook = self.model.model.multi_modal_projector.register_forward_pre_hook(
-            lambda projector, args: calls.append((now(args[0]), *args))
-        )
-        start = now(image_inputs["pixel_values"])
-        try:
-            self.model.model.get_image_features(**image_inputs, return_dict=True)
-        finally:
-            hook.remove()
-        ((end, patch_features, patch_grid, _),) = calls
-        return EncodedPicture(patch_features, patch_grid, end - start)
+        inputs = encode(self.processor, _message(image, text), 1, tiles=self.tiles).to(self.model.device)
+        names = [
+            name for name in (*IMAGE_INPUTS, "batch_num_images") if name in inputs and name != "pooled_grid_sizes"
+        ]
+        image_inputs = {name: inputs[name] for name in names}
+        deco, views = self.model.model, []
+
+        def encode_views(tower_inputs, **kwargs):
+            outputs, encoded = timed_tower(deco, tower_inputs, **kwargs)
+            views.append(encoded)
+            return outputs, encoded.patch_features
+
+        with replaced_tower(deco, encode_views):
+            deco.get_image_features(**image_inputs, return_dict=True)
+        (encoded,) = views
+        patch_grid = self.model.config.patch_grid
+        if "image_sizes" not in image_inputs:
+            found = deco.patch_grids(image_inputs["pixel_values"], image_inputs.get("spatial_shapes"))
+            patch_grid = found if isinstance(found, tuple) else found[0]
+        # only the shape of the pixels is needed from now on
+        pixels = image_inputs["pixel_values"]
+        image_inputs["pixel_values"] = pixels.new_zeros(()).expand(pixels.shape)
+        return EncodedPicture(encoded.patch_features, patch_grid, encoded.seconds, image_inputs)
 
     @torch.inference_mode()
     def answer(self, asked: list[tuple[EncodedPicture, str]], grid: Grid) -> list[Answer]:
@@ -114,31 +134,49 @@ class GridAnswers:
         for picture, text in asked:
             pooled_grid = grid_of(picture.patch_grid, grid, self.model.config.patch_grid)
             if id(picture) not in features:
-                sizes = torch.tensor([pooled_grid])
-                (features[id(picture)],) = self.model.model.project_features(
-                    picture.patch_features, [picture.patch_grid], sizes
-                )
-            rows.append(self._prompt(text, num_image_tokens(pooled_grid)))
+                features[id(picture)] = self.tokens(picture, pooled_grid)
+            rows.append(self._prompt(text, len(features[id(picture)])))
             grids.append(pooled_grid)
         padded = self.processor.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
         of_rows = [features[id(picture)] for picture, _ in asked]
+        if "image_sizes" in asked[0][0].image_inputs:
+            sizes = {"image_sizes": torch.cat([picture.image_inputs["image_sizes"] for picture, _ in asked])}
+        else:
+            sizes = {"spatial_shapes": torch.tensor([picture.patch_grid for picture, _ in asked])}
         return {
             "input_ids": padded["input_ids"],
             "attention_mask": padded["attention_mask"],
             "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=of_rows)},
             "pooled_grid_sizes": torch.tensor(grids, device=self.model.device),
-            "spatial_shapes": torch.tensor([picture.patch_grid for picture, _ in asked], device=self.model.device),
+            **{name: value.to(self.model.device) for name, value in sizes.items()},
         }
+
+    def num_tokens(self, picture: EncodedPicture, grid: Grid) -> int:
+        """The tokens of a picture where others are pooled to `grid`."""
+        sizes = {name: value for name, value in picture.image_inputs.items() if name != "pixel_attention_mask"}
+        own = torch.tensor([grid_of(picture.patch_grid, grid, self.model.config.patch_grid)])
+        (maps,) = self.model.model.image_maps(own, **sizes)
+        return num_map_tokens(maps)
+
+    def tokens(self, picture: EncodedPicture, grid: Grid) -> torch.Tensor:
+        """The tokens of a picture at a grid, `(num_tokens, text_hidden_size)`."""
+        (tokens,) = project(
+            self.model.model,
+            picture.patch_features,
+            **picture.image_inputs,
+            pooled_grid_sizes=torch.tensor([grid], device=self.model.device),
+        )
+        return tokens
 
     def _prompt(self, text: str, num_tokens: int) -> list[int]:
         """The ids of a prompt whose image has a number of tokens."""
         ids, image = self._prompts[text], self.processor.image_token_id
-        place = ids.index(image)
-        return [*ids[:place], *[image] * num_tokens, *ids[place + 1 :]]
+        start, end = ids.index(image), len(ids) - ids[::-1].index(image)
+        return [*ids[:start], *[image] * num_tokens, *ids[end:]]
 
 
 def grid_of(patch_grid: Grid, grid: Grid, full_grid: Grid) -> Grid:
-    """The grid that a picture of `patch_grid` is pooled to where others are pooled to `grid`.
+    """The grid that a picture, or a view, of `patch_grid` is pooled to where others are pooled to `grid`.
 
     They differ only for a tower that gives pictures of different shapes different patches (SigLIP 2 NaFlex): `grid` is
     cut to the picture's patches, and `full_grid`, the config's patch grid, means all of them.

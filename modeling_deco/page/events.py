@@ -161,9 +161,10 @@ class PageEvents:
 
     def _costs(self, num_tokens: int, prefill_seconds: float) -> dict:
         """The row of an answer that has just been generated."""
-        milliseconds = 1000 * (self.images.seconds + prefill_seconds)
+        encoding = sum(self.images.seconds.values())
+        milliseconds = 1000 * (encoding + prefill_seconds)
         prefill = f"{milliseconds:.{0 if milliseconds >= 10 else 1}f} ms"
-        row = {"Image tokens": num_tokens, "Prefill": f"{prefill} *" if self.images.seconds == 0 else prefill}
+        row = {"Image tokens": num_tokens, "Prefill": f"{prefill} *" if encoding == 0 else prefill}
         dtype = self.model.get_input_embeddings().weight.dtype
         row["KV cache"] = format_size(kv_cache_bytes(self.model.config.get_text_config(), num_tokens, dtype))
         if self.model.device.type == "cuda":

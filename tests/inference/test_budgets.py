@@ -126,7 +126,8 @@ def comparison(by_grid):
         for grid, (read, count) in by_grid.items()
     }
     seconds = {grid: [0.1 * (place + 1), 0.2 * (place + 1)] for place, grid in enumerate(by_grid)}
-    return Comparison(list(by_grid), [(6, 6)] * 400, asked, answers, {}, 0.05, seconds)
+    num_tokens = {grid: [grid[0] * grid[1]] * 400 for grid in by_grid}
+    return Comparison(list(by_grid), num_tokens, asked, answers, {}, 0.05, seconds)
 
 
 def test_the_summary_is_what_one_counts_by_hand(model):

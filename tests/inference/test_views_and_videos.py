@@ -11,6 +11,8 @@ from PIL import Image
 from test_prompt_cache import assistant, same, say, user, watch
 
 from modeling_deco.inference import ImageError, PromptCache, encode, encode_video, videos
+from modeling_deco.inference.grid_answers import GridAnswers
+from modeling_deco.page.encoded_images import EncodedImages
 
 LARGE, WIDE = tiny.picture(0, 60, 65), tiny.picture(1, 30, 100)
 
@@ -125,3 +127,44 @@ def test_a_text_with_a_placeholder_is_refused(onevision):
     for token in ("<image>", "<video>"):
         with pytest.raises(ValueError, match=f"The text contains '{token}', which marks"):
             encode(onevision[1], [user(f"what {token} ?")])
+
+
+# --- several grids ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family_name", [*tiny.FAMILIES, "tiles of one view"])
+def test_answers_at_several_grids_are_those_of_generate(family_name):
+    if family_name in tiny.FAMILIES:
+        model, options = tiny.build_family(family_name, image_positions="patch"), {}
+        processor = tiny.build_family_processor(model.config)
+    else:
+        model, options = tiny.build_model(image_positions="patch"), {"tiles": 4}
+        processor = tiny.build_processor(chat_template=tiny.CHAT_TEMPLATE, patch_size=tiny.PATCH_SIZE)
+    model.generation_config.suppress_tokens = [*range(4), *range(tiny.IMAGE_TOKEN_ID, tiny.VOCAB_SIZE)]
+    texts = ["what is this ?", "a cat ?"]
+    answers = GridAnswers(model, processor, texts, max_new_tokens=4, **options)
+    encoded = {name: answers.encode(image, texts[0]) for name, image in (("large", LARGE), ("wide", WIDE))}
+    for grid in ((1, 1), (3, 2), (6, 6)):
+        given = answers.answer([(encoded["large"], texts[0]), (encoded["wide"], texts[1])], grid)
+        for image, name, text, answer in zip((LARGE, WIDE), encoded, texts, given, strict=True):
+            inputs = encode(processor, [user(image, text)], list(grid), **options)
+            assert answers.num_tokens(encoded[name], grid) == (inputs["input_ids"] == tiny.IMAGE_TOKEN_ID).sum()
+            generated = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+            assert answer.text == processor.decode(generated, skip_special_tokens=True).strip()
+
+
+def test_the_page_encodes_views_and_frames_once(family):
+    model, processor, ran = family
+    images, ran.images = EncodedImages(model), []
+    message = user(WIDE, "what is this ?")
+    if model.config.video_token_id is not None:
+        message["content"].insert(0, {"type": "video", "video": clip(3)})
+    for grid in (1, 2, 6):
+        inputs = encode(processor, [message], grid)
+        expected = model.generate(**inputs)
+        ran.images = []
+        with images.in_use():
+            found = model.generate(**inputs)
+        assert torch.equal(found, expected)
+        assert images.seconds["get_image_features"] > 0
+        assert len(ran.images) == (len(images.kept) if grid == 1 else 0)
