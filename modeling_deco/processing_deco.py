@@ -387,7 +387,7 @@ class DecoProcessor(ProcessorMixin):
                     f"The texts have {num_tokens} {self.image_token} tokens, and their images are {numbers}."
                 )
 
-    def _count_videos(self, text: list[str], videos) -> None:
+    def _count_videos(self, text: list[str] | tuple[str, ...], videos) -> None:
         """Check the videos of each text, if they are given as one list per text."""
         is_per_text = all(isinstance(entry, (list, tuple)) and not _is_frames(entry) for entry in videos)
         if is_per_text and self.video_token is not None and len(videos) == len(text):

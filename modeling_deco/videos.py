@@ -9,6 +9,7 @@ This file is saved with every checkpoint for `trust_remote_code=True`. Without P
 """
 
 import os
+import re
 import tempfile
 import time
 import urllib.request
@@ -40,6 +41,13 @@ _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,flv,asf,ogg,mjpeg,mxf,rm,dv,"
     "wav,mp3,flac,aac,w64,aiff,amr,ac3"
 )
+# MP4 and QuickTime, Matroska and WebM, AVI, FLV, ASF, Ogg, MPEG streams, H.264 and H.265
+_VIDEO_BEGINNING = re.compile(
+    rb"....(?:ftyp|moov|mdat|wide|free|skip|pnot)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|0&\xb2u\x8ef\xcf\x11|OggS"
+    rb"|\0\0\x01[\xb3\xba\xb0]|G.{187}G.{187}G|\0\0(?:\0)?\x01[\x06\x09\x27\x67\x40\x46]",
+    re.DOTALL,
+)
+_PICTURE_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"}
 _WORTH_A_SEEK = 30  # frames: fewer are decoded, and not skipped
 
 
@@ -66,6 +74,12 @@ class PreparedVideo:
     ):
         self.size, self.frame_size, self.seconds = size, frame_size, seconds
         self.pixels, self.features = pixels, features
+
+
+def looks_like_video(beginning: bytes) -> bool:
+    """Whether a file that begins like this, with 512 bytes or more, is a video and not a picture."""
+    brands = {beginning[8:12], *(beginning[place : place + 4] for place in range(16, 64, 4))}
+    return bool(_VIDEO_BEGINNING.match(beginning)) and not brands & _PICTURE_BRANDS
 
 
 def in_chunks(frames: Iterable, length: int) -> Iterator[list]:

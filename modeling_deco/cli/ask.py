@@ -8,7 +8,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,17 +18,23 @@ from .common import (
     MODEL_HELP,
     Device,
     DType,
+    Fps,
+    FramesPerTokenGrid,
     ImagePositions,
     In4Bit,
     InInt8,
+    MaxFrames,
     MaxImageTokens,
     MaxNewTokens,
     PooledGridSize,
+    PooledVideoGridSize,
     Revision,
     Seed,
     System,
     Temperature,
     Tiles,
+    Timestamps,
+    budget_options,
     check_figure,
     one_line_errors,
     quiet_transformers,
@@ -39,9 +45,10 @@ from .common import (
 
 def ask(
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="IMAGE", help="Paths or URLs of images; - reads one from stdin.")
+        list[str] | None,
+        typer.Argument(metavar="IMAGE|VIDEO", help="Paths or URLs of images and videos; - reads one from stdin."),
     ] = None,
-    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="Question about the images.")] = None,
+    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="Question about them.")] = None,
     model: Annotated[str, typer.Option(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")] = str(
         SHIPPED_CHECKPOINT
     ),
@@ -49,6 +56,11 @@ def ask(
     pooled_grid_size: PooledGridSize = None,
     max_image_tokens: MaxImageTokens = None,
     tiles: Tiles = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    pooled_video_grid_size: PooledVideoGridSize = None,
+    frames_per_token_grid: FramesPerTokenGrid = None,
+    timestamps: Timestamps = False,
     image_positions: ImagePositions = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = None,
@@ -69,7 +81,7 @@ def ask(
         typer.Option(metavar="patch|query|both", help="Draw over the patches (default), the image tokens, or both."),
     ] = None,
 ):
-    """Answer a question about one or several images. The answer is written as it is generated.
+    """Answer a question about images and videos. The answer is written as it is generated.
 
     \b
     deco ask digits.png "What colour is the 7?"
@@ -77,6 +89,7 @@ def ask(
     deco ask page.png "Read the digits." --tiles 4
     deco ask https://example.org/photo.jpg "What is this?" --model DIR_OR_HUB_ID
     deco ask before.jpg after.jpg "What has changed?" --model DIR_OR_HUB_ID --4bit
+    deco ask clip.mp4 "What happens first?" --model DIR_OR_HUB_ID --fps 2 --timestamps
     cat digits.png | deco ask - "Read the digits." --relevance relevance.png
     """
     with one_line_errors("ask"):
@@ -88,12 +101,22 @@ def ask(
             level = _check_relevance(relevance, relevance_level, images, system)
         elif relevance_level is not None:
             raise ValueError("--relevance-level has no effect without --relevance.")
-        grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
-        content = [{"type": "image", "image": image} for image in _read(images)]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        budget = budget_options(pooled_grid_size, max_image_tokens, tiles)
+        frames: dict[str, Any] = {
+            "fps": fps,
+            "max_frames": max_frames,
+            "pooled_video_grid_size": None
+            if pooled_video_grid_size is None
+            else parse_grid_option(pooled_video_grid_size),
+            "frames_per_token_grid": frames_per_token_grid,
+        }
+        content = [_read(image) for image in images]
+        videos = [part for part in content if part["type"] == "video"]
+        _check_videos(bool(videos), timestamps, relevance, frames)
 
         from ..inference.generation import encode, with_system
         from ..inference.loading import load
+        from ..inference.videos import encode_video
 
         quiet_transformers()
         loaded, processor = load(
@@ -106,8 +129,11 @@ def ask(
             image_positions=image_positions,
         )
         start = time.perf_counter()
-        budget = {"pooled_grid_size": grid, "max_image_tokens": max_image_tokens, "tiles": tiles}
-        inputs = encode(processor, with_system(processor, messages, system), **budget)
+        for part in videos:
+            part["video"] = encode_video(loaded, processor, part["video"], **frames)
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        times = {"add_timestamps": True} if timestamps else {}
+        inputs = encode(processor, with_system(processor, messages, system), **budget, **times)
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         if relevance is None:
             pieces = _stream(loaded, processor, inputs, **options)
@@ -124,7 +150,9 @@ def ask(
                 "model": model,
                 "pooled_grid_size": _grid(inputs, processor),
                 "image_positions": loaded.config.image_positions,
-                "num_image_tokens": int((inputs["input_ids"] == processor.image_token_id).sum()),
+                "num_image_tokens": _count(inputs, processor.image_token_id),
+                **({"num_video_tokens": _count(inputs, processor.video_token_id)} if videos else {}),
+                **({"num_frames": [len(part["video"].seconds) for part in videos]} if videos else {}),
                 "num_prompt_tokens": inputs["input_ids"].shape[1],
                 "seconds": time.perf_counter() - start,
             }
@@ -146,10 +174,28 @@ def _grid(inputs, processor) -> list[int]:
     )
 
 
-def _read(images: list[str]) -> list:
-    from ..inference.images import read_image
+def _read(source: str) -> dict:
+    """An image, or where to read a video from, as a part of a message."""
+    from ..inference.images import is_video, read_image
 
-    return [read_image(sys.stdin.buffer if image == "-" else os.path.expanduser(image)) for image in images]
+    file = sys.stdin.buffer if source == "-" else os.path.expanduser(source)
+    if is_video(file):
+        return {"type": "video", "video": file}
+    return {"type": "image", "image": read_image(file)}
+
+
+def _count(inputs, token_id: int) -> int:
+    return int((inputs["input_ids"] == token_id).sum())
+
+
+def _check_videos(has_videos: bool, timestamps: bool, relevance: Path | None, frames: dict) -> None:
+    """Raise a ValueError if an option has no effect."""
+    given = [name for name, value in frames.items() if value is not None] + ["timestamps"] * timestamps
+    if given and not has_videos:
+        option = "--" + given[0].replace("_", "-")
+        raise ValueError(f"{option} has no effect without a video.")
+    if has_videos and relevance is not None:
+        raise ValueError("--relevance explains an answer about an image, not about a video.")
 
 
 def _stream(model, processor, inputs, **options):

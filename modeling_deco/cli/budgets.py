@@ -20,6 +20,7 @@ from .common import (
     InInt8,
     MaxNewTokens,
     Revision,
+    Tiles,
     check_figure,
     one_line_errors,
     quiet_transformers,
@@ -54,6 +55,7 @@ def budgets(
             metavar="N|ROWSxCOLS,...", help="Grids to compare with the full one. Default: those of deco info."
         ),
     ] = None,
+    tiles: Tiles = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split of a data set.")] = "train",
     limit: Annotated[
         int, typer.Option(metavar="N", min=1, help="Use at most N pictures, chosen at random with --seed.")
@@ -94,7 +96,7 @@ def budgets(
                 grids,
                 split,
                 limit,
-                {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed},
+                {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, "tiles": tiles},
                 {
                     "revision": revision,
                     "device": device,

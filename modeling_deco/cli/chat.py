@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +17,12 @@ from .common import (
     OUT_OF_MEMORY,
     Device,
     DType,
+    Fps,
     ImagePositions,
     In4Bit,
     InInt8,
+    MaxFrames,
+    MaxImageTokens,
     MaxNewTokens,
     Model,
     PooledGridSize,
@@ -27,6 +30,8 @@ from .common import (
     Seed,
     System,
     Temperature,
+    Tiles,
+    budget_options,
     one_line_errors,
     quiet_transformers,
     report,
@@ -35,6 +40,7 @@ from .common import (
 
 COMMANDS = """\
 /image PATH_OR_URL               add an image to the next question
+/video PATH_OR_URL               add a video to the next question
 /pooled-grid-size N|ROWSxCOLS    set the token budget of images, from the next question on
 /clear                           start a new conversation, without images
 /help                            show this list
@@ -48,6 +54,10 @@ def chat(
     ] = None,
     revision: Revision = None,
     pooled_grid_size: PooledGridSize = None,
+    max_image_tokens: MaxImageTokens = None,
+    tiles: Tiles = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
     image_positions: ImagePositions = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = None,
@@ -58,18 +68,18 @@ def chat(
     in_4bit: In4Bit = False,
     in_int8: InInt8 = False,
 ):
-    """Talk about images. Answers are written as they are generated.
+    """Talk about images and videos. Answers are written as they are generated.
 
     \b
     deco chat --image digits.png
     deco chat DIR_OR_HUB_ID --pooled-grid-size 8 --4bit
     printf "/image digits.png\\nRead the digits.\\n" | deco chat
 
-    In the conversation, /image PATH adds an image, /pooled-grid-size N sets the token budget, and /help lists all
-    commands.
+    In the conversation, /image PATH adds an image, /video PATH a video, /pooled-grid-size N sets the token budget, and
+    /help lists all commands.
     """
     with one_line_errors("chat"):
-        grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
+        budget = budget_options(pooled_grid_size, max_image_tokens, tiles)
 
         from ..inference.images import read_image
 
@@ -87,8 +97,9 @@ def chat(
             in_int8=in_int8,
             image_positions=image_positions,
         )
-        conversation = Conversation(*loaded, grid, max_new_tokens, temperature, seed, system)
-        conversation.images += images
+        frames = {"fps": fps, "max_frames": max_frames}
+        conversation = Conversation(*loaded, budget, max_new_tokens, temperature, seed, system, frames)
+        conversation.parts += [{"type": "image", "image": image} for image in images]
     is_interactive = sys.stdin.isatty()
     if is_interactive:
         typer.echo(f"{model} is loaded. Ask a question, or type /help.", err=True)
@@ -138,31 +149,34 @@ def _read_line(is_interactive: bool) -> str | None:
 
 
 class Conversation:
-    """The messages so far, the images of the next question, and the options of answers."""
+    """The messages so far, the images and videos of the next question, and the options of answers."""
 
     def __init__(
         self,
         model,
         processor,
-        pooled_grid_size: list[int] | None,
+        budget: dict[str, Any] | None,
         max_new_tokens: int,
         temperature: float | None = None,
         seed: int | None = None,
         system: str | None = None,
+        frames: dict[str, Any] | None = None,
     ):
         from ..inference.generation import with_system
         from ..inference.prompt_cache import PromptCache
 
         self.model, self.processor = model, processor
         self.prompt_cache = PromptCache(model, math.inf)  # one conversation needs all of it
-        self.pooled_grid_size = None if pooled_grid_size is None else self._check_grid(pooled_grid_size)
+        self.budget, self.frames = budget or {}, frames or {}
+        if "pooled_grid_size" in self.budget:
+            self._check_grid(self.budget["pooled_grid_size"])
         self.max_new_tokens = max_new_tokens
         self.temperature, self.seed = temperature, seed
         question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
         with_system(processor, [question], system)  # raises an error before the first question
         self.system = system
         self.messages: list[dict] = []
-        self.images: list = []
+        self.parts: list[dict] = []
 
     def take(self, line: str) -> bool:
         """Run a command or answer a question. Returns whether the conversation continues."""
@@ -174,15 +188,25 @@ class Conversation:
             if not argument:
                 raise ValueError("/image needs a path or URL, as in /image digits.png")
             added = read_image(_path(argument))
-            self.images.append(added)
+            self.parts.append({"type": "image", "image": added})
             typer.echo(f"Image added: {added.width} x {added.height} pixels.", err=True)
+        elif command == "/video":
+            from ..inference.videos import encode_video
+
+            if not argument:
+                raise ValueError("/video needs a path or URL, as in /video clip.mp4")
+            video = encode_video(self.model, self.processor, _path(argument), **self.frames)
+            self.parts.append({"type": "video", "video": video})
+            typer.echo(f"Video added: {len(video.seconds)} frames up to second {video.seconds[-1]:.1f}.", err=True)
         elif command == "/pooled-grid-size":
-            self.pooled_grid_size = self._check_grid(parse_grid_option(argument))
+            rows, cols = grid = self._check_grid(parse_grid_option(argument))
+            self.budget = {name: value for name, value in self.budget.items() if name == "tiles"}
+            self.budget["pooled_grid_size"] = grid
             self.prompt_cache.clear()  # its images have another grid
-            rows, cols = self.pooled_grid_size
-            typer.echo(f"{rows} x {cols} = {rows * cols} tokens per image.", err=True)
+            of_what = "image" if self.model.config.image_grid_pinpoints is None else "view of an image"
+            typer.echo(f"{rows} x {cols} = {rows * cols} tokens per {of_what}.", err=True)
         elif command == "/clear":
-            self.messages, self.images = [], []
+            self.messages, self.parts = [], []
             self.prompt_cache.clear()
         elif command == "/help":
             typer.echo(COMMANDS, err=True)
@@ -198,13 +222,12 @@ class Conversation:
         """Write the answer as it is generated. A question without an answer is not kept in the conversation."""
         from ..inference.generation import stream, with_system
 
-        content = [{"type": "image", "image": image} for image in self.images]
-        messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        messages = [*self.messages, {"role": "user", "content": [*self.parts, {"type": "text", "text": question}]}]
         pieces = stream(
             self.model,
             self.processor,
             with_system(self.processor, messages, self.system),
-            pooled_grid_size=self.pooled_grid_size,
+            **{"pooled_grid_size": None, **self.budget},
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
@@ -216,7 +239,7 @@ class Conversation:
             typer.echo("(no answer)", err=True)
             return
         answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        self.messages, self.images = [*messages, answered], []
+        self.messages, self.parts = [*messages, answered], []
 
     def _check_grid(self, grid: list[int]) -> list[int]:
         from ..configuration_deco import check_grid

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..utils.errors import one_line
+from ..utils.options import parse_grid_option
 from ..utils.program import print_error
 
 MODEL_HELP = "Folder or Hub id of a DeCo or of a llava-hf LLaVA. Default: the shipped one, which knows only digits"
@@ -32,6 +33,23 @@ Tiles = Annotated[
         metavar="N",
         help="Cut each image into N tiles (4, 9, ...), in as many tokens, for a model that sees an image at once.",
     ),
+]
+Fps = Annotated[
+    float | None,
+    typer.Option(metavar="F", help="Frames per second to read from a video. Default: the checkpoint's, often 1."),
+]
+MaxFrames = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="The most frames of a video; those of a longer one are spread over it."),
+]
+PooledVideoGridSize = Annotated[
+    str | None, typer.Option(metavar="N|ROWSxCOLS", help="Token budget of each frame. Default: the checkpoint's.")
+]
+FramesPerTokenGrid = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Neighbouring frames of a video that are averaged.")
+]
+Timestamps = Annotated[
+    bool, typer.Option("--timestamps", help="Write the time of each frame into the prompt, as <2.0 seconds>.")
 ]
 ImagePositions = Annotated[
     str | None,
@@ -81,6 +99,19 @@ InInt8 = Annotated[
 ]
 
 OUT_OF_MEMORY = "out of memory. Choose a smaller --pooled-grid-size, or --4bit."
+
+
+def budget_options(
+    pooled_grid_size: str | None, max_image_tokens: int | None = None, tiles: int | None = None
+) -> dict[str, Any]:
+    """The token budget of images, as arguments of `inference.encode`.
+
+    Raises:
+        ValueError: the grid is malformed.
+    """
+    grid = None if pooled_grid_size is None else parse_grid_option(pooled_grid_size)
+    options = {"pooled_grid_size": grid, "max_image_tokens": max_image_tokens, "tiles": tiles}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @contextmanager

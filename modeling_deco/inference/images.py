@@ -15,12 +15,15 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
 
+from ..pixels import local
 from ..utils.decoding import ImageError, decode
+from ..videos import looks_like_video
 from .downloads import download
 from .limits import ImageLimits, Stop
 
@@ -51,6 +54,27 @@ def read_image(
             encoded = fetch(source, limits, allow_files=False, allow_private=True, stop=Stop())
             return decode(io.BytesIO(encoded), limits.max_pixels)
         return decode(_own(source, limits), limits.max_pixels, formats=None)
+
+
+def is_video(source) -> bool:
+    """Whether a trusted path, URL or buffered file is a video by its content. What cannot be read is none."""
+    try:
+        if hasattr(source, "read"):
+            return hasattr(source, "peek") and looks_like_video(source.peek(512))
+        source = str(source)
+        if source.partition(":")[0].lower() in ("http", "https"):
+            request = urllib.request.Request(source, headers={"User-Agent": "modeling-deco"})
+            with urllib.request.urlopen(request, timeout=ImageLimits().timeout) as response:
+                return looks_like_video(response.read(512))
+        content = local(source)
+        if isinstance(content, bytes):
+            return looks_like_video(content[:512])
+        if not content.is_file():  # a pipe can be read only once
+            return False
+        with content.open("rb") as file:
+            return looks_like_video(file.read(512))
+    except (OSError, ValueError, HTTPException):
+        return False
 
 
 @contextmanager

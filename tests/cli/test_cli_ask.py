@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
+import tiny_videos
 import torch
 import transformers
 import typer
@@ -401,3 +403,67 @@ def test_a_defect_is_not_reported_as_bad_input(picture, monkeypatch):
     monkeypatch.setattr("modeling_deco.inference.generation.stream", fail)
     result = ask(picture, "Is there a 7?")
     assert (result.exit_code, str(result.exception)) == (1, "a defect")
+
+
+# --- videos and views ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_model(tmp_path_factory):
+    """A folder with a model of views and videos."""
+    folder = tmp_path_factory.mktemp("clip") / "model"
+    model = tiny.build_family("llava_next_video")
+    model.generation_config.suppress_tokens = [*range(4), *range(tiny.IMAGE_TOKEN_ID, tiny.VOCAB_SIZE)]
+    model.save_pretrained(folder)
+    tiny.build_family_processor(model.config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = tmp_path / "clip"  # its content says that it is a video
+    path.write_bytes(tiny_videos.video(40))
+    return str(path)
+
+
+def test_a_video_is_known_by_its_content(clip, picture, clip_model):
+    options = ["--model", clip_model, "--json", "--max-new-tokens", "4"]
+    report = json.loads(ask(clip, "what ?", *options).stdout)
+    assert (report["num_frames"], report["num_video_tokens"], report["num_image_tokens"]) == ([4], 4 * 9, 0)
+    more = ["--fps", "5", "--max-frames", "6", "--pooled-video-grid-size", "1x2", "--frames-per-token-grid", "2"]
+    report = json.loads(ask(clip, picture, clip, "what ?", *more, "--timestamps", *options).stdout)
+    assert (report["num_frames"], report["num_video_tokens"]) == ([6, 6], 2 * 3 * 2)
+    assert report["num_image_tokens"] > 9
+    assert report["num_prompt_tokens"] > report["num_video_tokens"] + report["num_image_tokens"] + 2 * 3 * 2
+    plain = ask(clip, "what ?", *options[:2], *options[3:])
+    assert (plain.exit_code, plain.stdout.strip() != "", plain.stderr) == (0, True, "")
+
+
+def test_a_budget_of_tokens_gives_the_largest_grid(picture, clip_model):
+    options = ["--model", clip_model, "--json", "--max-new-tokens", "2"]
+    counts = []
+    for most in (30, 60):
+        counts.append(json.loads(ask(picture, "what ?", "--max-image-tokens", str(most), *options).stdout))
+        assert most / 2 < counts[-1]["num_image_tokens"] <= most
+    assert counts[0]["pooled_grid_size"] < counts[1]["pooled_grid_size"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{picture}", "?", "--fps", "2"], "--fps has no effect without a video"),
+        (["{picture}", "?", "--timestamps"], "--timestamps has no effect without a video"),
+        (["{clip}", "?", "--relevance", "a.png"], "--relevance explains an answer about an image, not about a video"),
+        (["{clip}", "?"], "The model takes no videos"),
+        (["{picture}", "?", "--tiles", "3"], "tiles must be a square number"),
+        (["{broken}", "?", "--model", "{model}"], "The video '.*' cannot be read: its content is not a video"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_a_video_or_view_is_one_line(arguments, message, clip, picture, clip_model, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(tiny_videos.video(5)[:200])
+    names = {"clip": clip, "picture": picture, "broken": str(broken), "model": clip_model}
+    result = ask(*(argument.format(**names) for argument in arguments))
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert re.search(message, result.stderr)

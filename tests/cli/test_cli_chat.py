@@ -11,6 +11,8 @@ import subprocess
 import sys
 
 import pytest
+import tiny
+import tiny_videos
 from typer.testing import CliRunner
 
 from modeling_deco import SHIPPED_CHECKPOINT
@@ -165,7 +167,7 @@ def test_a_system_message_that_the_template_drops_is_refused_before_the_first_qu
         ("/image", r"/image needs a path or URL"),
         ("/image missing.png", r"The image 'missing\.png' cannot be read: there is no such file"),
         ("/pooled-grid-size", r"The pooled grid size '' is neither a number"),
-        ("/pooled-grid-size 0", r"pooled_grid_size must be a positive int"),
+        ("/pooled-grid-size 0", r"pooled-grid-size must be a positive int"),
         ("/pooled-grid-size 13", r"13 x 13 is larger than the 12 x 12 patches"),
         ("/help me", None),
         ("/unknown", r"'/unknown' is not a command; /help lists all commands"),
@@ -244,3 +246,21 @@ def test_an_interrupted_script_is_not_a_success(scenes):
         assert process.stdout.readline().startswith("7 ")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
+
+
+def test_a_video_in_a_conversation(tmp_path):
+    model = tiny.build_family("llava_next_video")
+    model.generation_config.suppress_tokens = [*range(4), *range(tiny.IMAGE_TOKEN_ID, tiny.VOCAB_SIZE)]
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(tiny_videos.video(30))
+    processor = tiny.build_family_processor(model.config)
+    conversation = chat_module.Conversation(model, processor, {"max_image_tokens": 40}, 3, frames={"fps": 2})
+    looks = []
+    model.model.vision_tower.register_forward_hook(lambda *call: looks.append(1))
+    assert conversation.take(f"/video {path}")
+    for question in ("what ?", "a cat ?"):
+        conversation.take(question)
+    assert len(conversation.messages) == 4
+    assert len(looks) == 1  # the frames are encoded once
+    with pytest.raises(ValueError, match=r"^/video needs a path or URL"):
+        conversation.take("/video")
