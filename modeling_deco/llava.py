@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, AutoConfig, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 from transformers.utils.hub import cached_files
 
@@ -38,13 +38,10 @@ KEY_MAPPING = {
     r"^(?:model\.)?image_newline": "model.image_newline",
 }
 
-# model types of transformers' LLaVAs, with the image processor of those that cut a picture into views
-LLAVA_TYPES = {
-    "llava": None,
-    "llava_next": "LlavaNextImageProcessor",
-    "llava_next_video": "LlavaNextImageProcessor",
-    "llava_onevision": "LlavaOnevisionImageProcessor",
-}
+LLAVA_TYPES = ("llava", "llava_next", "llava_next_video", "llava_onevision")  # model types of transformers' LLaVAs
+
+# how LLaVA-OneVision reads videos: it interpolates frames after the projector, and puts a newline behind a video
+ONEVISION_VIDEOS = {"spatial_pool_mode": "bilinear", "spatial_pool_stride": 2, "video_newline": True}
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 _SMALL_FILES = (
@@ -123,24 +120,23 @@ def is_llava(fields: dict) -> bool:
 
 
 # why no DeCo can be made of a model of another kind, by the start of its model type
+_MERGES_PATCHES = "its vision tower takes pictures of any shape, and merges patches by learned weights"
 _REASONS = {
     "vipllava": "it reads several layers of its vision tower, and DeCo reads one",
     "video_llava": "it has a second vision tower for videos; LLaVA-NeXT-Video and LLaVA-OneVision have one for both",
-    "qwen2_vl": "its vision tower takes pictures of any shape, and merges patches by learned weights",
-    "qwen2_5_vl": "its vision tower takes pictures of any shape, and merges patches by learned weights",
-    "qwen3_vl": "its vision tower takes pictures of any shape, and merges patches by learned weights",
+    "qwen2_vl": _MERGES_PATCHES,
+    "qwen2_5_vl": _MERGES_PATCHES,
+    "qwen3_vl": _MERGES_PATCHES,
     "internvl": "its projector learned patches that are shuffled four to one",
     "mllama": "its language model reads pictures by cross-attention",
     "blip": "its projector has learned queries; recipes/sft.py trains one (projector_type='qformer')",
-    "instructblip": "its projector has learned queries; recipes/sft.py trains one (projector_type='qformer')",
     "idefics": "its projector has learned queries; recipes/sft.py trains one (projector_type='resampler')",
 }
 
 
 def reason_against(model_type) -> str:
     """Why no DeCo can be made of a model of this type, `": ..."`; empty if it is not known."""
-    kinds = sorted(_REASONS, key=len, reverse=True)
-    return next((f": {_REASONS[kind]}" for kind in kinds if str(model_type).startswith(kind)), "")
+    return next((f": {reason}" for kind, reason in _REASONS.items() if str(model_type).startswith(kind)), "")
 
 
 def refusal(model_type, name: str) -> str:
@@ -182,10 +178,9 @@ def deco_fields(fields: dict, where: str) -> dict[str, Any]:
     Raises:
         ValueError: several vision layers are used, or the vision tower is not supported.
     """
-    family = fields["model_type"]
     try:
         parts = {part: fields.get(part) for part in ("vision_config", "text_config")}
-        config = AutoConfig.for_model(family, **parts)
+        config = AutoConfig.for_model(fields["model_type"], **parts)
     except Exception as error:  # configs raise many types
         raise ValueError(f"{where} cannot be used: {type(error).__name__}: {_one_line(error)}") from error
     layer = fields.get("vision_feature_layer", config.vision_feature_layer)
@@ -206,21 +201,32 @@ def deco_fields(fields: dict, where: str) -> dict[str, Any]:
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": fields.get("tie_word_embeddings", False),
     }
+    return common | _view_fields(fields, config, where)
+
+
+def _view_fields(fields: dict, config: PreTrainedConfig, where: str) -> dict[str, Any]:
+    """The fields of views and videos, of a family that has them.
+
+    Args:
+        fields: those of the file.
+        config: the family's, with its defaults.
+    """
+    family = config.model_type
     if family == "llava":
-        return common
+        return {}
     pinpoints = fields.get("image_grid_pinpoints")
     views = {
         "image_grid_pinpoints": config.image_grid_pinpoints if pinpoints is None else pinpoints,
         "image_newline": True,
     }
     if family == "llava_next":
-        return common | views
+        return views
     views["video_token_id"] = _token_id(fields, "video_token", config)
     if type(views["video_token_id"]) is not int:
         raise ValueError(f"video_token_index in {where} must be an int, got {str(views['video_token_id'])[:80]!r}.")
     if family == "llava_onevision":
         aspect_ratio = fields.get("vision_aspect_ratio", config.vision_aspect_ratio)
-        return common | views | {"vision_aspect_ratio": aspect_ratio} | ONEVISION_VIDEOS
+        return views | {"vision_aspect_ratio": aspect_ratio} | ONEVISION_VIDEOS
     mode = fields.get("spatial_pool_mode", config.spatial_pool_mode)
     if mode != "average":
         raise ValueError(
@@ -228,11 +234,7 @@ def deco_fields(fields: dict, where: str) -> dict[str, Any]:
             f"'conv'; take a LLaVA-NeXT-Video with 'average'."
         )
     stride = fields.get("spatial_pool_stride", config.spatial_pool_stride)
-    return common | views | {"spatial_pool_mode": mode, "spatial_pool_stride": stride}
-
-
-# how LLaVA-OneVision reads videos: it interpolates frames after the projector, and puts a newline behind a video
-ONEVISION_VIDEOS = {"spatial_pool_mode": "bilinear", "spatial_pool_stride": 2, "video_newline": True}
+    return views | {"spatial_pool_mode": mode, "spatial_pool_stride": stride}
 
 
 def _token_id(fields: dict, token: str, config):
