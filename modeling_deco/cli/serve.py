@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from .. import SHIPPED_CHECKPOINT
-from ..utils.options import parse_grid_option
 from .common import (
     Device,
     DType,
     ImagePositions,
     In4Bit,
     InInt8,
+    MaxFrames,
+    MaxImageTokens,
     MaxNewTokens,
     Model,
     PooledGridSize,
@@ -21,6 +22,8 @@ from .common import (
     Seed,
     System,
     Temperature,
+    Tiles,
+    budget_options,
     one_line_errors,
     quiet_transformers,
 )
@@ -30,6 +33,8 @@ def serve(
     model: Model = str(SHIPPED_CHECKPOINT),
     revision: Revision = None,
     pooled_grid_size: PooledGridSize = None,
+    max_image_tokens: MaxImageTokens = None,
+    tiles: Tiles = None,
     image_positions: ImagePositions = None,
     max_new_tokens: MaxNewTokens = 1024,
     temperature: Temperature = None,
@@ -59,6 +64,8 @@ def serve(
     max_image_pixels: Annotated[
         int, typer.Option(metavar="N", min=1, help="Maximum number of pixels of all images in a request.")
     ] = 50_000_000,
+    max_videos: Annotated[int, typer.Option(metavar="N", min=0, help="Maximum number of videos in a request.")] = 2,
+    max_frames: MaxFrames = None,
     max_queue: Annotated[
         int,
         typer.Option(
@@ -90,9 +97,9 @@ def serve(
     deco serve DIR_OR_HUB_ID --4bit --port 9000 --pooled-grid-size 8
     DECO_API_KEY=secret deco serve DIR_OR_HUB_ID --host 0.0.0.0
 
-    Requests send images as data URLs or public addresses. The server answers one request at a time; the others wait.
-    The options --pooled-grid-size, --temperature, --seed and --system are defaults: a request can set its own.
-    --max-new-tokens is the default and the maximum. Ctrl-C stops the server.
+    Requests send images and videos as data URLs or public addresses. The server answers one request at a time; the
+    others wait. The options --pooled-grid-size, --temperature, --seed and --system are defaults: a request can set its
+    own. --max-new-tokens is the default and the maximum. Ctrl-C stops the server.
     """
     with one_line_errors("serve"):
         from ..inference.limits import ImageLimits
@@ -104,13 +111,15 @@ def serve(
             api_key=api_key,
             allow_files=allow_files,
             allow_private=allow_private,
-            pooled_grid_size=None if pooled_grid_size is None else parse_grid_option(pooled_grid_size),
+            **budget_options(pooled_grid_size, max_image_tokens, tiles),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
             system=system,
             max_queue=max_queue,
             max_images=max_images,
+            max_videos=max_videos,
+            max_frames=max_frames,
             image_limits=ImageLimits(max_pixels=max_image_pixels),
             max_body_bytes=max_body_mib * 2**20,
             max_connections=max_connections,

@@ -87,6 +87,6 @@ def _check(model: PreTrainedModel, processor: ProcessorMixin, name: str, options
         raise ValueError(f"{name!r} has no chat template.")
     question: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
     with_system(processor, question, options.system)
-    if options.pooled_grid_size is not None:
+    if options.budgets:
         question[0]["content"].insert(0, {"type": "image", "image": Image.new("RGB", (512, 512))})
-        check_length(model, encode(processor, question, options.pooled_grid_size))
+        check_length(model, encode(processor, question, **options.budgets))

@@ -5,14 +5,16 @@
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from functools import partial
+from typing import Any
 
 from starlette.requests import Request
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from ..inference.generation import encode, num_positions, sampling
-from ..inference.picture_reader import PictureReader
+from ..inference.picture_reader import PictureReader, VideoReader
 from ..inference.prompt_cache import PromptCache
 from ..utils.decoding import ImageError
 from ..utils.errors import one_line
@@ -21,7 +23,10 @@ from .errors import RequestError, wrong_model
 from .limits import Capacity
 from .options import ServerOptions
 from .responses import ResponseOptions, respond
-from .schema import ChatRequest, parse_request, wrong_value
+from .schema import BUDGETS, ChatRequest, check_video, parse_request, wrong_kind, wrong_value
+
+_OF_IMAGES = ("pooled_grid_size", "max_image_tokens", "tiles")
+_OF_READING = ("fps", "max_frames", "pooled_video_grid_size", "frames_per_token_grid")
 
 
 class ChatEndpoint:
@@ -47,10 +52,17 @@ class ChatEndpoint:
             allow_private=options.allow_private,
             max_downloads=options.max_queue + 1,
         )
+        self.video_reader = VideoReader(
+            options.video_limits,
+            allow_files=options.allow_files,
+            allow_private=options.allow_private,
+            max_downloads=max(1, options.max_video_requests),
+        )
 
     def close(self) -> None:
-        """Stop the threads, and the processes that decode images."""
+        """Stop the threads, and the processes that decode images and videos."""
         self.reader.close()
+        self.video_reader.close()
         for workers in (self.inference, self.texts, self.images):
             workers.shutdown(wait=False, cancel_futures=True)
 
@@ -62,15 +74,18 @@ class ChatEndpoint:
             raise RequestError(415, "The Content-Type header must be application/json.")
         in_thread = asyncio.get_running_loop().run_in_executor
         message = await receive()
-        with self.capacity.memory(len(message["body"])):
-            with self.capacity.place("answers"):
-                # nothing here keeps a reference to the body: a request that waits is a few tensors
-                chat = await in_thread(self.texts, self._check, message.pop("body"))
-            if chat.images:
-                with self.capacity.place("images"):
-                    inputs = await self._read_images(chat)
-        with self.capacity.place("answers"):
-            if not chat.images:
+        with ExitStack() as places:
+            with self.capacity.memory(len(message["body"])):
+                with self.capacity.place("answers"):
+                    # nothing here keeps a reference to the body: a request that waits is a few tensors
+                    chat = await in_thread(self.texts, self._check, message.pop("body"))
+                if chat.videos:
+                    places.enter_context(self.capacity.place("videos"))
+                if chat.images or chat.videos:
+                    with self.capacity.place("images"):
+                        inputs = await self._read(chat)
+            places.enter_context(self.capacity.place("answers"))
+            if not chat.images and not chat.videos:
                 inputs = await in_thread(self.texts, self._encode, chat)
             num_prompt_tokens = inputs["input_ids"].shape[-1]
             with _as_request_errors():
@@ -93,12 +108,12 @@ class ChatEndpoint:
         chat = parse_request(body)
         if chat.model not in (None, self.name):
             raise wrong_model(chat.model, self.name)
-        if chat.grid is None:
-            chat.pooled_grid_size = self.options.pooled_grid_size
+        budgets = self._budgets(chat)
         num_images, limit = len(chat.images), self.options.max_images
         if num_images > limit:
             raise RequestError(400, f"{num_images} images are more than the {limit} allowed in a request.", "messages")
-        kwargs = {} if chat.grid is None else {"pooled_grid_size": chat.grid}
+        self._check_videos(chat, budgets)
+        kwargs = {name: budgets[name] for name in _OF_IMAGES if name in budgets}
         with _as_request_errors():
             budget = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)] * num_images, **kwargs)
         num_tokens, num_characters = sum(budget["num_image_tokens"] or ()), sum(map(len, chat.texts))
@@ -106,28 +121,69 @@ class ChatEndpoint:
             raise self._too_long(f"{num_tokens} tokens of images and {num_characters} characters of text")
         return chat
 
+    def _budgets(self, chat: ChatRequest) -> dict[str, Any]:
+        """The budgets of a request, and the server's for those that it leaves out."""
+        budgets, own = chat.budgets, self.options.budgets
+        if {"pooled_grid_size", "max_image_tokens"} & budgets.keys():
+            own = {name: value for name, value in own.items() if name == "tiles"}
+        return {**own, **budgets}
+
+    def _check_videos(self, chat: ChatRequest, budgets: dict[str, Any]) -> None:
+        for number, message in enumerate(chat.messages):
+            for place, part in enumerate(message["content"]):
+                path = f"messages[{number}].content[{place}]"
+                if part["type"] == "video" and self.processor.video_token is None:
+                    raise wrong_kind(f"{path}.type", "video_url")
+                if part["type"] == "video":
+                    part["video"] = check_video(part["video"], path)
+        if len(chat.videos) > self.options.max_videos:
+            too_many = f"{len(chat.videos)} videos are more than the {self.options.max_videos} allowed in a request."
+            raise RequestError(400, too_many, "messages")
+        if chat.videos and budgets.get("max_frames", 1) > self._max_frames:
+            expected = f"an integer from 1 to {self._max_frames}, this server's maximum"
+            raise wrong_value("max_frames", budgets["max_frames"], expected)
+
+    @property
+    def _max_frames(self) -> int:
+        return self.processor.max_frames if self.options.max_frames is None else self.options.max_frames
+
     def _too_long(self, what: str) -> RequestError:
         message = f"{what} do not fit the model's context of {self.context} tokens."
         return RequestError(400, message, "messages", "context_length_exceeded")
 
-    async def _read_images(self, chat: ChatRequest) -> dict:
-        """The model's inputs of a request with images, which are downloaded and decoded here."""
-        parts = chat.images
+    async def _read(self, chat: ChatRequest) -> dict:
+        """The model's inputs of a request with images or videos, which are downloaded and decoded here."""
+        budgets, parts = self._budgets(chat), chat.images
         try:
+            with _as_request_errors():
+                for part in chat.videos:
+                    part["video"] = await self.video_reader.read_frames(
+                        part["video"],
+                        budgets.get("fps", self.processor.fps),
+                        budgets.get("max_frames", self._max_frames),
+                        partial(
+                            self.processor.prepare_video,
+                            pooled_video_grid_size=budgets.get("pooled_video_grid_size"),
+                            frames_per_token_grid=budgets.get("frames_per_token_grid"),
+                        ),
+                    )
             async with self.reader.read_all([part["image"] for part in parts]) as images:
                 for part, image in zip(parts, images, strict=True):
                     part["image"] = image
                 return await asyncio.get_running_loop().run_in_executor(self.images, self._encode, chat)
         except ImageError as error:
-            raise RequestError(400, one_line(error), "messages", "invalid_image") from error
+            code = "invalid_video" if "video" in str(error)[:10] else "invalid_image"
+            raise RequestError(400, one_line(error), "messages", code) from error
 
     def _encode(self, chat: ChatRequest) -> dict:
         system = self.options.system
         if system is not None and all(message["role"] != "system" for message in chat.messages):
             content = [{"type": "text", "text": system}]
             chat.messages.insert(0, {"role": "system", "content": content})
+        budgets = {name: value for name, value in self._budgets(chat).items() if name not in _OF_READING}
         with _as_request_errors():
-            return encode(self.processor, chat.messages, chat.grid).to(self.model.device)
+            grid = budgets.pop("pooled_grid_size", None)
+            return encode(self.processor, chat.messages, grid, **budgets).to(self.model.device)
 
     def _generation_config(self, chat: ChatRequest, prompt_length: int) -> GenerationConfig:
         name = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
@@ -153,9 +209,12 @@ class ChatEndpoint:
 
 @contextmanager
 def _as_request_errors() -> Iterator[None]:
-    """Turn the processor's errors about a grid or messages into `RequestError`s."""
+    """Turn the processor's errors about a grid or messages into `RequestError`s. Those of reading stay."""
     try:
         yield
+    except ImageError:
+        raise
     except ValueError as error:
-        grid = "pooled_grid_size" if "grid" in str(error) else None
-        raise RequestError(400, one_line(error), grid, "invalid_value") from error
+        named = [name for name in BUDGETS if name in str(error)]
+        parameter = named[-1] if named else ("pooled_grid_size" if "grid" in str(error) else None)
+        raise RequestError(400, one_line(error), parameter, "invalid_value") from error

@@ -21,7 +21,8 @@ class Capacity:
 
     Attributes:
         taken: number of requests at each place: `"answers"` are those that wait for the model or are being answered,
-            `"images"` those whose images are being read. The latter keep no other request from the model.
+            `"images"` those whose images are being read. The latter keep no other request from the model. `"videos"`
+            are those with videos, read or not, whose pixels are in memory.
         num_bytes: size of the requests that are arriving or whose images are being read. A request that arrives slowly
             takes no place.
     """
@@ -34,7 +35,8 @@ class Capacity:
     def check(self, place: str = "answers") -> None:
         """Raise a `RequestError` if a place or the memory is full."""
         max_bytes = (self.options.max_queue + 1) * self.options.max_body_bytes
-        if self.taken[place] > self.options.max_queue or self.num_bytes > max_bytes:
+        limit = self.options.max_video_requests - 1 if place == "videos" else self.options.max_queue
+        if self.taken[place] > limit or self.num_bytes > max_bytes:
             message = "Too many requests are waiting; try again in a second."
             raise RequestError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 

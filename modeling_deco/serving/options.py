@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass
 
-from ..inference.limits import UNTRUSTED_LIMITS, ImageLimits
+from ..inference.limits import UNTRUSTED_LIMITS, UNTRUSTED_VIDEO_LIMITS, ImageLimits
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class ServerOptions:
         allow_files: whether an image URL may name a file of this machine.
         allow_private: whether an image URL may lead to an address that is not public.
         pooled_grid_size: token budget of each image: an int (square) or `[rows, cols]`. Default: the checkpoint's.
+        max_image_tokens, tiles: as in `DecoProcessor.__call__`.
         temperature: 0 is greedy decoding. Default: the checkpoint's.
         seed: seed of sampling. Default: a new one for each request.
         system: system message of conversations that have none.
@@ -24,6 +25,10 @@ class ServerOptions:
             the same time. Further requests get status 429.
         max_images: maximum number of images in a request.
         image_limits: limits of each image. `max_pixels` also limits all images of a request together.
+        max_videos: maximum number of videos in a request.
+        max_frames: maximum number of frames of a video, and the default. Default: the checkpoint's default.
+        video_limits: limits of each video. `max_pixels` are those of a frame, and the times are for all frames.
+        max_video_requests: number of requests with videos that may be read or wait. Further ones get status 429.
         max_body_bytes: maximum size of a request.
         max_connections: maximum number of open connections. A new connection beyond it closes the one that has kept
             the server waiting for the longest time. Default: half of the files that this process may open, at most
@@ -37,6 +42,8 @@ class ServerOptions:
     allow_files: bool = False
     allow_private: bool = False
     pooled_grid_size: int | list[int] | None = None
+    max_image_tokens: int | None = None
+    tiles: int | None = None
     temperature: float | None = None
     seed: int | None = None
     system: str | None = None
@@ -44,8 +51,18 @@ class ServerOptions:
     max_queue: int = 32
     max_images: int = 8
     image_limits: ImageLimits = UNTRUSTED_LIMITS
+    max_videos: int = 2
+    max_frames: int | None = None
+    video_limits: ImageLimits = UNTRUSTED_VIDEO_LIMITS
+    max_video_requests: int = 4
     max_body_bytes: int = 32 * 2**20
     max_connections: int | None = None
     header_timeout: float = 10.0
     body_timeout: float = 60.0
     prompt_cache_bytes: int = 2**30
+
+    @property
+    def budgets(self) -> dict:
+        """The token budgets of images that are set."""
+        names = ("pooled_grid_size", "max_image_tokens", "tiles")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

@@ -20,7 +20,8 @@ _MAX_JSON_VALUES = 1_000_000
 
 @dataclass
 class ChatRequest:
-    """A checked request. The messages have transformers' format, and their images are the URLs that were sent."""
+    """A checked request. The messages have transformers' format, and their images and videos are the URLs that were
+    sent."""
 
     messages: list[dict]
     model: str | None = None
@@ -32,7 +33,7 @@ class ChatRequest:
     stop: list[str] = field(default_factory=list)
     stream: bool = False
     stream_options: dict = field(default_factory=dict)
-    pooled_grid_size: Any = None  # not OpenAI's; the processor checks it
+    processor_kwargs: dict = field(default_factory=dict)  # not OpenAI's: `BUDGETS`
     mm_processor_kwargs: dict = field(default_factory=dict)  # vLLM's form of the same
 
     @property
@@ -41,18 +42,23 @@ class ChatRequest:
         return [part for message in self.messages for part in message["content"] if part["type"] == "image"]
 
     @property
+    def videos(self) -> list[dict]:
+        """The video parts of all messages."""
+        return [part for message in self.messages for part in message["content"] if part["type"] == "video"]
+
+    @property
     def texts(self) -> list[str]:
         """The texts of all messages."""
         return [part["text"] for message in self.messages for part in message["content"] if part["type"] == "text"]
 
     @property
-    def grid(self):
-        """The token budget of each image, or None."""
-        grid, other = self.pooled_grid_size, self.mm_processor_kwargs.get("pooled_grid_size")
-        if grid is not None and other is not None and grid != other:
-            message = "pooled_grid_size and mm_processor_kwargs.pooled_grid_size differ; send one of them."
-            raise RequestError(400, message, "pooled_grid_size", "invalid_value")
-        return other if grid is None else grid
+    def budgets(self) -> dict[str, Any]:
+        """The token budgets of images and videos, as arguments of the processor."""
+        for name, other in self.mm_processor_kwargs.items():
+            if self.processor_kwargs.get(name, other) != other:
+                message = f"{name} and mm_processor_kwargs.{name} differ; send one of them."
+                raise RequestError(400, message, name, "invalid_value")
+        return {**self.processor_kwargs, **self.mm_processor_kwargs}
 
 
 def parse_request(body: bytes) -> ChatRequest:
@@ -64,12 +70,14 @@ def parse_request(body: bytes) -> ChatRequest:
     for name, value in request.items():
         if value is None or name in _WITHOUT_EFFECT:
             continue
+        elif name in BUDGETS:
+            chat.setdefault("processor_kwargs", {})[name] = BUDGETS[name](value, name)
         elif name in _CHECKS:
             chat[name] = _CHECKS[name](value, name)
         elif name in _UNSUPPORTED:
             _UNSUPPORTED[name](value, name)
         else:
-            near = difflib.get_close_matches(name[:100], _CHECKS, n=1)
+            near = difflib.get_close_matches(name[:100], [*_CHECKS, *BUDGETS], n=1)
             advice = f"did you mean {near[0]}?" if near else "leave it out."
             message = f"This server does not know the field {quoted(name)}; {advice}"
             raise RequestError(400, message, name, "unknown_parameter")
@@ -203,7 +211,21 @@ def _part(value, path: str) -> dict:
         if not isinstance(image, dict):
             raise wrong_value(f"{path}.image_url", image, 'an object like {"url": "https://..."}')
         return {"type": "image", "image": _string(image.get("url"), f"{path}.image_url.url")}
-    raise wrong_value(f"{path}.type", kind, '"text" or "image_url", because this model reads nothing else')
+    if kind == "video_url":  # `check_video` is called if the model takes videos
+        return {"type": "video", "video": value.get("video_url")}
+    raise wrong_kind(f"{path}.type", kind)
+
+
+def check_video(video, path: str) -> str:
+    """The URL of a part of kind `video_url`."""
+    if not isinstance(video, dict):
+        raise wrong_value(f"{path}.video_url", video, 'an object like {"url": "https://..."}')
+    return _string(video.get("url"), f"{path}.video_url.url")
+
+
+def wrong_kind(path: str, kind) -> RequestError:
+    """The error of a part that the model does not read."""
+    return wrong_value(path, kind, '"text" or "image_url", because this model reads nothing else')
 
 
 # --- fields that are not supported -----------------------------------------------------------------------------------
@@ -225,6 +247,17 @@ def _response_format(value, path: str) -> None:
         raise _unsupported(path if kind is value else f"{path}.type", kind, "answers are plain text")
 
 
+# budgets of images and videos, which the processor checks further
+BUDGETS: dict[str, Callable] = {
+    "pooled_grid_size": _unchecked,
+    "max_image_tokens": _number(int, "a positive integer", lambda number: 1 <= number < 2**31),
+    "tiles": _unchecked,
+    "fps": _number(float, "a number above 0 and up to 1000", lambda number: 0 < number <= 1000),
+    "max_frames": _number(int, "a positive integer", lambda number: 1 <= number < 2**31),
+    "pooled_video_grid_size": _unchecked,
+    "frames_per_token_grid": _number(int, "a positive integer", lambda number: 1 <= number < 2**31),
+    "add_timestamps": _boolean,
+}
 _NO_TOOLS = "tools are not supported by this model"
 _NO_PENALTIES = "penalties and biases are not supported by this server"
 _CHECKS = {
@@ -237,8 +270,7 @@ _CHECKS = {
     "stop": _stop,
     "stream": _boolean,
     "stream_options": _object({"include_usage": _boolean, "include_obfuscation": _boolean}),
-    "pooled_grid_size": _unchecked,
-    "mm_processor_kwargs": _object({"pooled_grid_size": _unchecked}),
+    "mm_processor_kwargs": _object(BUDGETS),
 }
 _UNSUPPORTED = {
     "n": _only([1], "a request gets one answer"),
