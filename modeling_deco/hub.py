@@ -83,33 +83,51 @@ def model_card(config, title: str, model_id: str, about: str = "", **metadata) -
         "tags": ["deco", "llava", "vision-language", "token-compression"],
     }
     data = ModelCardData(**{**fields, **metadata})
-    (rows, cols), (pooled_rows, pooled_cols) = config.patch_grid, config.pooled_grid
-    if config.projector_type == "mlp":
-        tokens = f"Each of an image's {rows} x {cols} patches becomes one token."
-    else:
-        pooling = "2D average pooling, which has no parameters,"
-        how = pooling if config.projector_type == "avg_pool" else f"the projector `{config.projector_type}`"
-        any_grid = "; any other grid can be chosen per call" if config.takes_any_grid else ""
-        to_grid = f"to {pooled_rows} x {pooled_cols} = {config.num_image_tokens} tokens"
-        tokens = f"An image's {rows} x {cols} patches are shrunk by {how} {to_grid}{any_grid}."
-        if config.image_grid_pinpoints is not None:
-            tokens = (
-                f"An image is cut into views of {rows} x {cols} patches. The patches of its tiles are one map, which "
-                f"is shrunk by {how} as a view is {to_grid}{any_grid}."
-            )
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
         f"A [DeCo](https://arxiv.org/abs/2405.20985) vision-language model: vision tower "
-        f"`{config.vision_config.model_type}`, language model `{config.text_config.model_type}`. {tokens}",
+        f"`{config.vision_config.model_type}`, language model `{config.text_config.model_type}`. {_tokens(config)}",
     ]
     if about:
         paragraphs.append(about)
     if data.pipeline_tag is not None:
-        grid = f'processor_kwargs={{"pooled_grid_size": {min(rows, cols)}}}'
+        grid = f'processor_kwargs={{"pooled_grid_size": {min(config.patch_grid)}}}'
         other = f"pipe(text=messages, return_full_text=False, {grid})\n" if config.takes_any_grid else ""
         paragraphs.append(_USAGE.format(model_id=model_id, other_grid=other))
     return ModelCard("\n\n".join(paragraphs) + "\n")
+
+
+def _tokens(config) -> str:
+    """What the card says of the tokens of images and videos."""
+    (rows, cols), (pooled_rows, pooled_cols) = config.patch_grid, config.pooled_grid
+    has_views = config.image_grid_pinpoints is not None
+    patches = f"{'view' if has_views else 'image'}'s {rows} x {cols} patches"
+    if config.projector_type == "mlp":
+        sentences = [f"Each of {'a' if has_views else 'an'} {patches} becomes one token."]
+    else:
+        pooling = "2D average pooling, which has no parameters,"
+        how = pooling if config.projector_type == "avg_pool" else f"the projector `{config.projector_type}`"
+        any_grid = "; any other grid can be chosen per call" if config.takes_any_grid else ""
+        sentences = [
+            f"{'A' if has_views else 'An'} {patches} are shrunk by {how} to {pooled_rows} x {pooled_cols} = "
+            f"{config.num_image_tokens} tokens{any_grid}."
+        ]
+    if has_views:
+        sizes = config.image_grid_pinpoints
+        images = [config.views.image_maps((height, width), config.pooled_grid) for height, width in sizes]
+        most_tokens = max(sum(token_map.num_tokens for token_map in maps) for maps in images)
+        most_tiles = max(maps[-1].num_views for maps in images)
+        overview = "an overview and " if config.image_overview else ""
+        sentences.append(
+            f"An image is seen as {overview}up to {most_tiles} tiles. The patches of the tiles are one map, which is "
+            f"pooled by the same factor. These are up to {most_tokens} tokens."
+        )
+    if config.video_token_id is not None:
+        (rows, cols), number = config.pooled_video_grid, config.frames_per_token_grid
+        frames = "Each frame of a video becomes" if number == 1 else f"Every {number} frames of a video become"
+        sentences.append(f"{frames} {rows} x {cols} = {rows * cols} tokens.")
+    return " ".join(sentences)
 
 
 def base_models(config, repo_id: str | None = None) -> list[str]:

@@ -191,6 +191,23 @@ def test_so_it_is_for_the_classes_themselves(deco_class, bits, folder):
     assert len(quantized) == NUM_TEXT_LINEARS
 
 
+def test_the_newline_of_a_4_bit_model_has_the_compute_dtype(tmp_path):
+    config = DecoConfig(
+        vision_config=tiny.VISION_CONFIGS["clip"],
+        text_config=TEXT_CONFIG,
+        image_token_id=tiny.IMAGE_TOKEN_ID,
+        pooled_grid_size=3,
+        **tiny.FAMILIES["llava_next"],
+    )
+    wide = tiny.randomize(DecoForConditionalGeneration(config))
+    wide.save_pretrained(tmp_path)
+    loaded = load(tmp_path, WHOLE, dtype=torch.bfloat16)
+    assert loaded.model.image_newline.dtype == torch.bfloat16
+    assert torch.equal(loaded.model.image_newline, wide.model.image_newline.bfloat16())
+    inputs = tiny.build_family_processor(config)(images=[tiny.picture(0)], text="<image> what", return_tensors="pt")
+    assert output(loaded, inputs.to(dtype=torch.bfloat16)).isfinite().all()
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_image_features_of_any_grid_are_the_unquantized_models(bits, folder):
     plain, model = AutoModelForImageTextToText.from_pretrained(folder), load(folder, BITS[bits])

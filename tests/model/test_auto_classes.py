@@ -308,6 +308,23 @@ def expected(tmp_path_factory, model):
     return file
 
 
+def run_views_and_videos(folder, file):
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    expected = torch.load(file, weights_only=False)
+    inputs = processor(
+        images=expected["images"], videos=expected["videos"], text=expected["text"], return_tensors="pt"
+    )
+    assert inputs.keys() == expected["inputs"].keys()
+    assert all(torch.equal(inputs[name], expected["inputs"][name]) for name in inputs)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected["logits"])
+    return [type(part).__module__.partition(".")[0] for part in (model, processor)]
+
+
 def import_the_package():
     import modeling_deco  # noqa: F401
 
@@ -442,6 +459,20 @@ def test_auto_processor_reads_the_processor(folders, remote):
 @pytest.mark.newest
 def test_the_pipeline_reads_a_checkpoint(checkpoint, picture, answer, remote):
     assert remote.run(ask_by_pipeline, checkpoint, picture) == answer
+
+
+def test_a_folder_of_a_model_with_views_and_videos_is_read(remote, tmp_path):
+    model = tiny.build_family("llava_next_video")
+    processor = tiny.build_family_processor(model.config)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    given = {"images": [tiny.picture(0, 40, 110)], "videos": [[tiny.picture(1), tiny.picture(2)]]}
+    given |= {"text": "<image> what is <video> this ?"}
+    inputs = processor(**given, return_tensors="pt")
+    with torch.no_grad():
+        torch.save({**given, "inputs": dict(inputs), "logits": model(**inputs).logits}, tmp_path / "expected.pt")
+    found = remote.run(run_views_and_videos, str(tmp_path / "model"), str(tmp_path / "expected.pt"))
+    assert found == ["transformers_modules"] * 2
 
 
 def test_two_folders_are_read_in_one_process(checkpoint, expected, remote, tmp_path, model):

@@ -190,6 +190,17 @@ def test_a_model_without_a_head_answers_nothing_and_its_card_says_so(hub, model)
             {"projector_type": "qformer", "projector_config": {"hidden_size": 24, "num_attention_heads": 2}},
             "6 x 6 patches are shrunk by the projector `qformer` to 3 x 3 = 9 tokens.",
         ),
+        (
+            tiny.FAMILIES["llava_next"],  # 72 x 48: 9 rows of 6 tokens and a newline, and 9 tokens of the overview
+            "A view's 6 x 6 patches are shrunk by 2D average pooling, which has no parameters, to 3 x 3 = 9 tokens; "
+            "any other grid can be chosen per call. An image is seen as an overview and up to 6 tiles. The patches of "
+            "the tiles are one map, which is pooled by the same factor. These are up to 72 tokens.",
+        ),
+        (tiny.FAMILIES["tiles"], "An image is seen as up to 6 tiles."),
+        (
+            {"video_token_id": tiny.VIDEO_TOKEN_ID, "pooled_video_grid_size": 2, "frames_per_token_grid": 4},
+            "any other grid can be chosen per call. Every 4 frames of a video become 2 x 2 = 4 tokens.",
+        ),
     ],
 )
 def test_the_card_describes_the_projector(config, text, hub):
