@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from trl import SFTTrainer
 
 from ..configuration_deco import check_grid, num_image_tokens
@@ -68,6 +69,11 @@ class DecoSFTTrainer(CompleteCheckpoints, SFTTrainer):
                 video_cache = VideoCache.of_run(model, processing_class, args, evaluates)
             for cache in filter(None, (feature_cache, video_cache)):
                 train_dataset, eval_dataset = cache.refer(train_dataset), _apply(cache.refer, eval_dataset)
+        elif (is_fsdp_enabled() or is_deepspeed_zero3_enabled()) and has_videos(train_dataset):
+            raise ValueError(
+                "FSDP and ZeRO-3 split the vision tower, which ranks run different numbers of times for videos. Use "
+                "DDP, or cache the features of the videos (--feature_cache)."
+            )
         grids = [*(args.pooled_grid_sizes or ()), processing_class.pooled_grid_size]  # the last is evaluation's
         own_video_grid = model.config.pooled_video_grid
         if processing_class.pooled_video_grid_size is not None:

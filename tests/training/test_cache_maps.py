@@ -7,6 +7,7 @@ import tiny
 import tiny_training
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tiny_training import arguments, conversation, run, save_dataset, save_family, view_conversation
 
 pytest.importorskip("trl")
@@ -15,7 +16,9 @@ pytest.importorskip("av")
 from tiny_videos import video
 from trl import ModelConfig, TrlParser
 
+from modeling_deco import DecoForConditionalGeneration, DecoProcessor
 from modeling_deco.training import CacheArguments, CacheError, DecoArguments, DecoSFTConfig
+from modeling_deco.training.answer.engines import TransformersEngine
 from modeling_deco.training.data.columns import FEATURES_WITH_VIDEOS
 
 cache_features = tiny_training.load_script("cache_features.py")
@@ -103,3 +106,31 @@ def test_tiles_of_a_model_of_one_view_are_cached(tmp_path):
     torch.testing.assert_close(losses(found), losses(expected), atol=1e-5, rtol=1e-5)
     with pytest.raises(CacheError, match="stale: views, tiles is 4 there and 9"):
         run(tmp_path / "model", data, tmp_path / "other", **settings | {"tiles": 9})
+
+
+def test_the_config_for_videos_trains_what_it_declares(data, tmp_path):
+    save_family(tmp_path / "model", "llava_next_video")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    settings = {"max_steps": 2, "pooled_video_grid_sizes": [1, 3], "image_positions": "sequence", "max_frames": 3}
+    trainer = run(tmp_path / "model", data, tmp_path / "out", "stage2_video.yaml", **settings, learning_rate=1e-2)
+    assert trainer.data_collator.add_timestamps
+    assert trainer.processing_class.max_frames == 3
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name for name in before if torch.equal(before[name], after[name])} == {
+        name for name in before if "vision_tower" in name
+    }
+
+
+def test_answers_are_about_all_views(tmp_path):
+    save_family(tmp_path / "model", "llava_next")
+    model = DecoForConditionalGeneration.from_pretrained(tmp_path / "model")
+    processor = DecoProcessor.from_pretrained(tmp_path / "model")
+    shown = [{"type": "image", "image": tiny.picture(0, 60, 25)}, {"type": "text", "text": "what is this ?"}]
+    (answer,) = TransformersEngine(model, processor, max_new_tokens=4)([[{"role": "user", "content": shown}]])
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": shown}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt", processor_kwargs={"pooled_grid_size": 6},
+    )  # fmt: skip
+    ids = model.generate(**prompt, max_new_tokens=4, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert answer.text == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert answer.fault == ""

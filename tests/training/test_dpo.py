@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("trl")
 
+import tiny_training
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -38,6 +39,15 @@ def dataset(preferences):
             for row in preferences
         ]
     )
+
+
+def test_pictures_of_several_views_are_preferred_too(tmp_path):
+    tiny_training.save_family(tmp_path / "model", "llava_onevision")
+    trainer, before = train(tmp_path / "model", tmp_path / "out")
+    first, second = (log["loss"] for log in trainer.state.log_history if "loss" in log)
+    assert first == pytest.approx(math.log(2), abs=1e-4)
+    assert second < first
+    assert not torch.equal(trainer.model.state_dict()["model.image_newline"], before["model.image_newline"])
 
 
 def train(checkpoint, output_dir, peft_config=None, num_steps=2, preferences=PREFERENCES):

@@ -245,6 +245,8 @@ def _own_talk(row_id: str, of: int, row: Mapping[str, Any], independent_turns: b
     if row.get("messages") is None:
         raise ValueError("it has no questions")
     read = read_row(row)
+    if read["videos"]:
+        raise ValueError("it has a video, and questions are asked about images alone")
     messages = read["messages"]
     system = messages[:1] if messages[:1] and messages[0]["role"] == "system" else []
     turns = [message for message in messages[len(system) :] if message["role"] != "assistant"]
