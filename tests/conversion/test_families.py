@@ -241,7 +241,7 @@ def test_report_card_and_config_say_what_it_is(family):
     card = (family.folder / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["license"] == llava_sources.LICENSE
     rows, cols = config.patch_grid
-    assert f"cut into views of {rows} x {cols} patches" in card
+    assert f"A view's {rows} x {cols} patches" in card
     assert f"At {rows} x {cols} for each view its logits are LLaVA's" in card
 
 
