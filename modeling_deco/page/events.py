@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import gradio as gr
 import torch
@@ -22,7 +23,7 @@ from ..utils.decoding import ImageError
 from ..utils.errors import one_line
 from .encoded_images import EncodedImages
 from .rendering import NO_MAP_YET, answer_html, budget_text, costs_html, draw_map, map_caption
-from .uploads import read_upload, upload_path
+from .uploads import read_upload, read_video_upload, upload_path
 
 MAX_QUESTION_LENGTH = 2000  # characters
 
@@ -46,11 +47,12 @@ class Answer:
 
 @dataclass
 class Session:
-    """The state of a browser tab: its last image and question, the answer that it shows, and the rows of its table by
-    grid side."""
+    """The state of a browser tab: its last image, video and question, the answer that it shows, and the rows of its
+    table by grid side. An answer about a video has no maps."""
 
-    path: str
+    path: str | None
     question: str
+    video: str | None = None
     answer: Answer | None = None
     costs: dict[int | None, dict] = field(default_factory=dict)
 
@@ -65,6 +67,8 @@ class PageEvents:
         self.default_side, self.largest_side = grid_sides(model.config, processor)
         self.prompts = PromptCache(model)
         self.images = EncodedImages(model)
+        self.takes_videos = model.config.video_token_id is not None
+        self._read_video = lru_cache(4)(lambda path: read_video_upload(path, processor))
 
     def check(self, upload):
         """Warn about an upload that is not an image, and remove it from the page."""
@@ -75,7 +79,16 @@ class PageEvents:
             return None
         return gr.skip()
 
-    def ask(self, upload, question, side, session):
+    def check_video(self, upload):
+        """Read an uploaded video, which is then ready for questions. Warn about a file that is none, and remove it."""
+        try:
+            self._read_video(upload_path(upload))
+        except (ImageError, TypeError) as error:
+            gr.Warning(html.escape(str(error)))
+            return None
+        return gr.skip()
+
+    def ask(self, upload, question, side, session, video=None):
         """Stream an answer, and add its costs to the table.
 
         Yields:
@@ -83,25 +96,26 @@ class PageEvents:
         """
         with shown_errors():
             side = self._checked_side(side)
-            session, messages = _begin(upload, question, session)
-        budget = budget_text(self.processor.pooled_grid_size if side is None else side)
+            session, messages = self._begin(upload, question, session, video)
+        budget = budget_text(self.processor.pooled_grid_size if side is None else side, self.of_what)
         yield answer_html("", budget), None, NO_MAP_YET, gr.skip(), session
         for text, row in self._answer(side, messages, self.prompts):
             if row is None:
                 yield answer_html(text, budget), *[gr.skip()] * 4
-        session.answer = Answer(session.path, session.question, side, text)
+        has_maps = session.path is not None and session.video is None
+        session.answer = Answer(session.path, session.question, side, text) if has_maps else None
         session.costs[side] = row
-        shown = answer_html(text or "(no answer)", budget, clickable=bool(text))
+        shown = answer_html(text or "(no answer)", budget, clickable=bool(text) and has_maps)
         yield shown, *[gr.skip()] * 2, costs_html(session.costs.values()), session
 
-    def compare(self, upload, question, session):
+    def compare(self, upload, question, session, video=None):
         """Answer at several budgets, and add a row for each to the table.
 
         Yields:
             The table and the session.
         """
         with shown_errors():
-            session, messages = _begin(upload, question, session)
+            session, messages = self._begin(upload, question, session, video)
         yield costs_html(session.costs.values()), session
         for side in sorted(self._compared_sides() - session.costs.keys()):
             for _, row in self._answer(side, messages):
@@ -127,6 +141,33 @@ class PageEvents:
         caption = map_caption(answer.relevance, index)
         shown = gr.update(value=draw_map(answer.relevance, index), alt_text=caption)
         return shown, html.escape(caption), session
+
+    @property
+    def of_what(self) -> str:
+        """What the token budget is for."""
+        return "the image" if self.model.config.image_grid_pinpoints is None else "each view of the image"
+
+    def _begin(self, upload, question, session: Session | None, video) -> tuple[Session, list[dict]]:
+        """The session, with an empty table if the image, video or question is new, and the model's messages."""
+        question = question.strip() if isinstance(question, str) else ""
+        if len(question) > MAX_QUESTION_LENGTH:
+            message = f"The question has {len(question):,} characters, more than the {MAX_QUESTION_LENGTH:,} allowed."
+            raise gr.Error(message, print_exception=False)
+        video = video if self.takes_videos else None
+        if (upload is None and video is None) or not question:
+            missing = "Choose an image" if upload is None and video is None else "Write a question"
+            raise gr.Error(f"{missing} first.", title="Not yet", print_exception=False)
+        content: list[dict] = []
+        path = clip = None
+        if upload is not None:
+            path = upload_path(upload)
+            content.append({"type": "image", "image": read_upload(path)})
+        if video is not None:
+            clip = upload_path(video)
+            content.append({"type": "video", "video": self._read_video(clip)})
+        if session is None or (session.path, session.question, session.video) != (path, question, clip):
+            session = Session(path, question, clip, None if session is None else session.answer)
+        return session, [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
     def _checked_side(self, side) -> int | None:
         """The side of the requested grid; None if the model has only one grid."""
@@ -156,7 +197,8 @@ class PageEvents:
                 for piece in pieces:
                     text += piece
                     yield text, None
-        num_tokens = int((inputs["input_ids"] == self.processor.image_token_id).sum())
+        tokens = torch.tensor([self.processor.image_token_id, self.processor.video_token_id or -1])
+        num_tokens = int(torch.isin(inputs["input_ids"], tokens).sum())
         yield text.strip(), self._costs(num_tokens, prefill.seconds) | {"Answer": text.strip()}
 
     def _costs(self, num_tokens: int, prefill_seconds: float) -> dict:
@@ -184,22 +226,6 @@ def grid_sides(config, processor) -> tuple[int, int | None]:
     takes. The latter is None if the model takes only one grid."""
     side, largest = math.isqrt(num_image_tokens(processor.pooled_grid_size)), min(config.patch_grid)
     return min(side, largest), largest if config.takes_any_grid and largest > 1 else None
-
-
-def _begin(upload: dict | None, question: str, session: Session | None) -> tuple[Session, list[dict]]:
-    """The session, with an empty table if the image or question is new, and the model's messages."""
-    question = question.strip() if isinstance(question, str) else ""
-    if len(question) > MAX_QUESTION_LENGTH:
-        message = f"The question has {len(question):,} characters, more than the {MAX_QUESTION_LENGTH:,} allowed."
-        raise gr.Error(message, print_exception=False)
-    if upload is None or not question:
-        missing = "Choose an image" if upload is None else "Write a question"
-        raise gr.Error(f"{missing} first.", title="Not yet", print_exception=False)
-    path = upload_path(upload)
-    content = [{"type": "image", "image": read_upload(path)}, {"type": "text", "text": question}]
-    if session is None or (session.path, session.question) != (path, question):
-        session = Session(path, question, None if session is None else session.answer)
-    return session, [{"role": "user", "content": content}]
 
 
 @contextmanager

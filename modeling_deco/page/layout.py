@@ -9,11 +9,11 @@ from .events import MAX_QUESTION_LENGTH, PageEvents
 from .rendering import (
     ANSWER_CSS,
     ANSWER_JS,
-    BUDGET_JS,
     COSTS_CSS,
     NO_ANSWER_YET,
     NO_MAP_YET,
     answer_html,
+    budget_js,
     budget_text,
     costs_html,
 )
@@ -51,26 +51,29 @@ def build_page(
         gr.Markdown(f"# {name}\n{about}")
         with gr.Row():
             with gr.Column():
-                image, question, side, ask = _inputs(events, examples)
+                image, video, question, side, ask = _inputs(events, examples)
             with gr.Column():
                 answer, word_map, caption, costs, compare = _outputs(events)
 
-        side.change(None, side, side, js=BUDGET_JS)
+        side.change(None, side, side, js=budget_js(events.of_what))
         # Without preprocessing: gradio would open the image itself, and fail with its own messages.
         raw = {"preprocess": False, "api_visibility": "private"}
         image.upload(events.check, image, image, **raw, show_progress="hidden")
+        videos = [] if video is None else [video]
+        if video is not None:
+            video.upload(events.check_video, video, video, **raw)
         one_at_a_time = raw | {"concurrency_id": "model", "concurrency_limit": 1}
         gr.on(
             [ask.click, question.submit],
             events.ask,
-            [image, question, side, session],
+            [image, question, side, session, *videos],
             [answer, word_map, caption, costs, session],
             show_progress_on=answer,
             **one_at_a_time,
         )
         compare.click(
             events.compare,
-            [image, question, session],
+            [image, question, session, *videos],
             [costs, session],
             show_progress_on=[costs, compare],
             **one_at_a_time,
@@ -82,8 +85,11 @@ def build_page(
 
 
 def _inputs(events: PageEvents, examples: list[tuple[str, str]] | None):
-    """The left column: image, question, token budget, and the button that asks."""
+    """The left column: image, video, question, token budget, and the button that asks."""
     image = gr.Image(label="Image", sources=["upload", "clipboard"], height=320, elem_id="picture")
+    video = None
+    if events.takes_videos:
+        video = gr.Video(label="Video", sources=["upload"], height=240, elem_id="video")
     placeholder = examples[0][1] if examples else "What is in the image?"
     question = gr.Textbox(label="Question", placeholder=placeholder, max_length=MAX_QUESTION_LENGTH)
     if examples:
@@ -96,11 +102,11 @@ def _inputs(events: PageEvents, examples: list[tuple[str, str]] | None):
         step=1,
         precision=0,
         label="Token budget",
-        info=budget_text(events.default_side),
+        info=budget_text(events.default_side, events.of_what),
         elem_id="budget",
         visible=events.largest_side is not None,
     )
-    return image, question, side, gr.Button("Ask", variant="primary")
+    return image, video, question, side, gr.Button("Ask", variant="primary")
 
 
 def _outputs(events: PageEvents):

@@ -19,14 +19,15 @@ NO_ANSWER_YET = "The answer appears here as it is generated."
 NO_MAP_YET = "Click a word of the answer to see which patches of the image it is based on."
 
 
-def budget_text(pooled_grid_size) -> str:
+def budget_text(pooled_grid_size, of_what: str = "the image") -> str:
     """The line below the slider and below the answer."""
     rows, cols = parse_grid(pooled_grid_size)
-    return f"{rows} x {cols} = {rows * cols} tokens for the image"
+    return f"{rows} x {cols} = {rows * cols} tokens for {of_what}"
 
 
-# `budget_text` in the browser, while the slider moves
-BUDGET_JS = "(n) => ({__type__: 'update', info: `${n} x ${n} = ${n * n} tokens for the image`})"
+def budget_js(of_what: str = "the image") -> str:
+    """`budget_text` in the browser, while the slider moves."""
+    return f"(n) => ({{__type__: 'update', info: `${{n}} x ${{n}} = ${{n * n}} tokens for {of_what}`}})"
 
 
 def answer_html(text: str, note: str, clickable: bool = False) -> str:
