@@ -109,7 +109,7 @@ def write_map_shards(
         found: dict[int, list[tuple[_Part, dict[str, torch.Tensor]]]] = {number: [] for number in numbers}
         for part in tqdm(loader, desc=cache.column, disable=training_args.process_index != 0 or None):
             with torch.autocast(device.type, dtype, enabled=training_args.bf16 or training_args.fp16):
-                _, features = deco._encode(deco._tower_inputs(part.pixels.to(device)))
+                _, features = deco.encode_views(deco._tower_inputs(part.pixels.to(device)))
                 pooled = {name: _pooled(deco, cache, features, name, part.size) for name in cache.manifest["grids"]}
             part.pixels = None
             found[part.item].append((part, {name: value.to("cpu", dtype) for name, value in pooled.items()}))
