@@ -98,6 +98,8 @@ class PageEvents:
             side = self._checked_side(side)
             session, messages = self._begin(upload, question, session, video)
         budget = budget_text(self.processor.pooled_grid_size if side is None else side, self.of_what)
+        if session.path is None:
+            budget = budget_text(messages[0]["content"][0]["video"].size[2:], "each frame of the video")
         yield answer_html("", budget), None, NO_MAP_YET, gr.skip(), session
         for text, row in self._answer(side, messages, self.prompts):
             if row is None:
@@ -116,6 +118,8 @@ class PageEvents:
         """
         with shown_errors():
             session, messages = self._begin(upload, question, session, video)
+            if session.path is None:
+                raise ValueError("Budgets are compared on an image; each frame of a video has one grid.")
         yield costs_html(session.costs.values()), session
         for side in sorted(self._compared_sides() - session.costs.keys()):
             for _, row in self._answer(side, messages):

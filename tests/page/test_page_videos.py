@@ -41,9 +41,12 @@ def test_a_video_is_asked_about(made, upload):
     assert ">27<" in costs
     looks = []
     hook = model.model.vision_tower.register_forward_hook(lambda *call: looks.append(1))
-    *_, (_, session) = events.compare(None, "what ?", session, video)
+    *_, (shown, _, _, _, session) = events.ask(None, "what ?", 1, session, video)
     hook.remove()
     assert looks == []  # its frames are kept
+    assert "3 x 3 = 9 tokens for each frame of the video" in shown
+    with pytest.raises(gr.Error, match="Budgets are compared on an image"):
+        list(events.compare(None, "what ?", session, video))
 
 
 def test_a_file_that_is_no_video_is_removed(made, upload, monkeypatch):
