@@ -3,7 +3,7 @@
 """The cost of an answer: DeCo at several grids, transformers' LLaVA with the same weights, and the limit of both.
 
     python benchmarks/inference.py --shape 0.5b --variant default --variant int8
-    python benchmarks/inference.py --shape next --shape onevision --variant default --num-layers 6
+    python benchmarks/inference.py --shape next --shape onevision --variant default --num-layers 2
 
 Weights are random and are created on the device. LLaVA and DeCo share their tensors; LLaVA-1.5 and LLaVA-NeXT have one
 more vision layer, which they compute and do not use. All variants are timed in rounds in one process, after a warm-up.
@@ -23,6 +23,7 @@ output is the same JSON.
 import copy
 import json
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -144,9 +145,17 @@ class Subject:
     """
 
     def __init__(
-        self, variant: str, name: str, model: PreTrainedModel, tower: nn.Module, inputs: dict, new_tokens: int
+        self,
+        variant: str,
+        name: str,
+        model: PreTrainedModel,
+        tower: nn.Module,
+        inputs: dict,
+        new_tokens: int,
+        clock: Callable[[], float],
     ):
         """`tower` is the vision tower without an unused layer."""
+        self.clock = clock
         self.variant, self.name, self.model, self.inputs, self.new_tokens = variant, name, model, inputs, new_tokens
         (batch_size, length), config = inputs["input_ids"].shape, model.config
         self.batch_size, self.length = batch_size, length
@@ -175,7 +184,7 @@ class Subject:
         }
 
     def generate(self) -> None:
-        streamer = TokenTimes()
+        streamer = TokenTimes(self.clock)
         self.model.generate(
             **self.inputs,
             **self.generation,
@@ -263,6 +272,7 @@ def measure(
     batch_size: int,
     repeats: int,
     new_tokens: int,
+    clock: Callable[[], float],
 ) -> list[dict]:
     """Results of one shape at one batch size, in the default dtype."""
     torch.compiler.reset()  # graphs of other shapes and batch sizes count towards a limit
@@ -289,9 +299,9 @@ def measure(
             *(("DeCo", model, model) for model in pooled),
         ]:
             inputs = build_inputs(counted, batch_size, picture) | {"pixel_values": pixels_of_batch}
-            subjects.append(Subject(variant, name, model, tower, inputs, new_tokens))
+            subjects.append(Subject(variant, name, model, tower, inputs, new_tokens, clock))
     runs = {(i, part): run for i, subject in enumerate(subjects) for part, run in subject.parts.items()}
-    samples = time_interleaved(runs, repeats, deco.device)
+    samples = time_interleaved(runs, repeats, deco.device, clock)
     llavas = {subject.variant: subject for subject in subjects if subject.name == llava_name}
     return [
         subject.summarize(
@@ -341,6 +351,9 @@ def main(
     num_layers: Annotated[int | None, typer.Option(help="Layers of tower and language model. Default: all.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 5,
     new_tokens: Annotated[int, typer.Option(min=3, help="Length of the answers.")] = 9,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Count CPU seconds, for one thread on a machine with other load.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the plot.")] = RESULTS,
 ) -> None:
     """Measure the time to the first token and its parts."""
@@ -354,6 +367,7 @@ def main(
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "num_layers": num_layers,
+        "clock": "CPU" if cpu_time else "wall",
         "text_tokens": NUM_TEXT_TOKENS,
         "repeats": repeats,
         "results": {},
@@ -361,7 +375,8 @@ def main(
     }
     for shape, batch_size in product(shapes, batch_sizes):
         torch.set_default_dtype(dtype)
-        rows = measure(device, shape, num_layers, grids, variants, batch_size, repeats, new_tokens)
+        clock = time.process_time if cpu_time else time.perf_counter
+        rows = measure(device, shape, num_layers, grids, variants, batch_size, repeats, new_tokens, clock)
         torch.set_default_dtype(torch.float32)
         report["results"][f"{shape}, batch {batch_size}"] = rows
         typer.echo(f"\n{shape}, batch {batch_size}: medians in ms")

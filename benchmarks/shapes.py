@@ -5,6 +5,7 @@
 import math
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -66,14 +67,15 @@ def build_views_config(shape: str, num_layers: int | None = None) -> LlavaNextCo
 
     Args:
         shape: a key of `PICTURES`.
-        num_layers: number of layers of tower and decoder that are used. Default: all.
+        num_layers: number of layers of tower and decoder. Default: all, of which LLaVA-NeXT does not use the tower's
+            last one. Among few layers it would weigh too much, so it is left out there.
     """
     config_class = {"next": LlavaNextConfig, "onevision": LlavaOnevisionConfig}[shape]
     config = config_class(text_config=TEXT_CONFIGS["0.5b"], tie_word_embeddings=True)  # the towers are the defaults
     if num_layers is not None:
         config.text_config.num_hidden_layers = num_layers
         config.text_config.layer_types = config.text_config.layer_types[:num_layers]
-        config.vision_config.num_hidden_layers = num_layers - config.vision_feature_layer - 1
+        config.vision_config.num_hidden_layers, config.vision_feature_layer = num_layers, -1
     return config
 
 
@@ -108,11 +110,12 @@ def save_random_checkpoint(
 class TokenTimes(BaseStreamer):
     """The time of each token of an answer. `generate` passes tokens on the CPU, so they include the device's time."""
 
-    def __init__(self):
-        self.began, self.times = time.perf_counter(), []
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.clock = clock
+        self.began, self.times = clock(), []
 
     def put(self, value):
-        self.times.append(time.perf_counter())
+        self.times.append(self.clock())
 
     def end(self):
         pass

@@ -47,11 +47,16 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def time_interleaved(runs: dict[str, Callable[[], object]], repeats: int, device="cpu") -> dict[str, list[float]]:
+def time_interleaved(
+    runs: dict[str, Callable[[], object]], repeats: int, device="cpu", clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Time functions in rounds, so that other load on the machine affects all of them alike.
 
     Each round calls every function once, and starts with another function than the round before. The first round is a
     warm-up.
+
+    Args:
+        clock: its seconds are counted.
 
     Returns:
         For each name the seconds of `repeats` rounds.
@@ -60,19 +65,19 @@ def time_interleaved(runs: dict[str, Callable[[], object]], repeats: int, device
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round in range(repeats + 1):
         for name in names[round % len(names) :] + names[: round % len(names)]:
-            elapsed = seconds(runs[name], device)
+            elapsed = seconds(runs[name], device, clock)
             if round > 0:
                 times[name].append(elapsed)
     return times
 
 
-def seconds(function: Callable[[], object], device="cpu") -> float:
+def seconds(function: Callable[[], object], device="cpu", clock: Callable[[], float] = time.perf_counter) -> float:
     """Time of a call, until the device has finished."""
     synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     function()
     synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def synchronize(device) -> None:
