@@ -108,6 +108,7 @@ def test_tiles_of_a_model_of_one_view_are_cached(tmp_path):
         run(tmp_path / "model", data, tmp_path / "other", **settings | {"tiles": 9})
 
 
+@pytest.mark.slow
 def test_the_config_for_videos_trains_what_it_declares(data, tmp_path):
     save_family(tmp_path / "model", "llava_next_video")
     before = load_file(tmp_path / "model" / "model.safetensors")

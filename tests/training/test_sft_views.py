@@ -87,6 +87,7 @@ def test_an_adapter_has_the_newline_and_merges_it(checkpoint, data, tmp_path):
     assert torch.equal(trainer.model.get_base_model().model.image_newline, newline)
 
 
+@pytest.mark.slow
 def test_a_resumed_adapter_has_the_losses_of_the_whole_run(checkpoint, data, tmp_path):
     settings = LORA | {"max_steps": 4, "save_steps": 2, "max_image_tokens": [20, 60]}
     whole = run(checkpoint, data, tmp_path / "out", **settings)
@@ -103,6 +104,7 @@ def test_a_frozen_projector_keeps_the_newline(checkpoint, data, tmp_path):
     assert torch.equal(merged[NEWLINE], load_file(checkpoint / "model.safetensors")[NEWLINE])
 
 
+@pytest.mark.slow
 def test_distillation_learns_from_all_views(checkpoint, data, tmp_path):
     settings = LORA | {"distill": "logits", "pooled_grid_sizes": [2, 3], "max_steps": 2}
     trainer = run(checkpoint, data, tmp_path / "out", **settings)
@@ -124,6 +126,7 @@ def test_settings_of_views_that_have_no_effect_are_refused(checkpoint, data, tmp
             run(checkpoint, data, tmp_path / "out", **settings)
 
 
+@pytest.mark.slow
 def test_tiles_train_a_model_of_one_view(data, tmp_path):
     model = tiny.build_model()
     model.save_pretrained(tmp_path / "model")
