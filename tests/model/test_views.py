@@ -16,6 +16,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
+    pipeline,
 )
 
 from modeling_deco import DecoConfig
@@ -445,6 +446,19 @@ def test_wrong_videos_are_refused(onevision, options, message):
     frames = [picture(30, 20, seed) for seed in range(3)]
     with pytest.raises(ValueError, match=message):
         processor(**{"videos": [frames], "text": "<video>", "return_tensors": "pt", **options})
+
+
+def test_a_pipeline_answers_about_a_video(onevision):
+    model, processor = onevision
+    content = [{"type": "video", "video": [tiny.picture(3), tiny.picture(4)]}, {"type": "text", "text": "what"}]
+    messages = [{"role": "user", "content": content}]
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    (found,) = pipe(text=messages, return_full_text=False, generate_kwargs=OPTIONS)
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    expected = model.generate(**inputs, **OPTIONS)[0, inputs["input_ids"].shape[1] :]
+    assert found["generated_text"].strip() == processor.decode(expected, skip_special_tokens=True)
 
 
 def test_a_model_without_a_video_token_says_so(one_view):
