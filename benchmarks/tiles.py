@@ -8,10 +8,10 @@ The pictures are those of the digits world at two and three times the side, with
 one view of 96 x 96 pixels they are two and three times smaller than the shipped checkpoint has seen. With `tiles=4` or
 `tiles=9` the vision tower sees them in tiles, whose stitched map is pooled to the same number of tokens.
 
-Four models are asked: the shipped checkpoint as it is, and after a short training on such pictures with tiles, with
-one view, and with one view and the vision tower trained too. Half an hour on one core. Finished cells are kept in
---runs, so the same command resumes. The results are written to results/tiles.json and tiles.png, and the last line of
-the output is the same JSON.
+Four models are asked: the shipped checkpoint as it is, after a short training on such pictures with tiles or with one
+view, and after a longer training with tiles by Muon. The vision tower is frozen. Half an hour on one core. Finished
+cells are kept in --runs, so the same command resumes. The results are written to results/tiles.json and tiles.png,
+and the last line of the output is the same JSON.
 """
 
 import json
@@ -50,6 +50,7 @@ from modeling_deco.worlds.digits.evaluate import summary
 from modeling_deco.worlds.digits.questions import KINDS, Question, questions, score
 from modeling_deco.worlds.digits.scenes import IMAGE_SIZE, render
 from modeling_deco.worlds.digits.tower_model import PATCH_GRID, patch_features
+from modeling_deco.worlds.digits.training import build_optimizer
 
 SCALES = (1, 2, 3)  # sides of a picture in units of 96 pixels
 TILES = (1, 4, 9)
@@ -58,7 +59,7 @@ FINER_GRIDS = (24, 18)  # more tokens than one view has patches, for pictures wi
 TRAINED_GRIDS = (3, 4, 6, 12)
 SHOWN = ("existence", "colour", "count", "read", "relation", "locate")
 IN_TILE = "locate in tile"  # boxes as the vision tower sees them, in one tile
-UNTRAINED, WITH_TILES, ONE_VIEW, WITH_TOWER = MODELS = ("untrained", "tiles", "one view", "one view and tower")
+UNTRAINED, WITH_TILES, ONE_VIEW, LONGER = MODELS = ("untrained", "tiles", "one view", "tiles, longer")
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,11 @@ class Sizes:
     pool: int = 600  # training pictures of each scale
     test: int = 150  # of each scale, each with one question of every kind
     steps: int = 300
+    longer_steps: int = 600
     batch_size: int = 16
 
 
-SMALL = Sizes(pool=4, test=3, steps=2, batch_size=4)
+SMALL = Sizes(pool=4, test=3, steps=2, longer_steps=2, batch_size=4)
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -94,19 +96,17 @@ def stitched(tower, pixels: torch.Tensor) -> torch.Tensor:
     return tiles.transpose(2, 3).flatten(1, 4).bfloat16()
 
 
-def read_pictures(processor, split: str, num_pictures: int, scale: int, tiles: int, tower=None, grid=None) -> Pictures:
-    """Render pictures with one question of every kind about each.
+def read_pictures(processor, tower, split: str, num_pictures: int, scale: int, tiles: int, grid=None) -> Pictures:
+    """Render pictures with one question of every kind about each, and encode them.
 
     Args:
-        tower: encodes the pictures. Without it, `features` are their pixels `(pictures, 3, 96, 96)`.
         grid: pool the features to this grid, of which the grids in training are divisors.
     """
     features, turns = [], []
     for start in range(0, num_pictures, 32):
         indices = range(start, min(start + 32, num_pictures))
         scenes = [render(split, index, seed=scale, min_digits=2, scale=scale) for index in indices]
-        found = pixels_of(processor, [scene.image for scene in scenes], tiles)
-        found = found[:, 0].bfloat16() if tower is None else stitched(tower, found)
+        found = stitched(tower, pixels_of(processor, [scene.image for scene in scenes], tiles))
         if grid is not None:
             side = math.isqrt(found.shape[1])
             found = pool_patch_grid(found, (side, side), (grid, grid))
@@ -123,20 +123,16 @@ def pooled_map(model, features: torch.Tensor, grid: int) -> torch.Tensor:
     return model.model.multi_modal_projector(features, (side, side), (grid, grid))
 
 
-def encoded_view(model, pixels: torch.Tensor, grid: int) -> torch.Tensor:
-    """The same from the pixels of one view."""
-    return pooled_map(model, patch_features(model.model.vision_tower, pixels), grid)
-
-
 def training_pool(processor, tower, sizes: Sizes, name: str, folder: Path) -> Pictures:
     """Training pictures of all scales, as the model of this name sees them: in tiles of 96 x 96 pixels or one view."""
+    name = ONE_VIEW if name == ONE_VIEW else WITH_TILES
     path = folder / f"{name.replace(' ', '-')}.pt"
     if not path.exists():
         log(f"{name}: training pictures")
         parts = [
-            read_pictures(processor, "train", sizes.pool, scale, scale**2, tower, PATCH_GRID)
-            if name == WITH_TILES
-            else read_pictures(processor, "train", sizes.pool, scale, 1, None if name == WITH_TOWER else tower)
+            read_pictures(
+                processor, tower, "train", sizes.pool, scale, 1 if name == ONE_VIEW else scale**2, PATCH_GRID
+            )
             for scale in SCALES
         ]
         features = torch.cat([part.features for part in parts])
@@ -155,25 +151,33 @@ def model_of(processor, tower, sizes: Sizes, name: str, seed: int, folder: Path)
         model, _ = load(SHIPPED_CHECKPOINT if name == UNTRAINED else str(folder), device="cpu", dtype="float32")
         return model
     model, _ = load(SHIPPED_CHECKPOINT, device="cpu", dtype="float32")
-    model.model.vision_tower.requires_grad_(name == WITH_TOWER)
-    reduce = encoded_view if name == WITH_TOWER else pooled_map
-    grids = np.random.default_rng(seed).choice(TRAINED_GRIDS, sizes.steps).tolist()
+    model.model.vision_tower.requires_grad_(False)
+    steps = sizes.longer_steps if name == LONGER else sizes.steps
+    grids = np.random.default_rng(seed).choice(TRAINED_GRIDS, steps).tolist()
     losses: list[float] = []
 
     def loss_of(pictures: Pictures, step: int) -> torch.Tensor:
         rows = [single_turns(turns, processor.tokenizer) for turns in pictures.turns]
         inputs = model_inputs(rows, grids[step], processor, KEPT)
-        loss = cross_entropy(logits_of(model, inputs, pictures.features, grids[step], reduce), inputs["labels"])
+        loss = cross_entropy(logits_of(model, inputs, pictures.features, grids[step], pooled_map), inputs["labels"])
         losses.append(loss.item())
         if len(losses) % 50 == 0:
             log(f"{name} {seed}: step {step + 1}, loss {np.mean(losses[-50:]):.3f}")
         return loss
 
     pool = training_pool(processor, tower, sizes, name, folder.parent)
-    train(model, pool, loss_of, adamw(model, 1e-3), sizes.steps, sizes.batch_size, seed)
+    optimizer = build_optimizer(model, 0.01, 2e-3, 0) if name == LONGER else adamw(model, 1e-3)
+    train(model, pool, loss_of, optimizer, steps, sizes.batch_size, seed)
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return model
+
+
+def tiles_of(name: str, scale: int) -> tuple[int, ...]:
+    """The numbers of tiles at which a model is asked about pictures of a scale."""
+    if scale == 1 or name == ONE_VIEW:
+        return (1,)
+    return (scale**2,) if name == LONGER else TILES
 
 
 def grids_of(scale: int, tiles: int) -> tuple[int, ...]:
@@ -241,7 +245,7 @@ def table_of_tokens(report: dict) -> list[list[str]]:
     return [
         [str(96 * scale), model, tokens, *(shown(by_kind[kind]) for kind in (*SHOWN, IN_TILE))]
         for scale in SCALES[1:]
-        for model in (UNTRAINED, WITH_TILES)
+        for model in (UNTRAINED, WITH_TILES, LONGER)
         for tokens, by_kind in report["accuracy"].get(model, {}).get(str(scale), {}).get(str(scale**2), {}).items()
     ]
 
@@ -294,16 +298,14 @@ def main(
     def cell(name: str, seed: int, scale: int, tiles: int) -> dict:
         if (name, seed) not in models:
             models[name, seed] = model_of(processor, tower, sizes, name, seed, runs)
-        own_tower = models[name, seed].model.vision_tower if name == WITH_TOWER else tower
-        key = (name, seed, scale, tiles) if name == WITH_TOWER else (scale, tiles)
-        if key not in pictures:
-            pictures[key] = read_pictures(processor, "test", sizes.test, scale, tiles, own_tower)
-        return measure(models[name, seed], processor, pictures[key], scale, tiles)
+        if (scale, tiles) not in pictures:
+            pictures[scale, tiles] = read_pictures(processor, tower, "test", sizes.test, scale, tiles)
+        return measure(models[name, seed], processor, pictures[scale, tiles], scale, tiles)
 
     accuracy: dict = {}
     for name in MODELS:
         for scale in SCALES:
-            for tiles in TILES if scale > 1 and name in (UNTRAINED, WITH_TILES) else (1,):
+            for tiles in tiles_of(name, scale):
                 found = [
                     cells.get(f"{name} {scale} {tiles} {seed}", cell, name, seed, scale, tiles)
                     for seed in (seeds if name != UNTRAINED else [0])

@@ -370,7 +370,7 @@ def test_positions_and_tuning_without_labels_are_measured_from_the_same_starts(r
 
 def test_answers_about_stitched_tiles_are_those_of_generate(benchmark, shipped):
     tiles, (model, processor) = benchmark("tiles"), shipped
-    pictures = tiles.read_pictures(processor, "test", 1, scale=2, tiles=4, tower=model.model.vision_tower)
+    pictures = tiles.read_pictures(processor, model.model.vision_tower, "test", 1, scale=2, tiles=4)
     found = tiles.measure(model, processor, pictures, scale=2, tiles=4)
     image = render("test", 0, seed=2, min_digits=2, scale=2).image
     questions = [turn.question for turn in pictures.turns[0] if turn.question.kind in ("colour", "read")]
@@ -413,7 +413,7 @@ def test_tiles_and_one_view_are_trained_and_measured(run, tmp_path):
     report = run("tiles", **options)
     assert report == json.loads((tmp_path / "tiles.json").read_text())
     assert (tmp_path / "tiles.png").exists()
-    assert list(report["accuracy"]) == ["untrained", "tiles", "one view", "one view and tower"]
+    assert list(report["accuracy"]) == ["untrained", "tiles", "one view", "tiles, longer"]
     assert {scale: list(found) for scale, found in report["accuracy"]["tiles"].items()} == {
         "1": ["1"],
         "2": ["1", "4", "9"],

@@ -273,6 +273,13 @@ def test_the_table_of_clips_shows_what_was_measured(monkeypatch):
     assert as_table(import_module("videos").table(measured)) in text("docs/clips.md")
 
 
+def test_the_tables_of_tiles_show_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measured, tiles = json.loads((RESULTS / "tiles.json").read_text()), import_module("tiles")
+    for rows in (tiles.table(measured, "36"), tiles.table_of_tokens(measured)):
+        assert as_table(rows) in text("docs/tiles.md")
+
+
 def as_table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
