@@ -274,7 +274,7 @@ def draw(report: dict, path: Path) -> None:
             axes.minorticks_off()
             axes.grid(alpha=0.3)
         axes_of_row[0].set_ylabel("accuracy, %")
-    figure.axes[len(columns) - 1].legend(fontsize=7)
+    figure.axes[columns.index(WITH_TILES)].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
