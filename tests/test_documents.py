@@ -231,6 +231,19 @@ def test_the_tables_of_speed_show_what_was_measured():
     assert as_table(full) in text("docs/speed.md")
 
 
+@pytest.mark.parametrize("shape", ["next", "onevision"])
+def test_the_tables_of_high_resolution_show_what_was_measured(shape):
+    measured, table = json.loads((RESULTS / "views" / "inference.json").read_text()), []
+    assert measured["command"] in text("docs/speed.md").replace(" \\\n   ", "")
+    for row in measured["results"][f"{shape}, batch 1"]:
+        seconds = (row["seconds"][part]["median"] for part in ("vision_tower", "language_model", "first_token"))
+        ratios = [f"{row['first_token_speedup']:.2f}", f"{row['prefill_over_limit']:.3f}"]
+        sizes = [f"{row['kv_cache_bytes'] / 1e6:.1f} MB", f"{row['peak_bytes'] / 1e9:.2f} GB"]
+        name = f"{row['model']}, {row['image_tokens']:,}"
+        table.append([name, *(f"{value:.2f}" for value in seconds), *ratios, *sizes])
+    assert as_table(table) in text("docs/speed.md")
+
+
 def test_the_tables_of_accuracy_show_what_was_measured():
     rows = map(json.loads, (RESULTS / "digits_accuracy.jsonl").read_text().splitlines())
     table = [
