@@ -372,7 +372,9 @@ class _Film:
 def _to_picture(frame, av) -> Image.Image:
     has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     picture = Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24"))
-    matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    # frame.side_data would refer to the frame, which then keeps its decoder and threads until garbage is collected
+    side_data = av.sidedata.sidedata
+    matrix = side_data.SideDataContainer(frame).get(side_data.Type.DISPLAYMATRIX)
     if matrix is not None:
         a, b, _, c, d = np.sign(np.frombuffer(bytes(matrix), np.int32)[:5]).tolist()
         turned = _TURNS.get((a, b, c, d))

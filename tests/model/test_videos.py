@@ -4,6 +4,7 @@
 
 import base64
 import builtins
+import gc
 import io
 import itertools
 import struct
@@ -312,6 +313,18 @@ def test_an_absurd_duration_in_the_header_changes_nothing():
 def test_absurd_times_take_no_time():
     encoded = tiny_videos.encode(tiny_videos.frames(3), container="matroska", codec="mpeg4", times=[0, 1, 10_000_000])
     assert seconds(read_video(encoded)) == [0, 1, 10_000_000]
+
+
+def test_a_video_that_was_read_leaves_no_decoder_behind():
+    """Otherwise its threads remain until garbage is collected, and a process that reads many videos gets no more."""
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            list(read_video(VIDEO))
+        assert not [kind for kind in map(type, gc.get_objects()) if kind is av.VideoFrame]
+    finally:
+        gc.enable()
 
 
 def test_an_endless_source_is_refused(served, monkeypatch):
