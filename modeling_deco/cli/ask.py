@@ -153,6 +153,7 @@ def ask(
                 "num_image_tokens": _count(inputs, processor.image_token_id),
                 **({"num_video_tokens": _count(inputs, processor.video_token_id)} if videos else {}),
                 **({"num_frames": [len(part["video"].seconds) for part in videos]} if videos else {}),
+                **({"pooled_video_grid_size": videos[0]["video"].size[2:]} if videos else {}),
                 "num_prompt_tokens": inputs["input_ids"].shape[1],
                 "seconds": time.perf_counter() - start,
             }

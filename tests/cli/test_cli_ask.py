@@ -433,6 +433,7 @@ def test_a_video_is_known_by_its_content(clip, picture, clip_model):
     more = ["--fps", "5", "--max-frames", "6", "--pooled-video-grid-size", "1x2", "--frames-per-token-grid", "2"]
     report = json.loads(ask(clip, picture, clip, "what ?", *more, "--timestamps", *options).stdout)
     assert (report["num_frames"], report["num_video_tokens"]) == ([6, 6], 2 * 3 * 2)
+    assert report["pooled_video_grid_size"] == [1, 2]
     assert report["num_image_tokens"] > 9
     assert report["num_prompt_tokens"] > report["num_video_tokens"] + report["num_image_tokens"] + 2 * 3 * 2
     plain = ask(clip, "what ?", *options[:2], *options[3:])
