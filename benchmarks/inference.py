@@ -86,7 +86,7 @@ def build(shape: str, num_layers: int | None = None) -> tuple[DecoForConditional
             vision_feature_layer=-2,
         )
     torch.manual_seed(0)
-    llava = AutoModelForImageTextToText.from_config(llava_config).eval()
+    llava = AutoModelForImageTextToText.from_config(llava_config, trust_remote_code=False).eval()
     deco = DecoForConditionalGeneration(config).eval()
     missing, _ = deco.load_state_dict(llava.state_dict(), strict=False, assign=True)
     assert not missing, missing

@@ -34,7 +34,7 @@ def compare_logits(source: Path, converted: Path, is_cast: bool) -> dict:
     inputs = _random_inputs(model.config)
     logits = {"deco": model(**inputs, pooled_grid_sizes=torch.tensor([model.config.patch_grid])).logits}
     del model  # so that only one of them needs memory
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, trust_remote_code=False).eval()
     logits["llava"] = model(**inputs).logits
     num_rows = logits["llava"].shape[-1]  # DeCo's vocabulary may have grown
     difference = (logits["deco"][..., :num_rows] - logits["llava"]).abs().max().item()

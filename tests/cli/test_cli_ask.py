@@ -369,10 +369,11 @@ def test_a_broken_checkpoint_is_one_line(spoil, picture, tmp_path):
 
 
 def test_another_model_is_refused_before_it_answers(picture, tmp_path):
-    transformers.LlavaNextConfig().save_pretrained(tmp_path)
+    transformers.VipLlavaConfig().save_pretrained(tmp_path)
     result = ask(picture, "Is there a 7?", "--model", str(tmp_path))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "is a 'llava_next' model, not a DeCo. deco convert makes one of a LLaVA" in result.stderr
+    assert "is a 'vipllava' model, not a DeCo" in result.stderr
+    assert "deco convert makes one of a LLaVA" in result.stderr
 
 
 @pytest.mark.slow

@@ -112,8 +112,8 @@ def test_samples_that_take_too_many_positions_are_refused_or_dropped_before_trai
     # 14 tokens of text or more, and 36 positions for an image of 9 tokens
     dataset = build_dataset(conversations(6))
     message = (
-        r"2 of 6 samples take more positions than the language model has \(max_position_embeddings=80\), because an "
-        r"image keeps those of 36 patches: sample-1 \(98 positions\), sample-4 \(86 positions\)\. "
+        r"2 of 6 samples take more positions than the language model has \(max_position_embeddings=80\), because "
+        r"images keep those of all their patches: sample-1 \(98 positions\), sample-4 \(86 positions\)\. "
         r"Set --image_positions sequence, or drop such samples with --overlong_samples drop\."
     )
     with pytest.raises(ValueError, match=message):
@@ -122,11 +122,11 @@ def test_samples_that_take_too_many_positions_are_refused_or_dropped_before_trai
     build_trainer(tmp_path, dataset, 80, image_positions="sequence")
     trainer = build_trainer(tmp_path, dataset, 80, overlong_samples="drop")
     assert trainer.train_dataset["id"][:] == ["sample-0", "sample-2", "sample-3", "sample-5"]
-    assert "because an image keeps those of 36 patches" in caplog.text
+    assert "because images keep those of all their patches" in caplog.text
     streamed = build_trainer(tmp_path, dataset.to_iterable_dataset(), 80, overlong_samples="drop")
     assert [row["id"] for row in streamed.train_dataset] == ["sample-0", "sample-2", "sample-3", "sample-5"]
     with pytest.raises(
-        ValueError, match=r"'sample-1' takes 98 positions, because each of its 2 image\(s\) keeps those"
+        ValueError, match=r"'sample-1' takes 98 positions, because its 2 image\(s\) keep those of 72 patches"
     ):
         streamed.data_collator([conversation(1, num_images=2, num_turns=2)])
 
