@@ -116,6 +116,9 @@ class ChatEndpoint:
         kwargs = {name: budgets[name] for name in _OF_IMAGES if name in budgets}
         with _as_request_errors():
             budget = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)] * num_images, **kwargs)
+        num_tiles, limit = sum(budget["num_image_patches"] or ()), self.options.max_tiles
+        if "tiles" in chat.budgets and num_tiles > limit:
+            raise RequestError(400, f"{num_tiles} tiles are more than the {limit} allowed in a request.", "tiles")
         num_tokens, num_characters = sum(budget["num_image_tokens"] or ()), sum(map(len, chat.texts))
         if num_tokens > self.context or num_characters > 64 * self.context:
             raise self._too_long(f"{num_tokens} tokens of images and {num_characters} characters of text")

@@ -25,6 +25,7 @@ class ServerOptions:
             the same time. Further requests get status 429.
         max_images: maximum number of images in a request.
         image_limits: limits of each image. `max_pixels` also limits all images of a request together.
+        max_tiles: maximum number of tiles that the `tiles` of a request cuts its images into, all together.
         max_videos: maximum number of videos in a request.
         max_frames: maximum number of frames of a video, and the default. Default: the checkpoint's default.
         video_limits: limits of each video. `max_pixels` are those of a frame, and the times are for all frames.
@@ -51,6 +52,7 @@ class ServerOptions:
     max_queue: int = 32
     max_images: int = 8
     image_limits: ImageLimits = UNTRUSTED_LIMITS
+    max_tiles: int = 64
     max_videos: int = 2
     max_frames: int | None = None
     video_limits: ImageLimits = UNTRUSTED_VIDEO_LIMITS

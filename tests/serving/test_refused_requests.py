@@ -184,6 +184,7 @@ UNFIT = [
         r"^Image 2: The image cannot be read: its content",
     ),
     ({"messages": about(*[PICTURE] * 9)}, r"^9 images are more than the 8 allowed"),
+    ({"messages": about(PICTURE), "tiles": 81}, r"^81 tiles are more than the 64 allowed"),
     (
         {"messages": [{"role": "user", "content": "<image> ?"}]},
         r"The text contains .<image>., which marks an image",
