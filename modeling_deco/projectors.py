@@ -101,6 +101,8 @@ class MlpProjector(nn.Module):
     ):
         super().__init__()
         self.num_layers = num_layers
+        if hidden_act not in ACT2FN:
+            raise ValueError(f"projector_hidden_act={hidden_act!r} is no activation of transformers; use 'gelu'.")
         self.act = ACT2FN[hidden_act]
         for index in range(num_layers):
             in_features = vision_hidden_size if index == 0 else text_hidden_size

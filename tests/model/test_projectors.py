@@ -197,3 +197,8 @@ def test_gradients_reach_the_patches_and_every_parameter():
     projector(patches).square().sum().backward()
     assert (patches.grad != 0).any(-1).all()
     assert all(parameter.grad.abs().sum() > 0 for parameter in projector.parameters())
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match=r"projector_hidden_act='steep' is no activation of transformers"):
+        AvgPoolProjector(8, 8, hidden_act="steep")
