@@ -29,6 +29,7 @@ from .pixels import channels_first, local, read_image, to_8_bit, to_numpy, to_rg
 
 MAX_BYTES = 2**30  # of a download, a pipe or any other source that cannot seek
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
+_MOST_TIMES = 2**22  # at which frames are looked up, however high the rate is
 MAX_PACKETS = 10_000_000  # a packet is an encoded frame: 46 hours at 60 frames per second
 
 _TEXT = "it is a file that was opened as text: open it in binary mode"
@@ -167,10 +168,11 @@ def _given_frames(frames, fps, max_frames, channels) -> Iterator[tuple[float, Im
 
 def _sampled(starts, end: float, fps: float, max_frames: int) -> list[int]:
     """The indices of the frames to give, from the seconds at which each frame starts and the last one ends."""
-    if end * fps <= max_frames:
+    most = min(int(max_frames), _MOST_TIMES)
+    if end * fps <= most:
         times = np.arange(max(1, np.ceil(end * fps - 1e-6))) / fps
     else:
-        times = np.linspace(0, starts[-1], int(max_frames))
+        times = np.linspace(0, starts[-1], most)
     # many containers round times to milliseconds: a frame that starts so little later is meant
     shown = np.searchsorted(starts, times + 1e-3, side="right") - 1
     return np.unique(shown).tolist()

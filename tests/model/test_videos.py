@@ -39,6 +39,7 @@ def seconds(found) -> list[float]:
         ({}, [0, 10]),
         ({"fps": 2.5}, [0, 4, 8, 12, 16]),
         ({"fps": 100}, list(range(20))),  # no frame is given twice
+        ({"fps": 1e9, "max_frames": 10**12}, list(range(20))),
         ({"fps": 0.1}, [0]),
         ({"fps": 10, "max_frames": 20}, list(range(20))),
         ({"fps": 10, "max_frames": 3}, [0, 9, 19]),
