@@ -2,6 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of several views, and videos: with the prompt cache, at several grids, and encoded in chunks."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -168,3 +173,43 @@ def test_the_page_encodes_views_and_frames_once(family):
         assert torch.equal(found, expected)
         assert images.seconds["get_image_features"] > 0
         assert len(ran.images) == (len(images.kept) if grid == 1 else 0)
+
+
+_MEASURE = """
+import io, resource, sys
+import av, numpy as np, tiny, tiny_videos, torch
+from modeling_deco.inference import encode_video
+
+torch.set_num_threads(1)
+model = tiny.build_family("llava_next_video")
+processor = tiny.build_family_processor(model.config)
+rng = np.random.default_rng(0)
+picture = rng.integers(0, 256, (240, 320, 3), dtype=np.uint8)
+
+def measured(number):
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = output.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        for index in range(number):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, index, 1), "rgb24")
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    before = peak()
+    video = encode_video(model, processor, file.getvalue(), fps=10, max_frames=10**6)
+    assert len(video.seconds) == number
+    return peak() - before
+
+measured(100)
+print(measured(1500))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length_of_a_video():
+    """Encoding 1,500 frames takes little more memory than 100 did. Their pixels would be 330 MiB."""
+    command = [sys.executable, "-c", _MEASURE]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tiny.__file__).parent)}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert int(found.stdout.splitlines()[-1]) < 40  # MiB
