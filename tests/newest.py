@@ -21,7 +21,7 @@ ENVIRONMENT = ROOT / ".venv-newest"
 PYTHON = ENVIRONMENT / "bin" / "python"
 RESULTS = ROOT / ".cache" / "newest.xml"
 PACKAGES = [
-    f"{ROOT}[convert,serve,train]",
+    f"{ROOT}[convert,serve,train,video]",
     "nbclient",
     "nbformat",
     "openai",
