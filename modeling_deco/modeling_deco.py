@@ -86,7 +86,7 @@ from .projectors import (
     ResamplerProjector,
     pool_patch_grid,
 )
-from .views import TokenMap, num_map_tokens, num_map_views, one_map
+from .views import TokenMap, num_map_tokens, num_map_views, one_map, tiled_images
 
 if TYPE_CHECKING:  # transformers also reads this import, and fetches the file beside a model that is remote code
     from .processing_deco import DecoProcessor
@@ -611,9 +611,7 @@ class DecoModel(DecoPreTrainedModel):
                 return [one_map(patch_grids, pooled_grids)]
             return [one_map(*grids) for grids in zip(patch_grids, pooled_grids, strict=True)]
         views, sizes = self.config.views, [(height, width) for height, width in image_sizes.tolist()]
-        is_tiled = [True] * len(sizes)
-        if batch_num_images is not None:
-            is_tiled = [number == 1 for number in batch_num_images.tolist() for _ in range(number)]
+        is_tiled = tiled_images(len(sizes), None if batch_num_images is None else batch_num_images.tolist())
         has_pinpoints = self.config.image_grid_pinpoints is not None
         # without pinpoints, the grid is that of the tiles together
         largest = [(1, 1) if has_pinpoints else _tiles(size, self.config.view_size) for size in sizes]

@@ -41,7 +41,17 @@ from .llava import (
 )
 from .pixels import channels_first, read_image
 from .videos import PreparedVideo, in_chunks, read_video
-from .views import Grid, TokenMap, Views, largest_grid, num_map_tokens, num_map_views, one_map, parse_aspect_ratio
+from .views import (
+    Grid,
+    TokenMap,
+    Views,
+    largest_grid,
+    num_map_tokens,
+    num_map_views,
+    one_map,
+    parse_aspect_ratio,
+    tiled_images,
+)
 
 # Arguments of a call that transformers does not know
 _IMAGE_OPTIONS = ("pooled_grid_size", "max_image_tokens", "tiles")
@@ -866,11 +876,7 @@ def _one_map(patch_grid: Grid | None, grid: Grid) -> list[TokenMap]:
 
 
 def _is_tiled(image_inputs: dict) -> list[bool]:
-    """Whether each image is cut into tiles: in OneVision, only the image of a sample with one."""
-    numbers = image_inputs.get("batch_num_images")
-    if numbers is None:
-        return [True] * len(image_inputs["image_sizes"])
-    return [int(number) == 1 for number in numbers for _ in range(int(number))]
+    return tiled_images(len(image_inputs["image_sizes"]), image_inputs.get("batch_num_images"))
 
 
 def _without_overview(image_inputs: dict):

@@ -14,7 +14,7 @@ of tokens is computed from them.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,6 +81,17 @@ def num_map_tokens(maps: list[TokenMap]) -> int:
 def num_map_views(maps: list[TokenMap]) -> int:
     """Views of the vision tower that an image or video consists of."""
     return sum(token_map.num_views for token_map in maps)
+
+
+def tiled_images(num_images: int, batch_num_images: Iterable[int] | None = None) -> list[bool]:
+    """Whether each image is cut into tiles. In LLaVA-OneVision, only the image of a sample with one is.
+
+    Args:
+        batch_num_images: the images of each sample. None: all images are tiled.
+    """
+    if batch_num_images is None:
+        return [True] * num_images
+    return [int(number) == 1 for number in batch_num_images for _ in range(int(number))]
 
 
 def one_map(patch_grid: Grid, pooled_grid: Grid) -> list[TokenMap]:
