@@ -168,7 +168,7 @@ class DecoProcessor(ProcessorMixin):
         if self.video_token_id == tokenizer.unk_token_id:
             self.video_token_id = None
         self.video_token = None if self.video_token_id is None else video_token
-        if getattr(image_processor, "image_grid_pinpoints", None) is not None and patch_size is None:
+        if _pinpoints(image_processor) is not None and patch_size is None:
             raise ValueError(
                 "patch_size is missing: with image_grid_pinpoints, the processor needs it to count tokens."
             )
@@ -322,7 +322,7 @@ class DecoProcessor(ProcessorMixin):
         views = inputs["pixel_values"]
         if "spatial_shapes" in inputs:
             sizes = torch.as_tensor(inputs["spatial_shapes"]) * self.image_processor.patch_size
-        elif self._has_pinpoints:
+        elif self.has_views:
             sizes = torch.as_tensor(inputs["image_sizes"])
         else:  # of a picture, or of one of its tiles
             sizes = torch.tensor([image.shape[-2:] for image in views])
@@ -425,11 +425,12 @@ class DecoProcessor(ProcessorMixin):
     # --- images ------------------------------------------------------------------------------------------------------
 
     @property
-    def _has_pinpoints(self) -> bool:
-        return getattr(self.image_processor, "image_grid_pinpoints", None) is not None
+    def has_views(self) -> bool:
+        """Whether the image processor cuts images into views, so that their tokens depend on their sizes."""
+        return _pinpoints(self.image_processor) is not None
 
     def _views(self, view_size: Grid) -> Views:
-        pinpoints = getattr(self.image_processor, "image_grid_pinpoints", None)
+        pinpoints = _pinpoints(self.image_processor)
         view_grid = view_size[0] // self.patch_size, view_size[1] // self.patch_size
         return Views(view_size, view_grid, pinpoints, **(self.view_settings or {}))
 
@@ -484,7 +485,7 @@ class DecoProcessor(ProcessorMixin):
             return [(int(rows), int(cols)) for rows, cols in image_inputs["spatial_shapes"]]
         if self.patch_size is None:
             return [None] * len(image_inputs["pixel_values"])
-        if image_inputs.get("image_sizes") is not None and not self._has_pinpoints:
+        if image_inputs.get("image_sizes") is not None and not self.has_views:
             sizes = _sizes(image_inputs)  # of the tiles together
         else:
             has_views = image_inputs.get("image_sizes") is not None
@@ -499,7 +500,7 @@ class DecoProcessor(ProcessorMixin):
             image_inputs = self._tile(make_flat_list_of_images(images), tiles, **kwargs)
         else:
             image_inputs = self.image_processor(images, **kwargs)
-            if self._has_pinpoints and not (self.view_settings or {}).get("image_overview", True):
+            if self.has_views and not (self.view_settings or {}).get("image_overview", True):
                 image_inputs["pixel_values"] = _without_overview(image_inputs)
         grids = self.image_grids(image_inputs, pooled_grid_size, max_image_tokens)
         if pooled_grid_size is not None or max_image_tokens is not None:
@@ -510,7 +511,7 @@ class DecoProcessor(ProcessorMixin):
     def _tile(self, images: list, tiles, **kwargs) -> dict:
         """The inputs of images that are cut into tiles. Each image is prepared as the image processor does, at the
         size of all its tiles together."""
-        if self._has_pinpoints:
+        if self.has_views:
             raise ValueError(f"tiles={tiles!r}: this processor cuts images into views by itself; leave tiles out.")
         if hasattr(self.image_processor, "max_num_patches"):
             raise ValueError(f"tiles={tiles!r}: this image processor keeps the shape of images; leave tiles out.")
@@ -563,7 +564,7 @@ class DecoProcessor(ProcessorMixin):
             return self.image_processor(blank, return_tensors="pt") if blank else {"pixel_values": []}
         height, width = _view_size(self.image_processor, options)
         view = torch.empty(3, height, width, device="meta")
-        if self._has_pinpoints:
+        if self.has_views:
             return {"pixel_values": [[view]] * num_images, "image_sizes": image_sizes}
         sides = _sides(options.get("tiles") or 1, num_images)
         if set(sides) <= {1}:
@@ -585,7 +586,7 @@ class DecoProcessor(ProcessorMixin):
     @cached_property
     def _frame_processor(self):
         is_naflex = hasattr(self.image_processor, "max_num_patches")
-        if not self._has_pinpoints and not is_naflex:
+        if not self.has_views and not is_naflex:
             return self.image_processor
         settings = _preparation(self.image_processor)
         if is_naflex:
@@ -901,6 +902,10 @@ def _sides(tiles, num_images: int) -> list[int]:
         if not is_int or not 1 <= number <= 256 or isqrt(number) ** 2 != number:
             raise ValueError(f"tiles must be a square number, 1, 4, 9, ... up to 256, got {number!r}.")
     return [isqrt(number) for number in numbers]
+
+
+def _pinpoints(image_processor) -> list[list[int]] | None:
+    return getattr(image_processor, "image_grid_pinpoints", None)
 
 
 def _scaled_size(size, side: int):

@@ -38,7 +38,7 @@ class LargestCosts:
     @property
     def has_views(self) -> bool:
         """Whether the tokens of an image depend on its size."""
-        return getattr(self.processor.image_processor, "image_grid_pinpoints", None) is not None
+        return self.processor.has_views
 
     def of_images(self, images: list[Any]) -> list[Cost]:
         """The cost of each image of a sample. Of images that are not opened, only the size is read."""
