@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from .boxes import box_iou
+from ..boxes import box_iou
 from .scenes import Box, Scene
 
 BOX_UNIT = 4  # of 96 pixels; answers give the edges of a box in this unit, 0 to 24

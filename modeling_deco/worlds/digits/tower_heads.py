@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionModel
 
-from .boxes import box_iou
+from ..boxes import box_iou
 from .scenes import IMAGE_SIZE
 from .tower_labels import BACKGROUND, IGNORE, NUM_CLASSES, NUM_COLOURS, cell_presence, patch_digits
 from .tower_model import PATCH_GRID, patch_features
