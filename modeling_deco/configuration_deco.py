@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeCo's configuration, and the one home of the grid arithmetic."""
 
+import copy
 import math
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .feature_maps import FEATURE_MAP_TOWERS, FeatureMap, feature_map, has_feature_map, image_size_of
 from .hub import AUTO_MAP, copy_remote_code, upload
 from .views import Views, parse_aspect_ratio
 
@@ -116,6 +118,20 @@ def check_grid(
     return rows, cols
 
 
+def count_patches(size: tuple[int, int], patch_size: int, patch_padding: int = 0) -> tuple[int, int]:
+    """`(rows, cols)` of the patches of a picture of `(height, width)` pixels."""
+    height, width = size
+    return (height + patch_padding) // patch_size, (width + patch_padding) // patch_size
+
+
+def patch_settings(vision_config) -> dict[str, int]:
+    """The arguments of `count_patches` that are a vision tower's."""
+    found = feature_map(vision_config)
+    if found is not None:
+        return {"patch_size": found.stride, "patch_padding": found.padding}
+    return {"patch_size": vision_config.patch_size, "patch_padding": 0}
+
+
 def fit_grid(pooled_grid: tuple[int, int], patch_grid: tuple[int, int]) -> tuple[int, int]:
     """The default grid of an image, cut to the image's own patches."""
     return min(pooled_grid[0], patch_grid[0]), min(pooled_grid[1], patch_grid[1])
@@ -141,8 +157,12 @@ class DecoConfig(PreTrainedConfig):
     cut it again. A negative `vision_feature_layer` still counts from the end of the uncut tower.
 
     Args:
-        vision_config: configuration (or its dict) of a CLIP, SigLIP, SigLIP 2 or DINOv2 vision tower. Default: CLIP
-            ViT-L/14 at 336 pixels, the tower of LLaVA-1.5 and of DeCo.
+        vision_config: configuration (or its dict) of a vision tower: CLIP, SigLIP, SigLIP 2 or DINOv2, or a
+            convolutional network (EfficientNet, ConvNeXt, ConvNeXt V2, MobileNet V1 and V2, ResNet, RegNet,
+            `timm_wrapper`), whose last feature map is the patch grid: a patch is as large as the stride. Such a tower
+            takes any input size. Its `image_size` is the one to which the processor brings pictures; a config
+            without one (ResNet, RegNet) gets 224. A `timm_wrapper` needs `patch_size`, its stride, and `hidden_size`.
+            Default: CLIP ViT-L/14 at 336 pixels, the tower of LLaVA-1.5 and of DeCo.
         text_config: configuration (or its dict) of a decoder that `AutoModel` builds. Default: Llama (7B) with
             LLaVA-1.5's vocabulary of 32064.
         image_token_id: id of the placeholder token. Each image takes `num_image_tokens` of them.
@@ -181,7 +201,8 @@ class DecoConfig(PreTrainedConfig):
             `hidden_size`, `num_hidden_layers`, `num_attention_heads` (`mlp_num_layers` for `"c_abstractor"`). Default:
             the field's standard, see `projector_sizes`.
         vision_feature_layer: index into the tower's hidden states, of which there are `num_hidden_layers + 1`.
-            Default: -2, or -1 if the tower was cut for a `DecoConfig`.
+            Default: -2, or -1 if the tower was cut for a `DecoConfig`. A convolutional tower has -1 only, its last
+            feature map.
         tie_word_embeddings: whether `lm_head` is the embedding matrix. Also true if `text_config` says so.
         lm_head_bias: whether `lm_head` has a bias, as in Phi, GPT-J and CodeGen.
 
@@ -246,11 +267,7 @@ class DecoConfig(PreTrainedConfig):
         for name in ("vision_config", "text_config"):
             part = getattr(self, name)
             _check_sizes(name, {field: getattr(part, field, None) for field in LARGEST_SIZES})
-        if self.vision_config.model_type not in _NUM_CLS_TOKENS:
-            raise ValueError(
-                f"vision_config.model_type must be one of {sorted(_NUM_CLS_TOKENS)}, "
-                f"got {self.vision_config.model_type!r}."
-            )
+        self._validate_tower()
         vocab_size = self.text_config.vocab_size
         if not 0 <= self.image_token_id < vocab_size:
             raise ValueError(
@@ -265,6 +282,23 @@ class DecoConfig(PreTrainedConfig):
             )
         self._validate_views()
         self._validate_videos()
+
+    def _validate_tower(self):
+        supported = sorted([*_NUM_CLS_TOKENS, *FEATURE_MAP_TOWERS])
+        if self.vision_config.model_type not in supported:
+            raise ValueError(
+                f"vision_config.model_type must be one of {supported}, got {self.vision_config.model_type!r}."
+            )
+        if self.feature_map is None:
+            return
+        found = {"hidden_size": self.feature_map.channels, "patch_size": self.feature_map.stride}
+        _check_sizes("vision_config", found)
+        _check_sizes("vision_config", {"image_size": self.view_size})
+        if 0 in self.patch_grid:
+            raise ValueError(
+                f"vision_config.image_size: {self.view_size[0]} x {self.view_size[1]} pixels are less than the stride "
+                f"of {self.vision_config.model_type}, {self.patch_size} pixels."
+            )
 
     def _validate_views(self):
         parse_aspect_ratio(self.vision_aspect_ratio)
@@ -386,6 +420,14 @@ class DecoConfig(PreTrainedConfig):
             )
 
     def _cut_unused_vision_layers(self):
+        if self.feature_map is not None:
+            if self.vision_feature_layer not in (None, -1):
+                raise ValueError(
+                    f"vision_feature_layer={self.vision_feature_layer}: DeCo reads the last feature map of a "
+                    f"{self.vision_config.model_type}, and its layers have maps of other sizes; use -1."
+                )
+            self.vision_feature_layer = -1
+            return
         num_layers = self.vision_config.num_hidden_layers
         num_cut = getattr(self.vision_config, "num_cut_layers", None)  # None: no DecoConfig has cut it yet
         layer = self.vision_feature_layer
@@ -430,6 +472,8 @@ class DecoConfig(PreTrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patch tokens in the vision tower's output: CLS and register tokens."""
+        if self.feature_map is not None:
+            return 0
         num_register_tokens = getattr(self.vision_config, "num_register_tokens", 0)
         return _NUM_CLS_TOKENS[self.vision_config.model_type] + num_register_tokens
 
@@ -439,15 +483,41 @@ class DecoConfig(PreTrainedConfig):
         if self.vision_config.model_type == "siglip2_vision_model":  # has a number of patches, not an image size
             side = math.isqrt(self.vision_config.num_patches)
             return side, side
-        size = self.vision_config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return height // self.vision_config.patch_size, width // self.vision_config.patch_size
+        return self.patch_grid_of(*self.view_size)
+
+    def patch_grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """`(rows, cols)` of the vision tower's patches of a picture of this size in pixels."""
+        return count_patches((height, width), self.patch_size, self.patch_padding)
+
+    @property
+    def feature_map(self) -> FeatureMap | None:
+        """The output of a convolutional vision tower, None for a transformer."""
+        return feature_map(self.vision_config)
+
+    @property
+    def vision_hidden_size(self) -> int:
+        """Width of the vision tower's patch features."""
+        return self.vision_config.hidden_size if self.feature_map is None else self.feature_map.channels
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels: the stride of a convolutional vision tower."""
+        return patch_settings(self.vision_config)["patch_size"]
+
+    @property
+    def patch_padding(self) -> int:
+        """A side of `n` pixels has `(n + patch_padding) // patch_size` patches."""
+        return patch_settings(self.vision_config)["patch_padding"]
 
     @property
     def view_size(self) -> tuple[int, int]:
-        """`(height, width)` in pixels of a view: the vision tower's own image size."""
-        (rows, cols), patch_size = self.patch_grid, self.vision_config.patch_size
-        size = getattr(self.vision_config, "image_size", None) or (rows * patch_size, cols * patch_size)
+        """`(height, width)` in pixels of a view: the vision tower's own image size, to which the processor brings
+        pictures."""
+        if self.vision_config.model_type == "siglip2_vision_model":
+            rows, cols = self.patch_grid
+            size = (rows * self.patch_size, cols * self.patch_size)
+        else:
+            size = self.vision_config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return height, width
 
@@ -545,7 +615,10 @@ def _vision_config(vision_config) -> PreTrainedConfig:
         )
     if isinstance(vision_config, dict):
         _check_sizes("vision_config", vision_config)  # before construction: some configs make a list of their layers
-        return AutoConfig.for_model(**{"model_type": "clip_vision_model", **vision_config})
+        vision_config = AutoConfig.for_model(**{"model_type": "clip_vision_model", **vision_config})
+    if has_feature_map(vision_config) and getattr(vision_config, "image_size", None) is None:
+        vision_config = copy.deepcopy(vision_config)  # the given one is not changed
+        vision_config.image_size = image_size_of(vision_config)
     return vision_config
 
 

@@ -31,6 +31,7 @@ AUTO_MAP = {
 _REMOTE_CODE_FILES = (
     "chat_templates.py",
     "configuration_deco.py",
+    "feature_maps.py",
     "hub.py",
     "llava.py",
     "modeling_deco.py",

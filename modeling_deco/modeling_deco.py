@@ -350,14 +350,27 @@ class DecoModel(DecoPreTrainedModel):
         self._uses_positions = _uses_positions(self.language_model)  # noted before anything wraps it
         self.check_image_positions(config.image_positions)
         # a LLaVA has these: layers above the one that is used, and SigLIP's attention pooling
-        num_layers = config.vision_config.num_hidden_layers
-        unused = range(num_layers, num_layers + config.vision_config.num_cut_layers)
+        unused = range(0)
+        if config.feature_map is None:
+            num_layers = config.vision_config.num_hidden_layers
+            unused = range(num_layers, num_layers + config.vision_config.num_cut_layers)
         # private, seen in transformers 5.19 to 5.24
         self._keys_to_ignore_on_load_unexpected = [
             r"vision_tower\.head\.",
             *(rf"vision_tower\.encoder\.layers?\.{layer}\." for layer in unused),
         ]
         self.post_init()
+
+    def train(self, mode: bool = True) -> "DecoModel":
+        """`Module.train`, except that a frozen vision tower is always in evaluation mode, and so are the batch
+        normalizations of one that is trained: their running statistics, of as many pictures as the tower was
+        pretrained on, are better than those of the few in a batch."""
+        super().train(mode)
+        is_frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        for module in self.vision_tower.modules():
+            if is_frozen or isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
+                module.training = False
+        return self
 
     def reset_newline(self) -> None:
         """LLaVA's initialization of the newline, if the model has one."""
@@ -390,10 +403,10 @@ class DecoModel(DecoPreTrainedModel):
 
         Args:
             pixel_values: `(num_images, 3, height, width)`; the patch grid is `height / patch_size` by
-                `width / patch_size`. From SigLIP 2's own image processor, `(num_images, max_num_patches, 3 *
-                patch_size ** 2)` with `pixel_attention_mask` and `spatial_shapes` (one patch grid per image). With
-                `image_sizes`, the views of each image, `(num_images, max_num_views, 3, height, width)`, or of all
-                images, `(num_views, 3, height, width)`.
+                `width / patch_size`, rounded as the vision tower does. From SigLIP 2's own image processor,
+                `(num_images, max_num_patches, 3 * patch_size ** 2)` with `pixel_attention_mask` and `spatial_shapes`
+                (one patch grid per image). With `image_sizes`, the views of each image, `(num_images, max_num_views,
+                3, height, width)`, or of all images, `(num_views, 3, height, width)`.
             pooled_grid_sizes: `(num_images, 2)`, the grid `[rows, cols]` that each image is pooled to, or, if the
                 config has `image_grid_pinpoints`, each of its views. Default: the config's grid for all images, which
                 keeps the graph static for `torch.compile(fullgraph=True)`. With `spatial_shapes`, the default grid is
@@ -483,8 +496,13 @@ class DecoModel(DecoPreTrainedModel):
         self, tower_inputs: dict[str, Any], **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[BaseModelOutputWithPooling, torch.FloatTensor]:
         """The vision tower's output, and its patch features `(num_views, num_patches, vision_hidden_size)`."""
-        # newer transformers keeps only the hidden state with this index; 5.19 takes any value but 0 as True
         keep_hidden_states = kwargs.pop("output_hidden_states", False)
+        if self.config.feature_map is not None:
+            outputs = self.vision_tower(
+                **tower_inputs, return_dict=True, output_hidden_states=keep_hidden_states, **kwargs
+            )
+            return outputs, self._cells(outputs.last_hidden_state, tower_inputs["pixel_values"])
+        # newer transformers keeps only the hidden state with this index; 5.19 takes any value but 0 as True
         outputs = self.vision_tower(
             **tower_inputs, return_dict=True, output_hidden_states=keep_hidden_states or -1, **kwargs
         )
@@ -493,6 +511,18 @@ class DecoModel(DecoPreTrainedModel):
             outputs.hidden_states = (*[None] * num_others, outputs.hidden_states[-1])
         # hidden_states[-1], not last_hidden_state, which SigLIP and DINOv2 normalize
         return outputs, outputs.hidden_states[-1][:, self.config.num_prefix_tokens :]
+
+    def _cells(self, feature_map: torch.FloatTensor, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+        """The cells of feature maps `(num_views, channels, rows, cols)` as patch features, row by row."""
+        height, width = pixel_values.shape[-2:]
+        expected = (self.config.vision_hidden_size, *self.config.patch_grid_of(height, width))
+        if tuple(feature_map.shape[1:]) != expected:
+            raise ValueError(
+                f"The vision tower makes a feature map of the shape {tuple(feature_map.shape[1:])} of {height} x "
+                f"{width} pixels, and its config says {expected} (channels, rows, columns): give pictures whose sides "
+                f"are multiples of the stride, or correct vision_config (patch_size={self.config.patch_size})."
+            )
+        return feature_map.flatten(2).transpose(1, 2).contiguous()  # (num_views, rows * cols, channels)
 
     def get_video_features(
         self,
@@ -540,6 +570,8 @@ class DecoModel(DecoPreTrainedModel):
                 return _patchify(pixel_values, vision_config.patch_size)
             inputs = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
             return {"pixel_values": pixel_values, **inputs}
+        if self.config.feature_map is not None:  # unlike transformers, these do not convert pixels to their dtype
+            return {"pixel_values": pixel_values.to(self.vision_tower.dtype)}
         if vision_config.model_type.startswith("dinov2"):  # interpolates without the argument
             return {"pixel_values": pixel_values}
         return {"pixel_values": pixel_values, "interpolate_pos_encoding": True}
@@ -550,9 +582,7 @@ class DecoModel(DecoPreTrainedModel):
         """The patch grid `(rows, cols)` of all images, or a list with one for each image if there are
         `spatial_shapes`. Without either argument, it is that of the vision tower's own image size."""
         if pixel_values is not None and pixel_values.ndim == 4:
-            height, width = pixel_values.shape[-2:]
-            patch_size = self.config.vision_config.patch_size
-            return height // patch_size, width // patch_size
+            return self.config.patch_grid_of(*pixel_values.shape[-2:])
         if spatial_shapes is not None:
             return [(rows, cols) for rows, cols in spatial_shapes.tolist()]
         return self.config.patch_grid
@@ -938,13 +968,11 @@ class DecoModel(DecoPreTrainedModel):
         sizes, pooled_grid_sizes = image_grid_thw[:, :2], image_grid_thw[:, 2:]
         if self.config.image_grid_pinpoints is not None:
             return self.image_maps(pooled_grid_sizes, image_sizes=sizes)
-        patch_grids = sizes // self.config.vision_config.patch_size
+        patch_grids = [self.config.patch_grid_of(height, width) for height, width in sizes.tolist()]
         # tiles may be pooled to a finer grid than that of one view
         return [
             one_map((max(rows, pooled_rows), max(cols, pooled_cols)), (pooled_rows, pooled_cols))
-            for (rows, cols), (pooled_rows, pooled_cols) in zip(
-                patch_grids.tolist(), pooled_grid_sizes.tolist(), strict=True
-            )
+            for (rows, cols), (pooled_rows, pooled_cols) in zip(patch_grids, pooled_grid_sizes.tolist(), strict=True)
         ]
 
     def _new_position_ids(
@@ -1353,7 +1381,7 @@ class StopStrings(StoppingCriteria):
 
 def build_projector(config: DecoConfig) -> nn.Module:
     """The config's projector, with PyTorch's initialization."""
-    widths, sizes = (config.vision_config.hidden_size, config.text_hidden_size), config.projector_sizes
+    widths, sizes = (config.vision_hidden_size, config.text_hidden_size), config.projector_sizes
     mlp: dict[str, Any] = {
         "num_layers": config.projector_num_layers,
         "hidden_act": config.projector_hidden_act,

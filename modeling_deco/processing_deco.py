@@ -25,7 +25,15 @@ from transformers.processing_utils import (
 from transformers.tokenization_utils_base import TextInput
 
 from .chat_templates import CHAT_TEMPLATES, adapt_chat_template, complete_chat_template, parts_to_text
-from .configuration_deco import DecoConfig, check_grid, default_video_grid, fit_grid, parse_grid
+from .configuration_deco import (
+    DecoConfig,
+    check_grid,
+    count_patches,
+    default_video_grid,
+    fit_grid,
+    parse_grid,
+    patch_settings,
+)
 from .hub import AUTO_MAP, copy_remote_code, upload
 from .llava import (
     HUB_ARGUMENTS,
@@ -126,6 +134,7 @@ class DecoProcessor(ProcessorMixin):
         frames_per_token_grid: neighbouring frames of a video that are averaged.
         fps: frames per second that are read from a video.
         max_frames: the most frames that are read from a video. Those of a longer one are spread over its length.
+        patch_padding: the model's `DecoConfig.patch_padding`.
     """
 
     valid_processor_kwargs = DecoProcessorKwargs
@@ -144,6 +153,7 @@ class DecoProcessor(ProcessorMixin):
         frames_per_token_grid=1,
         fps=1.0,
         max_frames=64,
+        patch_padding=0,
         **kwargs,
     ):
         parse_grid(pooled_grid_size)
@@ -151,6 +161,7 @@ class DecoProcessor(ProcessorMixin):
             parse_grid(pooled_video_grid_size, name="pooled_video_grid_size")
         self.pooled_grid_size = pooled_grid_size
         self.patch_size = patch_size
+        self.patch_padding = patch_padding
         self.view_settings = view_settings
         self.pooled_video_grid_size = pooled_video_grid_size
         self.frames_per_token_grid = frames_per_token_grid
@@ -247,7 +258,7 @@ class DecoProcessor(ProcessorMixin):
         tokenizer.add_tokens(["<image>", "<video>"] if takes_videos else "<image>", special_tokens=True)
         image_processor = AutoImageProcessor.from_pretrained(vision_model_name_or_path, trust_remote_code=False)
         vision_config = AutoConfig.from_pretrained(vision_model_name_or_path, trust_remote_code=False)
-        patch_size = getattr(vision_config, "vision_config", vision_config).patch_size
+        vision_config = getattr(vision_config, "vision_config", vision_config)
         own_template = tokenizer.chat_template
         if isinstance(own_template, dict):
             own_template = own_template.get("default")
@@ -258,7 +269,7 @@ class DecoProcessor(ProcessorMixin):
                     f"The chat template of {text_model_name_or_path} cannot show images, and its format is not "
                     f"recognized. Name the format by chat_template: {', '.join(CHAT_TEMPLATES)}, or a Jinja template."
                 )
-        own = {"pooled_grid_size": pooled_grid_size, "patch_size": patch_size}
+        own = {"pooled_grid_size": pooled_grid_size, **patch_settings(vision_config)}
         if config is not None:
             image_processor = _with_views(image_processor, config)
             own = arguments_of_config(config) | own
@@ -431,7 +442,7 @@ class DecoProcessor(ProcessorMixin):
 
     def _views(self, view_size: Grid) -> Views:
         pinpoints = _pinpoints(self.image_processor)
-        view_grid = view_size[0] // self.patch_size, view_size[1] // self.patch_size
+        view_grid = count_patches(view_size, self.patch_size, self.patch_padding)
         return Views(view_size, view_grid, pinpoints, **(self.view_settings or {}))
 
     def image_maps(self, image_inputs: dict, pooled_grid_size=None, max_image_tokens=None) -> list[list[TokenMap]]:
@@ -485,12 +496,14 @@ class DecoProcessor(ProcessorMixin):
             return [(int(rows), int(cols)) for rows, cols in image_inputs["spatial_shapes"]]
         if self.patch_size is None:
             return [None] * len(image_inputs["pixel_values"])
-        if image_inputs.get("image_sizes") is not None and not self.has_views:
-            sizes = _sizes(image_inputs)  # of the tiles together
-        else:
-            has_views = image_inputs.get("image_sizes") is not None
-            sizes = [(image[0] if has_views else image).shape[-2:] for image in image_inputs["pixel_values"]]
-        return [(height // self.patch_size, width // self.patch_size) for height, width in sizes]
+        has_views = image_inputs.get("image_sizes") is not None
+        view_sizes = [(image[0] if has_views else image).shape[-2:] for image in image_inputs["pixel_values"]]
+        view_grids = [count_patches(size, self.patch_size, self.patch_padding) for size in view_sizes]
+        tiles = [(1, 1)] * len(view_sizes)
+        if has_views and not self.has_views:  # the grid is that of the tiles together
+            sizes = zip(_sizes(image_inputs), view_sizes, strict=True)
+            tiles = [(size[0] // view_size[0], size[1] // view_size[1]) for size, view_size in sizes]
+        return [(rows * down, cols * across) for (rows, cols), (down, across) in zip(view_grids, tiles, strict=True)]
 
     # private, seen in transformers 5.19 to 5.24
     def _process_images(
@@ -747,7 +760,7 @@ def arguments_of_config(config: DecoConfig) -> dict:
     """The arguments of `DecoProcessor` that are a model's: its grids, its patch size, its views."""
     return {
         "pooled_grid_size": config.pooled_grid_size,
-        "patch_size": config.vision_config.patch_size,
+        **patch_settings(config.vision_config),
         "view_settings": config.view_settings if config.image_grid_pinpoints or config.video_token_id else None,
         "pooled_video_grid_size": config.pooled_video_grid_size,
         "frames_per_token_grid": config.frames_per_token_grid,

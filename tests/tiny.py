@@ -47,6 +47,37 @@ VISION_CONFIGS = {
         **_VISION,
     },
 }
+# convolutional towers of the same image size and stride
+FEATURE_MAP_CONFIGS: dict[str, dict] = {
+    "efficientnet": {
+        "model_type": "efficientnet",
+        "width_coefficient": 0.02,  # 32 channels, of 1280
+        "depth_coefficient": 1.0,
+        "in_channels": [400, 800],
+        "out_channels": [800, 800],
+        "kernel_sizes": [3, 5],
+        "strides": [1, 2],
+        "num_block_repeats": [1, 2],
+        "expand_ratios": [1, 2],
+        "hidden_dim": 24,
+        "image_size": IMAGE_SIZE,
+    },
+    "convnextv2": {
+        "model_type": "convnextv2",
+        "patch_size": 2,
+        "num_stages": 2,
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "image_size": IMAGE_SIZE,
+    },
+    "mobilenet_v2": {
+        "model_type": "mobilenet_v2",
+        "depth_multiplier": 0.1,
+        "finegrained_output": False,
+        "output_stride": PATCH_SIZE,
+        "image_size": IMAGE_SIZE,
+    },
+}
 
 _TEXT = {
     "vocab_size": VOCAB_SIZE,
@@ -113,7 +144,8 @@ CHAT_TEMPLATE = """\
 
 def build_config(vision="clip", text="llama", **kwargs) -> DecoConfig:
     choices = {"image_token_id": IMAGE_TOKEN_ID, "pooled_grid_size": 3, **kwargs}
-    return DecoConfig(vision_config=VISION_CONFIGS[vision], text_config=TEXT_CONFIGS[text], **choices)
+    vision_config = {**VISION_CONFIGS, **FEATURE_MAP_CONFIGS}[vision]
+    return DecoConfig(vision_config=vision_config, text_config=TEXT_CONFIGS[text], **choices)
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -131,7 +163,18 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def build_model(vision="clip", text="llama", seed=0, **kwargs) -> DecoForConditionalGeneration:
-    return randomize(DecoForConditionalGeneration(build_config(vision, text, **kwargs)), seed)
+    model = randomize(DecoForConditionalGeneration(build_config(vision, text, **kwargs)), seed)
+    if vision in FEATURE_MAP_CONFIGS:
+        calibrate(model.model.vision_tower)
+    return model
+
+
+@torch.no_grad()
+def calibrate(tower: torch.nn.Module) -> None:
+    """Give a tower's batch normalizations the statistics of pictures, so that its features are of a usual size."""
+    tower.train()
+    tower(pixels(8, seed=1))
+    tower.eval()
 
 
 def build_tokenizer(with_image_token=True, with_video_token=False, **kwargs) -> PreTrainedTokenizerFast:

@@ -35,6 +35,7 @@ AUTO_MAP = {
 CODE_FILES = {
     "chat_templates.py",
     "configuration_deco.py",
+    "feature_maps.py",
     "hub.py",
     "llava.py",
     "modeling_deco.py",
@@ -147,7 +148,7 @@ def modules_for_the_projector():
 
 
 def test_the_projector_comes_without_the_models(fresh):
-    expected = ["_registration", "configuration_deco", "hub", "projectors", "views"]
+    expected = ["_registration", "configuration_deco", "feature_maps", "hub", "projectors", "views"]
     assert fresh.run(modules_for_the_projector) == [f"modeling_deco.{name}" for name in expected]
 
 

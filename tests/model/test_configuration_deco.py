@@ -101,7 +101,11 @@ def test_an_unknown_choice_is_refused_with_what_is_allowed(field, value, allowed
 
 @pytest.mark.parametrize("model_type", ["vit", "clip", "llama"])
 def test_an_unknown_vision_tower_is_refused_with_those_that_are_known(model_type):
-    known = "['clip_vision_model', 'dinov2', 'dinov2_with_registers', 'siglip2_vision_model', 'siglip_vision_model']"
+    known = (
+        "['clip_vision_model', 'convnext', 'convnextv2', 'dinov2', 'dinov2_with_registers', 'efficientnet', "
+        "'mobilenet_v1', 'mobilenet_v2', 'regnet', 'resnet', 'siglip2_vision_model', 'siglip_vision_model', "
+        "'timm_wrapper']"
+    )
     with pytest.raises(ValueError, match=re.escape(f"must be one of {known}, got '{model_type}'")):
         DecoConfig(vision_config={"model_type": model_type})
 

@@ -36,6 +36,7 @@ REPO = "someone/deco"
 CODE_FILES = {
     "chat_templates.py",
     "configuration_deco.py",
+    "feature_maps.py",
     "hub.py",
     "llava.py",
     "modeling_deco.py",
