@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_deco import SHIPPED_CHECKPOINT
@@ -44,3 +45,28 @@ def tower_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tower")
     build_tower().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def drawn_art(tmp_path, monkeypatch):
+    """An art folder in which every set shows every concept as an ellipse."""
+    pytest.importorskip("sklearn")
+    from modeling_deco.worlds.emoji import art, scenes
+    from modeling_deco.worlds.emoji.concepts import CONCEPTS
+
+    for name in (name for names in art.SETS.values() for name in names):
+        folder = tmp_path / "art" / name
+        folder.mkdir(parents=True)
+        for number, concept in enumerate(CONCEPTS.values()):
+            image = Image.new("RGBA", (64, 64))
+            fill = (number % 256, 40, 200, 255)
+            ImageDraw.Draw(image).ellipse((8, 16, 56, 48), fill=fill)
+            for icon in concept.fxemoji_icons if name == "fxemoji" else concept.icons[:1]:
+                image.save(folder / f"{icon}.png")
+    monkeypatch.setattr(art, "art_folder", lambda: tmp_path / "art")
+    caches = (art.icon_names, art.icon, scenes.concepts_of)
+    for cached in caches:
+        cached.cache_clear()
+    yield tmp_path / "art"
+    for cached in caches:
+        cached.cache_clear()

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionModel, HfArgumentParser, get_cosine_schedule_with_warmup, set_seed
 
 from ...utils.script import run
-from ...utils.staging import staged_file
+from ..training_state import load_state, save_state
 from .optimizer import MuonAdamW
 from .tower_heads import DenseHeads, evaluate
 from .tower_labels import LabelledScenes
@@ -85,22 +85,6 @@ def build_optimizer(tower: CLIPVisionModel, heads: DenseHeads, args: TowerArgume
         [{"params": groups["adamw"], "lr": args.adamw_learning_rate}],
         weight_decay=args.weight_decay,
     )
-
-
-def save_state(path: Path, step: int, parts: dict) -> None:
-    state = {"step": step, **{name: part.state_dict() for name, part in parts.items()}}
-    with staged_file(path) as incomplete:  # an interrupted write keeps the last complete state
-        torch.save(state, incomplete)
-
-
-def load_state(path: Path, parts: dict) -> int:
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    logger.info("resuming from %s at step %d", path, state["step"])
-    return state["step"]
 
 
 def train_tower(args: TowerArguments) -> dict[str, float]:

@@ -1,3 +1,5 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
 """Colours of the emoji world, read from pixels."""
 
 import numpy as np

@@ -1,33 +1,14 @@
+# Copyright 2026 The DeCo package authors.
+# SPDX-License-Identifier: Apache-2.0
 """Scenes of the emoji world, with icons that the tests draw themselves."""
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from modeling_deco.utils.errors import InputError
 from modeling_deco.worlds.emoji import art, scenes
 from modeling_deco.worlds.emoji.concepts import CONCEPTS
-
-
-@pytest.fixture
-def drawn_art(tmp_path, monkeypatch):
-    """An art folder in which every set shows every concept as an ellipse."""
-    for name in (name for names in art.SETS.values() for name in names):
-        folder = tmp_path / "art" / name
-        folder.mkdir(parents=True)
-        for number, concept in enumerate(CONCEPTS.values()):
-            image = Image.new("RGBA", (64, 64))
-            fill = (number % 256, 40, 200, 255)
-            ImageDraw.Draw(image).ellipse((8, 16, 56, 48), fill=fill)
-            for icon in concept.fxemoji_icons if name == "fxemoji" else concept.icons[:1]:
-                image.save(folder / f"{icon}.png")
-    monkeypatch.setattr(art, "art_folder", lambda: tmp_path / "art")
-    caches = (art.icon_names, art.icon, scenes.concepts_of)
-    for cached in caches:
-        cached.cache_clear()
-    yield tmp_path / "art"
-    for cached in caches:
-        cached.cache_clear()
 
 
 def test_the_concepts_are_300_with_different_names():
