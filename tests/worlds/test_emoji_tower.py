@@ -70,7 +70,7 @@ def small(drawn_art, monkeypatch):
     from transformers import EfficientNetConfig, EfficientNetModel
 
     config = EfficientNetConfig(
-        width_coefficient=0.1, depth_coefficient=0.1, image_size=64, hidden_dim=32, dropout_rate=0.0
+        width_coefficient=0.1, depth_coefficient=0.1, image_size=64, hidden_dim=128, dropout_rate=0.0
     )
     monkeypatch.setattr(tower, "load_efficientnet_lite0", lambda size: EfficientNetModel(config))
     monkeypatch.setattr(tower, "SIZES", (96,))
