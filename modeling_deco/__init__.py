@@ -14,7 +14,8 @@ from ._registration import register_with_auto_classes
 
 __version__ = "0.1.0"
 
-# A small DeCo that was trained on handwritten digits (MODEL_CARD.md). Commands use it when no model is named.
+# A small DeCo that was trained on handwritten digits (MODEL_CARD.md). Commands that name no model use it where
+# `everyday_checkpoint()` is not available.
 SHIPPED_CHECKPOINT = Path(__file__).with_name("checkpoints") / "deco-digits"
 
 # The stub, `__init__.pyi`, lists the public names. torch is imported when one of them is first used.

@@ -6,6 +6,8 @@ import pathlib
 
 from .configuration_deco import DecoConfig as DecoConfig
 from .configuration_deco import num_image_tokens as num_image_tokens
+from .inference.everyday import default_checkpoint as default_checkpoint
+from .inference.everyday import everyday_checkpoint as everyday_checkpoint
 from .modeling_deco import DecoForConditionalGeneration as DecoForConditionalGeneration
 from .modeling_deco import DecoModel as DecoModel
 from .modeling_deco import DecoPreTrainedModel as DecoPreTrainedModel

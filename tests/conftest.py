@@ -24,6 +24,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(3600))
 
 
+@pytest.fixture(autouse=True)
+def digits_by_default(monkeypatch):
+    """Commands that name no model use the digits, whether or not a language model is installed."""
+    monkeypatch.setattr("modeling_deco.inference.everyday.find_smollm2", lambda: None)
+
+
 @pytest.fixture
 def loopback():
     """Servers of this machine may be connected to; nothing else. The next test's setup blocks them again."""

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import SHIPPED_CHECKPOINT
 from ..utils.options import parse_grid_option
 from .common import (
     MODEL_HELP,
@@ -36,6 +35,7 @@ from .common import (
     Timestamps,
     budget_options,
     check_figure,
+    choose_model,
     one_line_errors,
     quiet_transformers,
     save_figure,
@@ -49,9 +49,7 @@ def ask(
         typer.Argument(metavar="IMAGE|VIDEO", help="Paths or URLs of images and videos; - reads one from stdin."),
     ] = None,
     question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="Question about them.")] = None,
-    model: Annotated[str, typer.Option(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")] = str(
-        SHIPPED_CHECKPOINT
-    ),
+    model: Annotated[str | None, typer.Option(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")] = None,
     revision: Revision = None,
     pooled_grid_size: PooledGridSize = None,
     max_image_tokens: MaxImageTokens = None,
@@ -119,6 +117,7 @@ def ask(
         from ..inference.videos import encode_video
 
         quiet_transformers()
+        model = choose_model("ask", model)
         loaded, processor = load(
             model,
             revision=revision,

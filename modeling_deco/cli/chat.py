@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import SHIPPED_CHECKPOINT
 from ..utils.options import parse_grid_option
 from .common import (
     OUT_OF_MEMORY,
@@ -32,6 +31,7 @@ from .common import (
     Temperature,
     Tiles,
     budget_options,
+    choose_model,
     one_line_errors,
     quiet_transformers,
     report,
@@ -48,7 +48,7 @@ COMMANDS = """\
 
 
 def chat(
-    model: Model = str(SHIPPED_CHECKPOINT),
+    model: Model = None,
     image: Annotated[
         list[str] | None, typer.Option(metavar="IMAGE", help="Path or URL of an image; can be repeated.")
     ] = None,
@@ -88,6 +88,7 @@ def chat(
         from ..inference.loading import load
 
         quiet_transformers()
+        model = choose_model("chat", model)
         loaded = load(
             model,
             revision=revision,

@@ -15,8 +15,11 @@ from ..utils.errors import one_line
 from ..utils.options import parse_grid_option
 from ..utils.program import print_error
 
-MODEL_HELP = "Folder or Hub id of a DeCo or of a llava-hf LLaVA. Default: the shipped one, which knows only digits"
-Model = Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")]
+MODEL_HELP = (
+    "Folder or Hub id of a DeCo or of a llava-hf LLaVA. Default: deco-everyday, or deco-digits where the language "
+    "model of the former is not installed"
+)
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.")]
 PooledGridSize = Annotated[
     str | None, typer.Option(metavar="N|ROWSxCOLS", help="Token budget of each image. Default: the checkpoint's.")
@@ -99,6 +102,26 @@ InInt8 = Annotated[
 ]
 
 OUT_OF_MEMORY = "out of memory. Choose a smaller --pooled-grid-size, or --4bit."
+
+
+def choose_model(command: str, model: str | None) -> str:
+    """The model that a command names, or else the default one, of which a line on stderr tells.
+
+    Raises:
+        InputError, OSError: the default model cannot be assembled in the user's cache.
+    """
+    if model is not None:
+        return model
+    from .. import SHIPPED_CHECKPOINT
+    from ..inference.everyday import default_checkpoint, missing
+
+    reason = missing()
+    if reason is None:
+        about = f"deco-everyday, which knows everyday things. For handwritten digits, name {SHIPPED_CHECKPOINT}"
+    else:
+        about = f"deco-digits, which knows only handwritten digits. deco-everyday is not available: {reason}"
+    print_error(f"deco {command}: no model is named, so this is {about}")
+    return str(default_checkpoint())
 
 
 def budget_options(

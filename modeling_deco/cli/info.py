@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from .. import SHIPPED_CHECKPOINT
-from .common import ImagePositions, Model, Revision, one_line_errors, quiet_transformers, table
+from .common import ImagePositions, Model, Revision, choose_model, one_line_errors, quiet_transformers, table
 
 
 def info(
-    model: Model = str(SHIPPED_CHECKPOINT),
+    model: Model = None,
     revision: Revision = None,
     image_positions: ImagePositions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with memory in bytes.")] = False,
@@ -27,7 +26,7 @@ def info(
         from ..inference.costs import describe
 
         quiet_transformers()
-        description = describe(model, revision, image_positions)
+        description = describe(choose_model("info", model), revision, image_positions)
     typer.echo(json.dumps(description) if as_json else _to_text(description))
 
 

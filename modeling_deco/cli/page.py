@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from .. import SHIPPED_CHECKPOINT
 from .common import (
     Device,
     DType,
@@ -18,13 +17,14 @@ from .common import (
     MaxNewTokens,
     Model,
     Revision,
+    choose_model,
     one_line_errors,
     quiet_transformers,
 )
 
 
 def page(
-    model: Model = str(SHIPPED_CHECKPOINT),
+    model: Model = None,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[
         int | None,
@@ -60,7 +60,7 @@ def page(
         quiet_transformers()
         with redirect_stdout(sys.stderr):  # for the page's address
             launch(
-                model,
+                choose_model("page", model),
                 host=host,
                 port=port,
                 password=password,

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from .. import SHIPPED_CHECKPOINT
 from .common import (
     Device,
     DType,
@@ -24,13 +23,14 @@ from .common import (
     Temperature,
     Tiles,
     budget_options,
+    choose_model,
     one_line_errors,
     quiet_transformers,
 )
 
 
 def serve(
-    model: Model = str(SHIPPED_CHECKPOINT),
+    model: Model = None,
     revision: Revision = None,
     pooled_grid_size: PooledGridSize = None,
     max_image_tokens: MaxImageTokens = None,
@@ -126,7 +126,7 @@ def serve(
             prompt_cache_bytes=prompt_cache_mib * 2**20,
         )
         run(
-            model,
+            choose_model("serve", model),
             host=host,
             port=port,
             served_model_name=served_model_name,

@@ -16,25 +16,20 @@ from gradio.networking import setup_tunnel  # private, seen in gradio 6.31
 from PIL import Image
 
 from .. import SHIPPED_CHECKPOINT
+from ..inference import everyday
 from ..inference.generation import stream
 from ..inference.loading import load
 from ..serving import Server
 from ..serving.sockets import bind
+from ..utils.files import read_json
 from .app import build_app
 from .layout import build_page
 
-# Rendered by worlds/digits/scenes.py from held-out scans; the questions use the shipped checkpoint's vocabulary.
-SHIPPED_EXAMPLES = [
-    ("1.png", "What colour is the 2?"),
-    ("2.png", "Read the digits."),
-    ("3.png", "Where is the 6?"),
-    ("4.png", "Is the 6 left of the 1?"),
-]
-SHIPPED_ABOUT = "It knows only handwritten digits: how many there are, which ones, their colours and their places."
+EXAMPLES = "examples/examples.json"  # in a shipped checkpoint: what it knows, pictures, and questions about them
 
 
 def launch(
-    model: str = str(SHIPPED_CHECKPOINT),
+    model: str | None = None,
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
@@ -47,7 +42,7 @@ def launch(
     """Load a model and serve its page until interrupted.
 
     Args:
-        model: folder or Hub id.
+        model: folder or Hub id. Default: `default_checkpoint()`.
         host: address to listen on; `"0.0.0.0"` for all.
         port: 0 selects a free port. Default: the first free port from 7860 on.
         password: the password that users must enter, with any user name.
@@ -62,6 +57,7 @@ def launch(
     """
     if password == "":
         raise ValueError("The password is empty; set one, or leave it out.")
+    model = str(everyday.default_checkpoint()) if model is None else model
     with _bind(host.strip("[]"), port) as listener, tempfile.TemporaryDirectory(prefix="deco-page-") as uploads:
         loaded, processor = load(model, **load_arguments)
         _warm_up(loaded, processor)
@@ -88,9 +84,11 @@ def launch(
 
 def _page(name: str, model, processor, max_new_tokens: int):
     about, examples = f"This model has {model.num_parameters() / 1e6:.1f} million parameters.", None
-    if Path(name).exists() and Path(name).samefile(SHIPPED_CHECKPOINT):
-        about = f"{about} {SHIPPED_ABOUT}"
-        examples = [(str(SHIPPED_CHECKPOINT / "examples" / file), text) for file, text in SHIPPED_EXAMPLES]
+    for folder in (SHIPPED_CHECKPOINT, everyday.cached_path()):
+        if Path(name).exists() and folder.exists() and Path(name).samefile(folder) and (folder / EXAMPLES).is_file():
+            shipped = read_json(folder / EXAMPLES)
+            about = f"{about} {shipped['about']}"
+            examples = [(str(folder / "examples" / file), text) for file, text in shipped["questions"].items()]
     return build_page(
         model,
         processor,

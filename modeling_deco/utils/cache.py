@@ -15,6 +15,11 @@ from .staging import staged_folder
 _MADE_FROM = "made_from.json"  # lies in the folder: the digests of its sources and of its own files
 
 
+def cached_path(name: str) -> Path:
+    """Where `cached_folder` makes a folder of this name."""
+    return Path(constants.HF_HOME).expanduser() / "modeling_deco" / name
+
+
 def cached_folder(name: str, sources: Iterable[Path], num_bytes: int, make: Callable[[Path], object]) -> Path:
     """A complete folder in the user's cache. It is made if it is missing, damaged, or made from other sources.
 
@@ -31,7 +36,7 @@ def cached_folder(name: str, sources: Iterable[Path], num_bytes: int, make: Call
         InputError: the disk is full.
         OSError: the cache cannot be written.
     """
-    folder = Path(constants.HF_HOME).expanduser() / "modeling_deco" / name
+    folder = cached_path(name)
     made_from = _digest(sources)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{name}.lock")):

@@ -41,7 +41,8 @@ def picture(scene, tmp_path):
 
 
 def ask(*arguments):
-    return CliRunner().invoke(app, ["ask", *arguments])
+    model = [] if "--model" in arguments else ["--model", str(SHIPPED_CHECKPOINT)]
+    return CliRunner().invoke(app, ["ask", *arguments, *model])
 
 
 @pytest.mark.newest

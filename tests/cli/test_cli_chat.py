@@ -34,7 +34,8 @@ def scenes(tmp_path_factory):
 
 
 def chat(*arguments, say: str):
-    return CliRunner().invoke(app, ["chat", *arguments], input=say)
+    model = [] if arguments and not arguments[0].startswith("--") else [str(SHIPPED_CHECKPOINT)]
+    return CliRunner().invoke(app, ["chat", *model, *arguments], input=say)
 
 
 def read(scene) -> str:

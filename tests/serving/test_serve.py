@@ -129,7 +129,7 @@ def test_the_commands_options_reach_the_server(monkeypatch):
 
 
 def test_the_command_refuses_a_budget_that_does_not_fit_the_model():
-    result = CliRunner().invoke(app, ["serve", "--port", "0", "--pooled-grid-size", "13"])
+    result = CliRunner().invoke(app, ["serve", str(SHIPPED_CHECKPOINT), "--port", "0", "--pooled-grid-size", "13"])
     assert (result.exit_code, result.stdout) == (2, "")
     assert re.fullmatch(r"deco serve: .*13 x 13.*12 x 12.*\n", result.stderr)
 
