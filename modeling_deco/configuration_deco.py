@@ -203,6 +203,8 @@ class DecoConfig(PreTrainedConfig):
         vision_feature_layer: index into the tower's hidden states, of which there are `num_hidden_layers + 1`.
             Default: -2, or -1 if the tower was cut for a `DecoConfig`. A convolutional tower has -1 only, its last
             feature map.
+        vision_position_embedding: `"sine"` adds DETR's embeddings of places (arXiv 2005.12872) to the feature map of a
+            convolutional tower, which hardly says where a thing is. None: the tower's output as it is.
         tie_word_embeddings: whether `lm_head` is the embedding matrix. Also true if `text_config` says so.
         lm_head_bias: whether `lm_head` has a bias, as in Phi, GPT-J and CodeGen.
 
@@ -236,6 +238,7 @@ class DecoConfig(PreTrainedConfig):
     multimodal_projector_bias: bool = True
     projector_config: dict | None = None
     vision_feature_layer: int | None = None
+    vision_position_embedding: str | None = None
     tie_word_embeddings: bool = False
     lm_head_bias: bool = False
 
@@ -289,8 +292,22 @@ class DecoConfig(PreTrainedConfig):
             raise ValueError(
                 f"vision_config.model_type must be one of {supported}, got {self.vision_config.model_type!r}."
             )
+        if self.vision_position_embedding not in (None, "sine"):
+            raise ValueError(
+                f"vision_position_embedding must be 'sine' or None, got {self.vision_position_embedding!r}."
+            )
         if self.feature_map is None:
+            if self.vision_position_embedding is not None:
+                raise ValueError(
+                    f"vision_position_embedding={self.vision_position_embedding!r} is for convolutional towers; a "
+                    f"{self.vision_config.model_type} has its own: leave it out."
+                )
             return
+        if self.vision_position_embedding == "sine" and self.feature_map.channels % 4 != 0:
+            raise ValueError(
+                f"vision_position_embedding='sine' needs a multiple of 4 channels, and the feature map of "
+                f"{self.vision_config.model_type} has {self.feature_map.channels}; leave it out."
+            )
         found = {"hidden_size": self.feature_map.channels, "patch_size": self.feature_map.stride}
         _check_sizes("vision_config", found)
         _check_sizes("vision_config", {"image_size": self.view_size})

@@ -85,6 +85,7 @@ from .projectors import (
     QueryProjector,
     ResamplerProjector,
     pool_patch_grid,
+    sine_positions,
 )
 from .views import TokenMap, num_map_tokens, num_map_views, one_map, tiled_images
 
@@ -522,7 +523,10 @@ class DecoModel(DecoPreTrainedModel):
                 f"{width} pixels, and its config says {expected} (channels, rows, columns): give pictures whose sides "
                 f"are multiples of the stride, or correct vision_config (patch_size={self.config.patch_size})."
             )
-        return feature_map.flatten(2).transpose(1, 2).contiguous()  # (num_views, rows * cols, channels)
+        cells = feature_map.flatten(2).transpose(1, 2).contiguous()  # (num_views, rows * cols, channels)
+        if self.config.vision_position_embedding == "sine":
+            cells = cells + sine_positions(expected[1:], expected[0]).to(cells)
+        return cells
 
     def get_video_features(
         self,

@@ -305,6 +305,27 @@ class ResamplerProjector(QueryProjector):
         return self.linear(self.resampler(self.input_proj(patch_features), attention_mask))
 
 
+def sine_positions(patch_grid: tuple[int, int], hidden_size: int) -> torch.Tensor:
+    """DETR's fixed embeddings of places (arXiv 2005.12872): sines and cosines of row, then of column.
+
+    A convolutional network is built to find a thing wherever it is; its features hardly say where.
+
+    Args:
+        patch_grid: `(rows, cols)`.
+        hidden_size: width of the patch features, a multiple of 4.
+
+    Returns:
+        `(rows * cols, hidden_size)`, row by row.
+    """
+    exponents = torch.arange(0, hidden_size // 2, 2) / (hidden_size // 2)
+    rows, cols = (
+        2 * math.pi * (torch.arange(length)[:, None] + 0.5) / length * 10000.0**-exponents for length in patch_grid
+    )
+    rows, cols = (torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1) for angles in (rows, cols))
+    grid = patch_grid[0], patch_grid[1], -1
+    return torch.cat([rows[:, None].expand(grid), cols[None].expand(grid)], dim=-1).flatten(0, 1)
+
+
 class GridPositions(nn.Module):
     """Learned positions, added to a feature map. They are interpolated if the map has another size."""
 

@@ -28,7 +28,11 @@ _NUM_BYTES = 700_000_000
 def join(tower: Path, language_model: Path, out: Path) -> None:
     """Write a DeCo of both, with its processor, to the folder `out`."""
     model = DecoForConditionalGeneration.from_vision_text_pretrained(
-        str(tower), str(language_model), pooled_grid_size=POOLED_GRID_SIZE, image_positions="patch"
+        str(tower),
+        str(language_model),
+        pooled_grid_size=POOLED_GRID_SIZE,
+        image_positions="patch",
+        vision_position_embedding="sine",
     )
     model.model.multi_modal_projector.load_state_dict(load_projector(tower))
     processor = DecoProcessor.from_vision_text_pretrained(

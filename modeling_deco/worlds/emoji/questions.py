@@ -327,8 +327,8 @@ _DIRECTIONS = (("left of", "right of"), ("above", "below"))  # by axis: before, 
 
 
 def _relation_questions(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    asked = [(*_shuffled(pair, rng), axis) for pair in combinations(_single(scene), 2) for axis in range(2)]
-    for one, other, axis in _shuffled(asked, rng):
+    asked = [(_shuffled(pair, rng), axis) for pair in combinations(_single(scene), 2) for axis in range(2)]
+    for (one, other), axis in _shuffled(asked, rng):
         step = _step(one, other, axis)
         if step == 0:
             continue

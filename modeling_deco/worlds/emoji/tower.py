@@ -39,13 +39,13 @@ from transformers import (
 )
 
 from ...inference.smollm2 import smollm2_folder
-from ...projectors import AvgPoolProjector
+from ...projectors import AvgPoolProjector, sine_positions
 from ...utils.script import run
 from ..boxes import box_iou
 from ..training_state import load_state, save_state
 from .colours import COLOURS
 from .concepts import CONCEPTS
-from .efficientnet_lite0 import load_efficientnet_lite0
+from .efficientnet_lite0 import image_processor, load_efficientnet_lite0
 from .scenes import IMAGE_SIZE, Scene, concepts_of, render, single
 
 logger = logging.getLogger(__name__)
@@ -94,10 +94,14 @@ class NameHeads(nn.Module):
         self.register_buffer("names", normalize(name_embeddings - name_embeddings.mean(0), dim=-1), persistent=False)
         self.norm = norm
 
+    def places(self, rows: int, cols: int, channels: int) -> torch.Tensor:
+        """What `vision_position_embedding="sine"` adds in the model."""
+        return sine_positions((rows, cols), channels).to(self.names.device)
+
     def forward(self, feature_map: torch.Tensor, grid: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens `(pictures, cells, text_hidden_size)`, logits of names and background, and colours with boxes."""
         rows, cols = feature_map.shape[-2:]
-        patches = feature_map.flatten(2).transpose(1, 2)
+        patches = feature_map.flatten(2).transpose(1, 2) + self.places(rows, cols, feature_map.shape[1])
         tokens = self.projector(patches, (rows, cols), (grid, grid))
         classes = torch.cat([self.names, normalize(self.background, dim=-1)])
         return tokens, _LOGIT_SCALE * normalize(tokens, dim=-1) @ classes.T, self.attributes(tokens / self.norm)
@@ -217,12 +221,13 @@ def build_tower() -> EfficientNetModel:
 
 
 def save_tower(tower: EfficientNetModel, folder: Path) -> None:
-    """Write the tower with the squeeze-and-excitation that transformers' class wants."""
+    """Write the tower, with the squeeze-and-excitation that transformers' class wants, and its image processor."""
     whole = load_efficientnet_lite0(IMAGE_SIZE)
     missing, unexpected = whole.load_state_dict(tower.state_dict(), strict=False)
     assert not unexpected
     assert all(".squeeze_excite." in name for name in missing)
     whole.save_pretrained(folder)
+    image_processor(IMAGE_SIZE).save_pretrained(folder)
 
 
 @torch.inference_mode()
