@@ -52,6 +52,10 @@ LARGEST_SIZES = {
     "patch_size": 2**10,
     "num_patches": 2**20,
     "num_register_tokens": 2**10,
+    "depths": 2**10,
+    "hidden_sizes": 2**18,
+    "num_block_repeats": 2**10,
+    "num_stages": 2**10,
 }
 _MOST_PROJECTOR_LAYERS = 2**6
 _MOST_PINPOINTS = 2**10

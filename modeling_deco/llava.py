@@ -27,6 +27,7 @@ from .chat_templates import (
     adapt_chat_template,
     render,
 )
+from .feature_maps import has_feature_map
 
 # Starts of weights' names, as regular expressions, and DeCo's: the names that transformers writes, the older ones on
 # the Hub, and those in memory. It is a `key_mapping` of `from_pretrained`.
@@ -187,7 +188,7 @@ def deco_fields(fields: dict, where: str) -> dict[str, Any]:
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer {layer} in {where} is not one layer; DeCo reads one.")
     model_type = config.vision_config.model_type
-    if model_type.startswith("dinov2"):
+    if model_type.startswith("dinov2") or has_feature_map(config.vision_config):
         raise ValueError(f"The vision tower in {where} is a {model_type}; use a CLIP or a SigLIP.")
     strategy = fields.get("vision_feature_select_strategy", config.vision_feature_select_strategy)
     common = {

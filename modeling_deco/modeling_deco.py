@@ -328,6 +328,13 @@ class DecoPreTrainedModel(PreTrainedModel):
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        # a convolutional tower has no attention, and refuses an implementation that is meant for the language model
+        if self.config.feature_map is not None and isinstance(attn_implementation, str):
+            parts = {"text_config": attn_implementation, "vision_config": "eager"}
+            attn_implementation = {"": attn_implementation, **parts}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     def enable_input_require_grads(self):
         # For gradient checkpointing, transformers makes the embeddings of every part require gradients. A frozen
         # vision tower would then run a backward pass that nothing needs.
@@ -343,7 +350,9 @@ class DecoModel(DecoPreTrainedModel):
 
     def __init__(self, config: DecoConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
+        # as in set_attn_implementation
+        no_attention = {} if config.feature_map is None else {"attn_implementation": "eager"}
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False, **no_attention)
         self.multi_modal_projector = build_projector(config)
         newline = torch.empty(config.text_hidden_size) if config.has_newline else None
         self.image_newline = None if newline is None else nn.Parameter(newline)

@@ -91,18 +91,23 @@ def save_dataset(folder: Path, examples=None) -> Path:
     return folder
 
 
-def save_checkpoint(folder: Path, hidden_size: int | None = None, tied: bool = False, **fields) -> Path:
+def save_checkpoint(
+    folder: Path, hidden_size: int | None = None, tied: bool = False, vision: str = "clip", **fields
+) -> Path:
     """A random model. bitsandbytes wants widths of at least 64 on some CPUs."""
     sizes = {} if hidden_size is None else {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size}
     text_config = {**tiny.TEXT_CONFIGS["llama"], **sizes, "tie_word_embeddings": tied}
     config = DecoConfig(
-        vision_config=tiny.VISION_CONFIGS["clip"],
+        vision_config=(tiny.VISION_CONFIGS | tiny.FEATURE_MAP_CONFIGS)[vision],
         text_config=text_config,
         image_token_id=tiny.IMAGE_TOKEN_ID,
         pooled_grid_size=3,
         **fields,
     )
-    tiny.randomize(DecoForConditionalGeneration(config)).save_pretrained(folder)
+    model = tiny.randomize(DecoForConditionalGeneration(config))
+    if vision in tiny.FEATURE_MAP_CONFIGS:
+        tiny.calibrate(model.model.vision_tower)
+    model.save_pretrained(folder)
     build_processor().save_pretrained(folder)
     return folder
 

@@ -42,11 +42,12 @@ def _to_text(about: dict) -> str:
         if has_views
         else f"{pooled} = {about['num_image_tokens']}"
     )
+    size = "feature map" if tower["layers"] is None else f"{tower['layers']} layers"
     stored = ", ".join(name for name in (about["dtype"], about["quantization"]) if name)
     lines = [
         about["model"],
         "",
-        f"{source} -> {tower['type']}, {tower['layers']} layers: {patches} patches of {about['patch_size']} pixels "
+        f"{source} -> {tower['type']}, {size}: {patches} patches of {about['patch_size']} pixels "
         f"-> {about['projector_type']} -> {tokens} tokens "
         f"-> {text['type']}, {text['layers']} layers",
         "",

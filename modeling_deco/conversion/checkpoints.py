@@ -98,7 +98,7 @@ def check_complete(checkpoint: LlavaCheckpoint) -> None:
     """Drop tensors that the model does not have, and check that all others are there, in the model's shapes."""
     config, tensors, source = checkpoint.config, checkpoint.tensors, checkpoint.sources["source"]
     model_type = config.vision_config.model_type
-    if model_type.startswith("dinov2"):
+    if model_type.startswith("dinov2") or config.feature_map is not None:
         raise InputError(f"The vision tower of {source.name} is a {model_type}; use a CLIP or a SigLIP.")
     for part, part_config in (("vision_tower", config.vision_config), ("language_model", config.text_config)):
         num_layers = len({layer_index(name, part) for name in tensors} - {None})

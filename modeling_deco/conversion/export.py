@@ -115,7 +115,10 @@ def _read_config(source: Source) -> DecoConfig:
         raise InputError(f"lm_head_bias in config.json of {source.name}: LLaVA's lm_head has no bias.")
     model_type = config.vision_config.model_type
     if model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise InputError(f"The vision tower of {source.name} is a {model_type}; CLIP and SigLIP can be exported.")
+        reason = "" if config.feature_map is None else ", whose feature map no LLaVA of transformers reads"
+        raise InputError(
+            f"The vision tower of {source.name} is a {model_type}{reason}; CLIP and SigLIP can be exported."
+        )
     return config
 
 

@@ -72,10 +72,10 @@ def describe_config(config: DecoConfig) -> dict:
     """Describe a config: token flow, parameters of each part, memory by grid and dtype.
 
     Returns:
-        A dict for JSON. Grids are `[rows, cols]`. Tokens and positions are those of an image, of the one that takes
-        most if the model cuts images into views. Memory is in bytes: `weights` by dtype, and `kv_cache`, which one
-        image adds, by grid. `"4bit"` has the layers of the language model in NF4 and the rest in 16 bits. Activations
-        need memory in addition.
+        A dict for JSON. The vision tower's `layers` are None if its output is a feature map. Grids are `[rows, cols]`.
+        Tokens and positions are those of an image, of the one that takes most if the model cuts images into views.
+        Memory is in bytes: `weights` by dtype, and `kv_cache`, which one image adds, by grid. `"4bit"` has the layers
+        of the language model in NF4 and the rest in 16 bits. Activations need memory in addition.
     """
     empty = empty_model(config)
     in_language_layers = {id(layer.weight) for layer in _linears(empty.model.language_model)}
@@ -96,10 +96,10 @@ def describe_config(config: DecoConfig) -> dict:
         "quantization": (getattr(config, "quantization_config", None) or {}).get("quant_method"),
         "vision_tower": {
             "type": tower.model_type,
-            "layers": tower.num_hidden_layers,
-            "hidden_size": tower.hidden_size,
+            "layers": tower.num_hidden_layers if config.feature_map is None else None,
+            "hidden_size": config.vision_hidden_size,
         },
-        "patch_size": tower.patch_size,
+        "patch_size": config.patch_size,
         "patch_grid": list(config.patch_grid),
         "num_views": max(map(num_map_views, _maps_of_images(config, config.pooled_grid))),
         "projector_type": config.projector_type,

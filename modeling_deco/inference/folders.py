@@ -31,7 +31,7 @@ _LIMITS = {
     r"image_size": LARGEST_SIZES["image_size"],
     r"^r$|rank": 16_384,
     r"num_beams|num_return_sequences": 100,
-    r"layers|n_layer|depth|experts": LARGEST_SIZES["num_hidden_layers"],
+    r"layers|n_layer|depth|experts|stages|repeats": LARGEST_SIZES["num_hidden_layers"],
     r"size|dim|heads|num_|n_": LARGEST_SIZES["vocab_size"],
 }
 

@@ -77,6 +77,9 @@ class Int8Linear(nn.Module):
 def quantize_to_int8(model: nn.Module) -> nn.Module:
     """Compute a model's linear layers in int8, for speed: on a CPU of all parts, on CUDA of the vision tower.
 
+    Convolutions are not quantized. EfficientNet, MobileNet, ResNet and RegNet have no other layers, so such a vision
+    tower stays as it is. ConvNeXt does most of its work in linear layers.
+
     Layers that are quantized already stay as they are. On CUDA the tower is compiled at its first call, and again for
     each new number of images, which takes time. docs/speed.md says what int8 gains and loses. The language model of a
     large checkpoint may lose more, since a few of its features are far larger than the others (arXiv 2208.07339).
@@ -113,9 +116,11 @@ def _quantize_tower_on_cuda(model):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError:
         raise ValueError("int8 on CUDA needs torchao: pip install torchao") from None
-    for parameter in model.parameters():  # not buffers: the frequencies of rotary embeddings need float32
-        if parameter.dtype == torch.float32:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    # not all buffers: the frequencies of rotary embeddings need float32
+    statistics = [module.named_buffers() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for tensor in (*model.parameters(), *(buffer for named in statistics for _, buffer in named)):
+        if tensor.dtype == torch.float32:
+            tensor.data = tensor.data.to(torch.bfloat16)
     tower = model.base_model.vision_tower
     quantize_(tower, Int8DynamicActivationInt8WeightConfig(), filter_fn=_is_plain)
     tower.compile()  # otherwise each step of torchao is a separate kernel, and slower than bfloat16

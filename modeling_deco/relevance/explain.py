@@ -236,7 +236,7 @@ def explain(
         text_to_query=text_to_query,
         query_to_patch=query_to_patch,
         text_to_patch=(text_to_query[:, None] @ query_to_patch)[:, 0],
-        image=_picture(inputs["pixel_values"], processor.image_processor, image, deco.config.vision_config.patch_size),
+        image=_picture(inputs["pixel_values"], processor.image_processor, image, deco.config.patch_size),
         overview_grid=overview[0].pooled_grid if overview else None,
     )
 
@@ -256,6 +256,8 @@ def _picture(pixels: torch.Tensor, image_processor, image: EncodedImage, patch_s
     view, patch = view_patches(whole, image.view_grid)
     pixels = _pixels_of_patches(pixels.detach().float().cpu(), image.view_grid, patch_size)[first_view + view, patch]
     pixels = pixels.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (height, width, 3)
+    if getattr(image_processor, "include_top", False):  # EfficientNet's own divides twice
+        pixels = pixels * torch.tensor(image_processor.image_std)
     if image_processor.do_normalize:
         pixels = pixels * torch.tensor(image_processor.image_std) + torch.tensor(image_processor.image_mean)
     if image_processor.do_rescale:
@@ -268,6 +270,9 @@ def _pixels_of_patches(pixels: torch.Tensor, view_grid: tuple[int, int], patch_s
     if pixels.ndim == 3:  # SigLIP 2's flat patches: (1, max_num_patches, patch_size * patch_size * 3)
         return pixels.unflatten(2, (patch_size, patch_size, 3))
     views, (rows, cols) = pixels.flatten(0, -4), view_grid
+    height, width = views.shape[-2:]  # a network that rounds up sees less of the last patches
+    missing = (max(0, cols * patch_size - width), max(0, rows * patch_size - height))
+    views = nn.functional.pad(views, (0, missing[0], 0, missing[1]), mode="replicate")
     views = views[:, :, : rows * patch_size, : cols * patch_size]
     patches = views.unflatten(3, (cols, patch_size)).unflatten(2, (rows, patch_size))
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(1, 2)

@@ -58,7 +58,8 @@ class ForwardPass:
     """One forward pass with its graph."""
 
     projector_type: str
-    tower: tuple[torch.Tensor, ...]  # for each layer, (num_views, heads, tokens, tokens)
+    tower: tuple[torch.Tensor, ...]  # for each layer, (num_views, heads, tokens, tokens); none of a feature map
+    feature_map: torch.Tensor | None  # of a convolutional tower, (num_views, channels, rows, cols)
     projector: ProjectorCall
     language: tuple[torch.Tensor, ...]  # for each layer, (1, heads, tokens, tokens)
     maps: list[MapTokens]
@@ -172,12 +173,14 @@ def run_answer(
         tokens = [sequence[target] for target in targets]
         margins = [_margin(logits, token) for logits, token in zip(outputs.logits[0], tokens, strict=True)]
     call, placeholders = image.call, (input_ids[0] == deco.config.image_token_id).nonzero()[:, 0].cpu()
+    has_map = deco.config.feature_map is not None
     run = ForwardPass(
         projector_type=deco.config.projector_type,
-        tower=_check_layers(image.outputs.attentions, deco.config.vision_config, "vision tower"),
+        tower=() if has_map else _check_layers(image.outputs.attentions, deco.config.vision_config, "vision tower"),
+        feature_map=image.outputs.last_hidden_state if has_map else None,
         projector=call,
         language=_check_layers(outputs.attentions, deco.config.text_config, "language model"),
-        maps=_find_tokens(image, placeholders, deco.config.num_prefix_tokens),
+        maps=_find_tokens(image, placeholders, 0 if has_map else deco.config.num_prefix_tokens),
         positions=positions,
         margins=margins,
     )
@@ -192,7 +195,8 @@ def _find_tokens(image: EncodedImage, placeholders: torch.LongTensor, num_prefix
     Args:
         placeholders: positions of the image's tokens in the prompt.
     """
-    num_tower_tokens = image.outputs.attentions[-1].shape[-1]
+    attentions = getattr(image.outputs, "attentions", None)  # a convolutional tower has none
+    num_tower_tokens = attentions[-1].shape[-1] if attentions else image.view_grid[0] * image.view_grid[1]
     found, first_view = [], 0
     queries = placeholders.split([token_map.num_tokens for token_map in image.maps])
     for token_map, of_map in zip(image.maps, queries, strict=True):

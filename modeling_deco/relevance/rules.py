@@ -16,6 +16,10 @@ The projector stands between the vision tower and the language model. Its type d
 - "resampler": the rule for self-attention over patches and latents together, of which only the latents are updated.
 - "c_abstractor", "d_abstractor": gradient x input, because convolutions and sampled attention have no attention map.
 
+A convolutional vision tower has no attention either. Its patches are the cells of its last feature map. Within the
+window of a token, cells are weighted by gradient x input (as in Grad-CAM, arXiv 1610.02391), so a cell whose features
+speak for the answer stands out from its window. A cell is shown where it is in the map; it sees pixels around it too.
+
 A picture of several views has several maps (`views.py`). Each view goes through the vision tower by itself, so the
 relevance of a map's patches goes back through the towers of its views, and comes to patches of the same views.
 """
@@ -34,6 +38,8 @@ def explain_by_gae(run: ForwardPass, index: int) -> tuple[torch.Tensor, torch.Te
     call = run.projector
     attentions = [*run.tower, *call.attentions, *run.language]
     features = [call.image_features] if run.projector_type in ABSTRACTORS else []
+    if run.feature_map is not None and run.projector_type in POOLING:
+        features = [run.feature_map]
     gradients = torch.autograd.grad(run.margins[index], [*attentions, *features], retain_graph=True, allow_unused=True)
     maps = [_weigh(attention, gradient) for attention, gradient in zip(attentions, gradients, strict=False)]
     num_tower, num_language = len(run.tower), len(run.language)
@@ -51,6 +57,9 @@ def explain_by_gae(run: ForwardPass, index: int) -> tuple[torch.Tensor, torch.Te
         elif run.projector_type in ABSTRACTORS:
             shares = _gradient_times_input(call.image_features, call.patch_features, gradients[-1])
             relevance = _through_tower(shares, tokens, tower)
+        elif run.feature_map is not None:
+            cells = _cell_relevance(run.feature_map, gradients[-1])[tokens.patches]
+            relevance = _weigh_cells(token_matrix(tokens.token_map), cells)
         else:
             relevance = _through_tower(token_matrix(tokens.token_map), tokens, tower)
         query_to_patch.append(relevance)
@@ -103,8 +112,10 @@ def _through_tower(rows: torch.Tensor, tokens: MapTokens, tower: list[torch.Tens
     """Relevance of a map's patches before the vision tower, from that behind it: `(rows, num_patches)`.
 
     Args:
-        tower: a map `(num_views, tower_tokens, tower_tokens)` for each layer.
+        tower: a map `(num_views, tower_tokens, tower_tokens)` for each layer, none if the output is a feature map.
     """
+    if not tower:
+        return rows
     num_views, num_tower_tokens, _ = tower[0].shape
     reached = torch.zeros(len(rows), num_views * num_tower_tokens)
     reached[:, tokens.patches] = rows
@@ -116,6 +127,8 @@ def _through_tower(rows: torch.Tensor, tokens: MapTokens, tower: list[torch.Tens
 
 def _normalized_tower(tokens: MapTokens, tower: list[torch.Tensor]) -> torch.Tensor:
     """GAE's normalized relevance `(num_patches, num_patches)` of a map's patches in the vision tower."""
+    if not tower:
+        return torch.eye(len(tokens.patches))
     identity = torch.eye(tower[0].shape[-1])
     views = [_normalize_rows(_propagate(identity, list(layers))) for layers in zip(*tower, strict=True)]
     return torch.block_diag(*views)[tokens.patches][:, tokens.patches]
@@ -143,6 +156,22 @@ def _resampler_relevance(maps: list[torch.Tensor]) -> torch.Tensor:
         to_patches, to_queries = attention_map.split([num_patches, num_queries], dim=1)
         query_to_patch = query_to_patch + to_patches + to_queries @ query_to_patch
     return query_to_patch
+
+
+def _cell_relevance(feature_map: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    """Gradient x input of each cell of the views' feature maps, clamped, `(num_views * rows * cols,)`."""
+    if gradient is None:  # the score does not depend on the picture
+        gradient = torch.zeros_like(feature_map)
+    return (feature_map.detach().float() * gradient.float()).sum(1).clamp(min=0).flatten().cpu()
+
+
+def _weigh_cells(shares: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """Shares of cells in tokens, weighted by the relevance of the cells. Rows sum to 1.
+
+    A token of which no cell has relevance keeps the shares of the pooling.
+    """
+    weighted = _divide_by_sum(shares * cells)
+    return torch.where(weighted.any(-1, keepdim=True), weighted, shares)
 
 
 def _gradient_times_input(

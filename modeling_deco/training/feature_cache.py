@@ -63,21 +63,12 @@ def grids_of_run(model, processor, args, evaluates: bool) -> list[str]:
 
 
 def fingerprint(model, processor, args, image_processor=None) -> dict[str, Any]:
-    """All that features depend on except the images, as JSON values.
+    """All that features depend on except the images, as JSON values. Dropout is not among it: a frozen tower has none.
 
     Args:
         image_processor: what prepares the images. Default: the processor's.
-
-    Raises:
-        CacheError: the tower has dropout, so features differ from step to step.
     """
-    tower, config = model.base_model.vision_tower, model.config.vision_config.to_dict()
-    for name, value in config.items():
-        if "drop" in name and value:
-            raise CacheError(
-                f"The vision tower has dropout ({name}={value}), so its features cannot be cached. Set it to 0, or "
-                f"leave out --feature_cache."
-            )
+    tower = model.base_model.vision_tower
     config = model.config.vision_config.to_diff_dict()
     image_processor = image_processor or processor.image_processor
     weights_dtype = next(tower.parameters()).dtype
@@ -102,7 +93,7 @@ def feature_dtype(model, args) -> torch.dtype:
 def feature_shape(config, name: str) -> tuple[int, int]:
     """`(tokens, vision_hidden_size)` of the features of one image."""
     grid = config.patch_grid if name == PATCHES else tuple(map(int, name.split("x")))
-    return num_image_tokens(grid), config.vision_config.hidden_size
+    return num_image_tokens(grid), config.vision_hidden_size
 
 
 def _digest(module: torch.nn.Module) -> str:

@@ -89,7 +89,7 @@ class ViewCache(FeatureCache):
 
     def shapes(self, file, num_items: int) -> dict[str, tuple[int, ...]]:
         sizes = file.get_tensor("sizes")
-        hidden_size = self.config.vision_config.hidden_size
+        hidden_size = self.config.vision_hidden_size
         shapes: dict[str, tuple[int, ...]] = {
             name: (sum(num_rows(self.maps(name, tuple(size))) for size in sizes.tolist()), hidden_size)
             for name in self.manifest["grids"]
@@ -118,7 +118,7 @@ class ViewCache(FeatureCache):
     def read(self, items: list[int]) -> dict[str, torch.Tensor]:
         """The features `(rows, vision_hidden_size)` of all items by grid. Without items, zeros for one blank image."""
         if not items:
-            hidden_size = self.config.vision_config.hidden_size
+            hidden_size = self.config.vision_hidden_size
             return {name: torch.zeros(num_rows(self.maps(name, _BLANK)), hidden_size) for name in self.names}
         features = {}
         for name in self.names:
@@ -208,7 +208,7 @@ def most_bytes(model, processor, names: list[str], args, cache_class: type["View
     config, manifest = model.config, {"frames_per_token_grid": processor.frames_per_token_grid}
     sizes = cache_class.largest_sizes(config, processor, args)
     rows = max(sum(num_rows(cache_class.maps_of(config, manifest, name, size)) for name in names) for size in sizes)
-    return rows * config.vision_config.hidden_size * feature_dtype(model, args).itemsize
+    return rows * config.vision_hidden_size * feature_dtype(model, args).itemsize
 
 
 def image_cache_class(model, args) -> type[FeatureCache]:
