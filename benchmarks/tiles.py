@@ -46,11 +46,11 @@ from modeling_deco.configuration_deco import num_image_tokens
 from modeling_deco.inference import load
 from modeling_deco.utils.measure import command, environment, write_report
 from modeling_deco.utils.staging import staged_file
-from modeling_deco.worlds.digits.evaluate import summary
 from modeling_deco.worlds.digits.questions import KINDS, Question, questions, score
 from modeling_deco.worlds.digits.scenes import IMAGE_SIZE, render
 from modeling_deco.worlds.digits.tower_model import PATCH_GRID, patch_features
 from modeling_deco.worlds.digits.training import build_optimizer
+from modeling_deco.worlds.evaluation import summary
 
 SCALES = (1, 2, 3)  # sides of a picture in units of 96 pixels
 TILES = (1, 4, 9)

@@ -33,9 +33,9 @@ from modeling_deco.utils.measure import command, environment, write_report
 from modeling_deco.utils.staging import staged_file
 from modeling_deco.worlds.digits.clip_questions import CLIP_KINDS, build_clip_tokenizer, clip_questions, score_clip
 from modeling_deco.worlds.digits.clips import NUM_SECONDS, Clip, render_clip, write_video
-from modeling_deco.worlds.digits.evaluate import summary
 from modeling_deco.worlds.digits.tower_model import PATCH_GRID, patch_features, pixel_values
 from modeling_deco.worlds.digits.training import build_optimizer
+from modeling_deco.worlds.evaluation import summary
 
 
 class Budget(NamedTuple):

@@ -34,8 +34,11 @@ def environment(device: str | torch.device, *libraries: str) -> dict[str, str | 
 
 
 def command() -> str:
-    """The command that runs, with the script relative to the folder above its own."""
+    """The command that runs: a module of a package by its name, a script relative to the folder above its own."""
     script, *options = sys.argv
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name.startswith("modeling_deco."):
+        return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *options])
     return shlex.join(["python", "/".join(Path(script).parts[-2:]), *options])
 
 

@@ -3,7 +3,6 @@
 """Accuracy by kind of question and by position in a conversation."""
 
 import numpy as np
-import pytest
 
 from modeling_deco.worlds.digits import evaluate
 from modeling_deco.worlds.digits.questions import KINDS, questions
@@ -34,13 +33,3 @@ def test_a_question_follows_the_earlier_ones_and_the_models_own_answers(shipped,
 def test_the_shipped_checkpoint_holds_a_conversation(shipped):
     rows = evaluate.accuracy_by_turn(*shipped, "test", 12, pooled_grid_size=6)
     assert np.mean([row["accuracy"] for row in rows.values()]) >= 90
-
-
-def test_standard_error_counts_pictures_not_questions():
-    # Ten questions of a picture that are right or wrong together are one observation: sqrt(p (1 - p) / (n - 1)).
-    summary = evaluate.summary([[True] * 10] * 60 + [[False] * 10] * 40)
-    assert summary == {
-        "accuracy": 60.0,
-        "standard_error": pytest.approx(100 * (0.24 / 99) ** 0.5, abs=0.01),
-        "questions": 1000,
-    }

@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from modeling_deco import SHIPPED_CHECKPOINT, DecoConfig, DecoForConditionalGeneration
+from modeling_deco.worlds import pointing
 from modeling_deco.worlds.digits import pointing_game as game
 
 
@@ -26,7 +27,7 @@ from modeling_deco.worlds.digits import pointing_game as game
     ],
 )
 def test_the_patches_whose_center_lies_in_a_box(box, rows, columns):
-    inside = game.centers_inside(box, (12, 12)).view(12, 12)
+    inside = pointing.centers_inside(tuple(edge / 96 for edge in box), (12, 12)).view(12, 12)
     expected = torch.zeros(12, 12, dtype=torch.bool)
     for row in rows:
         expected[row, columns] = True
@@ -35,10 +36,10 @@ def test_the_patches_whose_center_lies_in_a_box(box, rows, columns):
 
 def test_ties_count_by_their_share_and_nothing_is_no_hit():
     inside = torch.tensor([True, True, False, False])
-    assert game.hit(torch.tensor([0.1, 0.9, 0.5, 0.8]), inside) == 1
-    assert game.hit(torch.tensor([0.1, 0.2, 0.5, 0.4]), inside) == 0
-    assert game.hit(torch.tensor([0.1, 0.7, 0.7, 0.7]), inside) == pytest.approx(1 / 3)
-    assert game.hit(torch.zeros(4), inside) == 0
+    assert pointing.hit(torch.tensor([0.1, 0.9, 0.5, 0.8]), inside) == 1
+    assert pointing.hit(torch.tensor([0.1, 0.2, 0.5, 0.4]), inside) == 0
+    assert pointing.hit(torch.tensor([0.1, 0.7, 0.7, 0.7]), inside) == pytest.approx(1 / 3)
+    assert pointing.hit(torch.zeros(4), inside) == 0
 
 
 def test_relevance_points_at_the_digit_that_was_asked_for(shipped):

@@ -24,6 +24,7 @@ from ...inference.generation import RefuseNaN, encode
 from ...inference.loading import load
 from ...utils.measure import environment
 from ...utils.script import run
+from ..evaluation import summary
 from .questions import KINDS, questions, score
 from .scenes import SPLITS, render
 
@@ -108,20 +109,6 @@ def accuracy_by_kind(
             hits[question.kind][index].append(score(question, text))
     model.train(was_training)
     return {kind: summary(by_picture.values()) for kind, by_picture in hits.items()}
-
-
-def summary(hits_by_picture) -> dict[str, float]:
-    """Mean over questions, and its standard error over pictures, the independent units (ratio estimator)."""
-    right = np.array([sum(hits) for hits in hits_by_picture], dtype=float)
-    total = np.array([len(hits) for hits in hits_by_picture], dtype=float)
-    mean = right.sum() / total.sum()
-    residuals = (right - mean * total) / total.mean()
-    standard_error = residuals.std(ddof=1) / np.sqrt(len(total)) if len(total) > 1 else float("nan")
-    return {
-        "accuracy": round(100 * float(mean), 2),
-        "standard_error": round(100 * float(standard_error), 2),
-        "questions": int(total.sum()),
-    }
 
 
 def main(
