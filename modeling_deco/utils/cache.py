@@ -20,11 +20,15 @@ def cached_path(name: str) -> Path:
     return Path(constants.HF_HOME).expanduser() / "modeling_deco" / name
 
 
+def cache() -> Path:
+    """The user's cache: the folder `modeling_deco` of Hugging Face's, `HF_HOME` or `~/.cache/huggingface`."""
+    return Path(constants.HF_HOME).expanduser() / "modeling_deco"
+
+
 def cached_folder(name: str, sources: Iterable[Path], num_bytes: int, make: Callable[[Path], object]) -> Path:
     """A complete folder in the user's cache. It is made if it is missing, damaged, or made from other sources.
 
-    Processes that ask for the same folder at once wait for the one that makes it. The cache is the folder
-    `modeling_deco` of Hugging Face's, `HF_HOME` or `~/.cache/huggingface`.
+    Processes that ask for the same folder at once wait for the one that makes it.
 
     Args:
         name: name of the folder.

@@ -61,7 +61,7 @@ def drawn_art(tmp_path, monkeypatch):
             image = Image.new("RGBA", (64, 64))
             fill = (number % 256, 40, 200, 255)
             ImageDraw.Draw(image).ellipse((8, 16, 56, 48), fill=fill)
-            for icon in concept.fxemoji_icons if name == "fxemoji" else concept.icons[:1]:
+            for icon in art._icons(name, concept.name)[:1]:
                 image.save(folder / f"{icon}.png")
     monkeypatch.setattr(art, "art_folder", lambda: tmp_path / "art")
     caches = (art.icon_names, art.icon, scenes.concepts_of)

@@ -63,7 +63,7 @@ def map_scenes(number):
 
 
 def test_an_unknown_split_is_named():
-    with pytest.raises(ValueError, match=r"split='fluent' is not one of train, validation, test, openmoji"):
+    with pytest.raises(ValueError, match=r"split='fluent' is not one of train, validation, test, openmoji, tuxpaint"):
         scenes.render("fluent", 0)
 
 
@@ -81,6 +81,26 @@ def test_another_file_than_iconifys_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="is not a file"):
         art.fetch(tmp_path / "none.tgz")
     assert not (tmp_path / "art").exists()
+
+
+def test_stamps_are_copied_once_they_are_all_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(art, "art_folder", lambda: tmp_path / "art")
+    monkeypatch.setattr(art, "_stamps", lambda: {"animals/dog": "dog", "food/pear": "pear"})
+    (tmp_path / "art").mkdir()
+    stamps = tmp_path / "stamps"
+    for name in ("animals/dog", "food/pear"):
+        with pytest.raises(InputError, match=f"has no {name}.png; install tuxpaint-stamps-default"):
+            art.fetch_stamps(stamps)
+        (stamps / name).parent.mkdir(parents=True)
+        Image.new("RGB", (500, 250), "red").save(stamps / f"{name}.png")
+    folder = art.fetch_stamps(stamps)
+    assert sorted(path.name for path in folder.iterdir()) == ["animals-dog.png", "food-pear.png"]
+    with Image.open(folder / "food-pear.png") as image:
+        assert (image.mode, image.size) == ("RGBA", (224, 112))
+
+
+def test_every_stamp_shows_a_concept():
+    assert set(art._stamps().values()) <= set(CONCEPTS)
 
 
 def test_aliases_of_icons_are_followed_and_mirrored():

@@ -1,15 +1,17 @@
 # Copyright 2026 The DeCo package authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The art of the emoji world: icons of nine sets by seven artists, rendered once into the user's cache.
+"""The art of the emoji world: icons of eight sets by six artists, rendered once into the user's cache.
 
-    python -m modeling_deco.worlds.emoji.art [--iconify iconify-json-2.2.535.tgz]
+    python -m modeling_deco.worlds.emoji.art [--iconify FILE] [--tuxpaint /usr/share/tuxpaint/stamps]
 
 The SVG files are those of the npm package `@iconify/json`, which `npm pack` downloads unless `--iconify` names the
-file. resvg renders them. `ATTRIBUTION.md` beside this file names the artists and licences.
+file. resvg renders them. Stamps of Tux Paint, many of them photographs, are a test alone: Debian's package
+`tuxpaint-stamps-default` installs them. `ATTRIBUTION.md` beside this file names the artists and licences.
 """
 
 import argparse
 import base64
+import csv
 import hashlib
 import io
 import json
@@ -24,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ...utils.cache import cache
 from ...utils.errors import InputError
 from ...utils.program import run
 from ...utils.staging import staged_folder
@@ -46,13 +48,14 @@ SETS = {
     "validation": ("fxemoji",),
     "test": ("fluent-emoji", "fluent-emoji-flat"),
     "openmoji": ("openmoji",),
+    "tuxpaint": ("tuxpaint",),
 }
 _BYTES_OF_ICONS = 200 * 1024**2
 
 
 def art_folder() -> Path:
     """Where the rendered icons are: `SET/ICON.png`, RGBA."""
-    return Path(HF_HOME) / "deco" / f"emoji-art-{VERSION}-{ICON_SIZE}"
+    return cache() / f"emoji-art-{VERSION}-{ICON_SIZE}"
 
 
 @lru_cache(maxsize=4096)
@@ -62,10 +65,21 @@ def icon_names(split: str, concept: str) -> tuple[tuple[str, str], ...]:
 
 
 def _wanted(split: str, concept: str) -> list[tuple[str, str]]:
+    return [(name, icon) for name in SETS[split] for icon in _icons(name, concept)]
+
+
+def _icons(set_name: str, concept: str) -> tuple[str, ...]:
+    if set_name == "tuxpaint":
+        return tuple(stamp.replace("/", "-") for stamp in _stamps() if _stamps()[stamp] == concept)
     thing = CONCEPTS[concept]
-    return [
-        (name, icon) for name in SETS[split] for icon in (thing.fxemoji_icons if name == "fxemoji" else thing.icons)
-    ]
+    return thing.fxemoji_icons if set_name == "fxemoji" else thing.icons
+
+
+@lru_cache(maxsize=1)
+def _stamps() -> dict[str, str]:
+    """Tux Paint's stamps, and the concept that each shows."""
+    with Path(__file__).with_name("tuxpaint.csv").open(encoding="utf-8", newline="") as file:
+        return {row["stamp"]: row["name"] for row in csv.DictReader(file)}
 
 
 def _path(set_name: str, icon_name: str) -> Path:
@@ -113,6 +127,31 @@ def fetch(iconify: Path | None = None) -> Path:
     return folder
 
 
+def fetch_stamps(stamps: Path) -> Path:
+    """Copy the stamps of Tux Paint that show a concept into the cache, where `fetch` has rendered the icons.
+
+    Args:
+        stamps: folder of the stamps, as Debian's `tuxpaint-stamps-default` has it.
+
+    Raises:
+        InputError: a stamp is missing.
+    """
+    folder = art_folder() / "tuxpaint"
+    with FileLock(f"{art_folder()}.lock"):
+        if folder.exists():
+            return folder
+        with staged_folder(folder, _BYTES_OF_ICONS, check=lambda: None) as incomplete:
+            for stamp in _stamps():
+                path = stamps / f"{stamp}.png"
+                if not path.is_file():
+                    raise InputError(f"--tuxpaint {stamps} has no {stamp}.png; install tuxpaint-stamps-default.")
+                with Image.open(path) as image:
+                    image = image.convert("RGBA")
+                    image.thumbnail((ICON_SIZE, ICON_SIZE))
+                    image.save(incomplete / f"{stamp.replace('/', '-')}.png")
+    return folder
+
+
 def _download(folder: Path) -> Path:
     command = ["npm", "pack", f"@iconify/json@{VERSION}", "--silent"]
     logger.info("downloading 104 MB: %s", " ".join(command))
@@ -137,7 +176,7 @@ def _check(package: Path) -> None:
 def _svgs(package: Path, out: Path) -> Iterator[tuple[Path, str]]:
     with tarfile.open(package) as archive:
         for split, names in SETS.items():
-            for name in names:
+            for name in set(names) - {"tuxpaint"}:
                 file = archive.extractfile(f"package/json/{name}.json")
                 assert file is not None
                 icons = json.load(file)
@@ -176,9 +215,12 @@ def _render(job: tuple[Path, str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Render the art of the emoji world into the cache.")
     parser.add_argument("--iconify", type=Path, help="file of the npm package @iconify/json (default: npm pack)")
+    parser.add_argument("--tuxpaint", type=Path, help="folder of Tux Paint's stamps, to test on them too")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logger.info("the art is in %s", fetch(args.iconify))
+    if args.tuxpaint is not None:
+        logger.info("the stamps are in %s", fetch_stamps(args.tuxpaint))
 
 
 if __name__ == "__main__":
