@@ -4,10 +4,13 @@
 
     python benchmarks/inference.py --shape 0.5b --variant default --variant int8
     python benchmarks/inference.py --shape next --shape onevision --variant default --num-layers 2
+    python benchmarks/inference.py --shape lite0 --cpu-time
 
 Weights are random and are created on the device. LLaVA and DeCo share their tensors; LLaVA-1.5 and LLaVA-NeXT have one
 more vision layer, which they compute and do not use. All variants are timed in rounds in one process, after a warm-up.
 A time is the median over rounds, with quartiles, and a ratio is the median over rounds of the ratio.
+
+No LLaVA has the convolutional tower of the shape `lite0`: there DeCo at the full grid stands in its place.
 
 The shapes `next` and `onevision` cut a picture into views: an overview and 2 x 2 or 3 x 3 tiles.
 
@@ -41,6 +44,7 @@ from shapes import (
     TensorBytes,
     TokenTimes,
     build_config,
+    build_lite0_config,
     build_views_config,
 )
 from torch import nn
@@ -53,7 +57,7 @@ from modeling_deco.modeling_deco import CACHE_NAME
 from modeling_deco.utils.measure import command, environment, spread, synchronize, time_interleaved, write_report
 from modeling_deco.views import num_map_tokens, num_map_views
 
-SHAPES = ("digits", *TEXT_CONFIGS, *PICTURES)
+SHAPES = ("digits", *TEXT_CONFIGS, "lite0", *PICTURES)
 VARIANTS = ("default", "int8", "compiled")
 
 
@@ -61,8 +65,16 @@ def build(shape: str, num_layers: int | None = None) -> tuple[DecoForConditional
     """DeCo and transformers' LLaVA with the same random tensors, on the default device and in the default dtype.
 
     Args:
-        num_layers: number of layers of tower and language model that are used. Default: all.
+        num_layers: number of layers of tower and language model that are used. Default: all. A convolutional tower
+            has all of its layers.
     """
+    if shape == "lite0":
+        deco = DecoForConditionalGeneration(build_lite0_config(num_layers))
+        side = deco.config.vision_config.image_size
+        deco.model.vision_tower.train()  # statistics with which activations are neither tiny nor large
+        deco.model.vision_tower(torch.randn(2, 3, side, side))
+        deco.eval()
+        return deco, at_grid(deco, deco.config.patch_grid[0])
     if shape in PICTURES:
         llava_config = build_views_config(shape, num_layers)
         config = DecoConfig(
@@ -161,8 +173,12 @@ class Subject:
         self.batch_size, self.length = batch_size, length
         pixels = inputs["pixel_values"].flatten(end_dim=-4)  # (num_views, 3, height, width)
         like = {"device": pixels.device, "dtype": pixels.dtype}
-        num_patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-        patch_features = torch.randn(len(pixels), num_patches, config.vision_config.hidden_size, **like)
+        if isinstance(config, DecoConfig):
+            num_patches, width = math.prod(config.patch_grid), config.vision_hidden_size
+        else:
+            width = config.vision_config.hidden_size
+            num_patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        patch_features = torch.randn(len(pixels), num_patches, width, **like)
         embeds = torch.randn(batch_size, length, config.text_config.hidden_size, **like)
         forward, language_model, self.generation = model, model.model.language_model, {}
         if variant == "compiled":
@@ -279,10 +295,11 @@ def measure(
     with torch.device(device):  # not around compiled code, which would trace this context too
         deco, llava = build(shape, num_layers)
     (side, _), picture = deco.config.patch_grid, PICTURES.get(shape)
-    grids = grids or ([12, 8, 6] if picture is None else [math.ceil(side / k) for k in (1, 2, 3, 4)])
-    llava_name = {"llava_next": "LLaVA-NeXT", "llava_onevision": "LLaVA-OneVision"}.get(
-        llava.config.model_type, "LLaVA"
-    )
+    if not grids:
+        divisors = {"lite0": (2, 3, 4)}.get(shape, (1, 2, 3, 4))
+        grids = [12, 8, 6] if shape in ("digits", *TEXT_CONFIGS) else [math.ceil(side / k) for k in divisors]
+    names = {"llava_next": "LLaVA-NeXT", "llava_onevision": "LLaVA-OneVision", "deco": "full grid"}
+    llava_name = names.get(llava.config.model_type, "LLaVA")
     subjects = []
     pixels_of_batch = build_inputs(deco, batch_size, picture)["pixel_values"]
     for variant in [
@@ -343,7 +360,8 @@ def main(
         list[int],
         typer.Option(
             "--grid",
-            help="Sides of DeCo's grids. Default: 12, 8 and 6, or for views the full grid, 1/4, 1/9 and 1/16 of it.",
+            help="Sides of DeCo's grids. Default: 12, 8 and 6, or for views and lite0 1/4, 1/9 and 1/16 of the full "
+            "grid, and for views that grid too.",
         ),
     ] = [],  # noqa: B006
     variants: Annotated[list[str], typer.Option("--variant", help=f"{', '.join(VARIANTS)}.")] = ["default", "int8"],  # noqa: B006

@@ -16,6 +16,7 @@ from transformers.generation import BaseStreamer
 
 from modeling_deco import DecoConfig, DecoProcessor
 from modeling_deco.worlds.digits.tokenizer import build_tokenizer
+from modeling_deco.worlds.emoji.efficientnet_lite0 import build_efficientnet_lite0_config
 
 RESULTS = Path(__file__).with_name("results")
 NUM_TEXT_TOKENS = 40  # tokens of a prompt without its image
@@ -39,6 +40,18 @@ TEXT_CONFIGS = {
     },
     "7b": {"vocab_size": 32064},
 }
+# SmolLM2-135M, for a tower that is small too: EfficientNet-Lite0 at 448 pixels
+_SMOL = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 # height and width of the picture that transformers' models of high resolution see: five views and ten
 PICTURES = {"next": (672, 672), "onevision": (1152, 1152)}
 _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -60,6 +73,16 @@ def build_config(shape: str, num_layers: int | None = None, **kwargs) -> DecoCon
         text_config["num_hidden_layers"] = vision_config["num_hidden_layers"] = num_layers
     text_config |= kwargs.pop("text_config", {})
     return DecoConfig(vision_config=vision_config, vision_feature_layer=-1, text_config=text_config, **kwargs)
+
+
+def build_lite0_config(num_layers: int | None = None) -> DecoConfig:
+    """EfficientNet-Lite0 at 448 pixels, whose map has 14 x 14 cells of 1,280 channels, with SmolLM2-135M.
+
+    Args:
+        num_layers: number of layers of the decoder. Default: all.
+    """
+    text_config = _SMOL if num_layers is None else {**_SMOL, "num_hidden_layers": num_layers}
+    return DecoConfig(vision_config=build_efficientnet_lite0_config(448), text_config=text_config, pooled_grid_size=14)
 
 
 def build_views_config(shape: str, num_layers: int | None = None) -> LlavaNextConfig | LlavaOnevisionConfig:

@@ -216,6 +216,15 @@ def test_inference_is_compared_with_llava_and_with_the_limit(run, tmp_path):
     assert (tmp_path / "inference.png").exists()
 
 
+def test_inference_compares_a_convolutional_tower_with_the_full_grid(run, tmp_path):
+    report = run("inference", shapes=["lite0"], num_layers=1, variants=["int8"], repeats=1, new_tokens=3, out=tmp_path)
+    (rows,) = report["results"].values()
+    found = [(row["variant"], row["model"], row["image_tokens"]) for row in rows]
+    tokens = [("full grid", 196), ("DeCo", 49), ("DeCo", 25), ("DeCo", 16)]
+    assert found == [(variant, *row) for variant in ("default", "int8") for row in tokens]
+    assert all(row["seconds"]["vision_tower"]["median"] > 0 for row in rows)
+
+
 @torch.inference_mode()
 def test_inference_gives_llava_and_deco_the_same_weights(benchmark):
     inference = benchmark("inference")

@@ -80,6 +80,8 @@ def fingerprint(model, processor, args, image_processor=None) -> dict[str, Any]:
         "image preprocessing": json.loads(image_processor.to_json_string())
         | {"type": type(image_processor).__name__, "normalization": NORMALIZATION},
     }
+    if model.config.vision_position_embedding is not None:
+        parts["vision tower"]["position embedding"] = model.config.vision_position_embedding
     return json.loads(json.dumps(parts))
 
 

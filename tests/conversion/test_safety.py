@@ -347,7 +347,7 @@ def test_a_deco_whose_files_are_broken_is_not_exported(saved, tmp_path):
         shutil.rmtree(deco)
 
 
-@pytest.mark.parametrize("tower", ["dinov2", "siglip2"])
+@pytest.mark.parametrize("tower", ["dinov2", "siglip2", "efficientnet"])
 def test_a_tower_that_llava_does_not_read_is_not_exported(tower, tmp_path):
     tiny.build_model(tower).save_pretrained(tmp_path / "deco")
     with pytest.raises(InputError, match=rf"is a {tower}.*; CLIP and SigLIP can be exported"):

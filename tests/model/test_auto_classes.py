@@ -453,6 +453,16 @@ def test_auto_model_for_image_text_to_text_reads_the_model(folders, expected, re
     assert remote.run(load_model, folders["model with head"], expected) == "DecoForConditionalGeneration"
 
 
+def test_a_convolutional_tower_comes_with_the_code(tmp_path, remote):
+    model, inputs = tiny.build_model("efficientnet"), {**tiny.batch(tiny.prompt(9, "what is this ?"))}
+    inputs["pixel_values"] = tiny.pixels(1)
+    with torch.no_grad():
+        torch.save({"inputs": inputs, "logits": model(**inputs).logits}, tmp_path / "outputs.pt")
+    model.save_pretrained(tmp_path / "model")
+    found = remote.run(load_model, str(tmp_path / "model"), str(tmp_path / "outputs.pt"))
+    assert found == "DecoForConditionalGeneration"
+
+
 def test_auto_processor_reads_the_processor(folders, remote):
     assert remote.run(load_processor, folders["processor"]) == ["DecoProcessor", 3, 6]
 

@@ -369,6 +369,53 @@ def test_tiles_of_a_network_that_rounds_up_are_stitched():
     assert torch.allclose(found, model.model.multi_modal_projector.project(cells), atol=1e-5)
 
 
+@pytest.mark.parametrize("vision", FEATURE_MAP_CONFIGS)
+@torch.no_grad()
+def test_views_and_videos_go_through_a_convolutional_tower(vision):
+    fields = {"image_grid_pinpoints": tiny.PINPOINTS, "image_newline": True, "video_token_id": tiny.VIDEO_TOKEN_ID}
+    model = build_model(vision, image_positions="patch", **fields)
+    processor = tiny.build_family_processor(model.config)
+    frames = [tiny.picture(seed, 40, 50) for seed in range(4)]
+    inputs = processor(
+        images=tiny.picture(0, 48, 48), videos=[frames], text="<image> what <video> ?", return_tensors="pt"
+    )
+    assert inputs["pixel_values"].shape == (1, 5, 3, 24, 24)
+    found = model(**inputs)
+    overview, whole = found.image_outputs.pooler_output[0].split([3 * 3, 6 * 7])
+    whole = whole.unflatten(0, (6, 7))[:, :-1].flatten(0, 1)  # without newlines
+    maps = model.model.vision_tower(inputs["pixel_values"][0]).last_hidden_state
+    rows = [torch.cat([maps[1], maps[2]], dim=-1), torch.cat([maps[3], maps[4]], dim=-1)]
+    for tokens, cells, side in ((overview, maps[0], 3), (whole, torch.cat(rows, dim=-2), 6)):
+        expected = model.model.multi_modal_projector.project(hand_written_means(cells, side, side))
+        assert torch.allclose(tokens, expected, atol=1e-4)
+    (video,) = found.video_outputs.pooler_output
+    frame_cells = model.model.vision_tower(inputs["pixel_values_videos"][0]).last_hidden_state
+    assert torch.allclose(
+        video, model.model.multi_modal_projector.project(frame_cells.flatten(2).mT).flatten(0, 1), atol=1e-4
+    )
+    assert found.logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_the_processors_inputs_for_vllm_have_the_tokens_of_the_model():
+    vision_config = {"model_type": "mobilenet_v1", "depth_multiplier": 0.1, "image_size": 40}
+    config = config_of(vision_config, image_positions="patch", pooled_grid_size=2)
+    model = tiny.randomize(DecoForConditionalGeneration(config))
+    processor = build_processor(config, efficientnet_lite0.image_processor(40))
+    inputs = processor(
+        images=[tiny.picture(0)], text="<image> what", return_tensors="pt", return_text_replacement_offsets=True
+    )
+    assert inputs["image_grid_thw"].tolist() == [[40, 40, 2, 2]]
+    views = {"views": inputs["views"], "image_grid_thw": inputs["image_grid_thw"]}
+    (features,) = model.model.get_image_features(None, **views, return_dict=True).pooler_output
+    assert len(features) == 4
+    positions, delta = model.model.get_rope_index(inputs["input_ids"], inputs["image_grid_thw"])
+    plain = processor(images=[tiny.picture(0)], text="<image> what", return_tensors="pt")
+    expected, expected_delta = model.model.get_rope_index(plain["input_ids"], pixel_values=plain["pixel_values"])
+    assert torch.equal(positions, expected)
+    assert torch.equal(delta, expected_delta)
+
+
 def test_the_image_processors_of_these_networks_are_used_as_they_are(tmp_path):
     config = config_of({**FEATURE_MAP_CONFIGS["convnextv2"], "image_size": 32}, pooled_grid_size=4)
     own = ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=0.875)

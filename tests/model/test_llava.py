@@ -391,6 +391,7 @@ FOR_ALL = [
     (config(vision_feature_select_strategy="full"), r"vision_feature_select_strategy='full' keeps prefix tokens"),
     (config(image_token_index=12), r"image_token_index is 12 in .* tokenizer is 300; they must be equal"),
     (config(vision_config={"model_type": "dinov2"}), r"is a dinov2; use a CLIP or a SigLIP"),
+    (config(vision_config={"model_type": "efficientnet"}), r"is a efficientnet; use a CLIP or a SigLIP"),
     (config(vision_config={"model_type": "nothing"}), r"config\.json of .* cannot be used"),
     (config(image_aspect_ratio="anyres"), r"image_aspect_ratio 'anyres'"),
     (sentencepiece_alone, r"has no tokenizer\.json\. deco convert also reads"),
