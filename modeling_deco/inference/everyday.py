@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .. import SHIPPED_CHECKPOINT
-from ..utils import cache
+from ..utils.cache import cache, cached_folder
 from ..utils.errors import InputError
 from ..utils.files import read_json
 from .smollm2 import INSTALL, find_smollm2, read_llama
@@ -38,7 +38,7 @@ def everyday_checkpoint() -> Path:
         raise InputError(f"deco-everyday cannot be assembled: {missing()}")
     code = [*sorted(PARTS.parents[1].glob("*.py")), Path(__file__), Path(__file__).with_name("smollm2.py")]
     make = partial(assemble, PARTS, language_model)
-    return cache.cached_folder(PARTS.name, [language_model, PARTS, *code], _NUM_BYTES, make)
+    return cached_folder(PARTS.name, [language_model, PARTS, *code], _NUM_BYTES, make)
 
 
 def default_checkpoint() -> Path:
@@ -48,7 +48,7 @@ def default_checkpoint() -> Path:
 
 def cached_path() -> Path:
     """Where `everyday_checkpoint` assembles the folder, which may not be there yet."""
-    return cache.cached_path(PARTS.name)
+    return cache() / PARTS.name
 
 
 def missing() -> str | None:

@@ -15,11 +15,6 @@ from .staging import staged_folder
 _MADE_FROM = "made_from.json"  # lies in the folder: the digests of its sources and of its own files
 
 
-def cached_path(name: str) -> Path:
-    """Where `cached_folder` makes a folder of this name."""
-    return Path(constants.HF_HOME).expanduser() / "modeling_deco" / name
-
-
 def cache() -> Path:
     """The user's cache: the folder `modeling_deco` of Hugging Face's, `HF_HOME` or `~/.cache/huggingface`."""
     return Path(constants.HF_HOME).expanduser() / "modeling_deco"
@@ -40,7 +35,7 @@ def cached_folder(name: str, sources: Iterable[Path], num_bytes: int, make: Call
         InputError: the disk is full.
         OSError: the cache cannot be written.
     """
-    folder = cached_path(name)
+    folder = cache() / name
     made_from = _digest(sources)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{name}.lock")):

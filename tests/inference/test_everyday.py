@@ -7,9 +7,11 @@ The parts are a tiny random stand-in, `tiny_everyday`.
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -200,3 +202,34 @@ def test_it_is_exported_as_a_llava(installed, tmp_path):
     result = CliRunner().invoke(app, ["export", str(everyday_checkpoint()), str(tmp_path / "llava")])
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "llava" / "config.json").read_text())["model_type"] == "llava"
+
+
+# --- the demo --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """The demo's functions, which write to a folder of the test."""
+    main = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "demo.py"))["main"]
+    main.__globals__["FOLDER"] = tmp_path / "demo"
+    return main
+
+
+def test_the_demo_asks_at_two_budgets_and_draws_relevance(installed, source, demo, tmp_path, monkeypatch, capsys):
+    parts = shutil.copytree(source[0], tmp_path / "deco-everyday")
+    tiny.picture(0).save(parts / "everyday.png")
+    monkeypatch.setattr(everyday, "PARTS", parts)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    demo()
+    shown = capsys.readouterr().out
+    assert "3 x 3 = 9 tokens" in shown
+    assert "1 x 1 = 1 tokens" in shown
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"everyday.png", "digits.png", "relevance.png"}
+
+
+def test_the_demo_asks_the_digits_without_a_language_model(installed, demo, monkeypatch, capsys):
+    monkeypatch.setattr(everyday, "find_smollm2", lambda: None)
+    demo()
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"deco-everyday cannot be assembled: its language model is not installed: {INSTALL}\n")
+    assert shown.count("7 0 8 1.") >= 2
