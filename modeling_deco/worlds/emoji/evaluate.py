@@ -141,7 +141,7 @@ def accuracy_by_kind(asked: Iterable[Asked]) -> dict[str, dict[str, Any]]:
                 number: _summary(by_number[number])["accuracy"] for number in sorted(by_number)
             }
         unseen = [row for row in of_kind if row.question.is_held_out]
-        if kind in PAIR_KINDS and unseen:
+        if kind in PAIR_KINDS and len(unseen) > 1:
             rows[f"{kind}, unseen pairs"] = _summary(unseen)
     return rows
 
