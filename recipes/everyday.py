@@ -65,11 +65,11 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, Path | None, list[str
     def program(name: str, *arguments: object) -> list[str]:
         return ["-m", f"modeling_deco.{name}", *map(str, arguments)]
 
-    def sft(stage: int, model: Path) -> list[str]:
+    def sft(stage: int, model: Path, *options: object) -> list[str]:
         command = [RECIPES / "sft.py", "--config", RECIPES / "configs" / f"everyday_stage{stage}.yaml"]
         command += ["--model_name_or_path", model, "--data_path", out / f"data{stage}"]
         command += ["--output_dir", out / f"stage{stage}", "--seed", seed, "--resume_from_checkpoint", "latest"]
-        return [*map(str, command), "--use_cpu", str(not _has_gpu()).lower()]
+        return [*map(str, [*command, *options]), "--use_cpu", str(not _has_gpu()).lower()]
 
     def data(stage: int, number: int, *options: str) -> Iterator[tuple[str, Path, list[str]]]:
         raw, records = out / f"pictures{stage}", f"train{'-captions' if options else ''}.json"
@@ -86,7 +86,8 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, Path | None, list[str
     yield from data(1, NUM_CAPTIONS, "--captions")
     yield "stage 1", out / "stage1" / "model.safetensors", sft(1, joined)
     yield from data(2, NUM_PICTURES)
-    yield "stage 2", out / "stage2" / "adapter_model.safetensors", sft(2, out / "stage1")
+    template = ("--chat_template", joined / "chat_template.jinja")  # SmolLM2's; that of stage 1 has no questions
+    yield "stage 2", out / "stage2" / "adapter_model.safetensors", sft(2, out / "stage1", *template)
     yield (
         "files to ship",
         None,
