@@ -51,7 +51,7 @@ def tower_dir(tmp_path_factory):
 def drawn_art(tmp_path, monkeypatch):
     """An art folder in which every set shows every concept as an ellipse."""
     pytest.importorskip("sklearn")
-    from modeling_deco.worlds.emoji import art, scenes
+    from modeling_deco.worlds.emoji import art
     from modeling_deco.worlds.emoji.concepts import CONCEPTS
 
     for name in (name for names in art.SETS.values() for name in names):
@@ -64,7 +64,7 @@ def drawn_art(tmp_path, monkeypatch):
             for icon in art._icons(name, concept.name)[:1]:
                 image.save(folder / f"{icon}.png")
     monkeypatch.setattr(art, "art_folder", lambda: tmp_path / "art")
-    caches = (art.icon_names, art.icon, scenes.concepts_of)
+    caches = (art.icon_names, art.icon, art.concepts_of)
     for cached in caches:
         cached.cache_clear()
     yield tmp_path / "art"

@@ -112,3 +112,11 @@ def test_aliases_of_icons_are_followed_and_mirrored():
     }
     assert 'viewBox="0 0 32 32"' in art._svg(icons, "right")
     assert "matrix(-1 0 0 1 32 0)" in art._svg(icons, "left")
+
+
+@pytest.mark.parametrize(("split", "needs"), [("train", "npm, or --iconify"), ("tuxpaint", "--tuxpaint")])
+def test_a_scene_without_art_says_what_to_run(tmp_path, monkeypatch, split, needs):
+    monkeypatch.setattr(art, "art_folder", lambda: tmp_path / "none")
+    art.concepts_of.cache_clear()
+    with pytest.raises(InputError, match=rf"run 'python -m modeling_deco\.worlds\.emoji\.art', which needs {needs}"):
+        scenes.render(split, 0)

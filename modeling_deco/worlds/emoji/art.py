@@ -58,6 +58,27 @@ def art_folder() -> Path:
     return cache() / f"emoji-art-{VERSION}-{ICON_SIZE}"
 
 
+def _missing(path: Path) -> InputError:
+    needs = "--tuxpaint and the folder of the stamps" if "tuxpaint" in path.parts else "npm, or --iconify and its file"
+    return InputError(
+        f"The art of the emoji world is missing: {path} does not exist; run "
+        f"'python -m modeling_deco.worlds.emoji.art', which needs {needs}."
+    )
+
+
+@lru_cache(maxsize=len(SETS))
+def concepts_of(split: str) -> tuple[str, ...]:
+    """The concepts that a split's artists have drawn.
+
+    Raises:
+        InputError: the art has not been rendered.
+    """
+    for name in SETS[split]:
+        if not (art_folder() / name).is_dir():
+            raise _missing(art_folder() / name)
+    return tuple(concept for concept in CONCEPTS if icon_names(split, concept))
+
+
 @lru_cache(maxsize=4096)
 def icon_names(split: str, concept: str) -> tuple[tuple[str, str], ...]:
     """The `(set, icon)` pairs that show a concept in a split, which may be none: not every set has every icon."""
@@ -95,10 +116,7 @@ def icon(set_name: str, icon_name: str) -> Image.Image:
     """
     path = _path(set_name, icon_name)
     if not path.exists():
-        raise InputError(
-            f"The art of the emoji world is missing: {path} does not exist; run "
-            f"'python -m modeling_deco.worlds.emoji.art', which needs npm, or --iconify and the file of @iconify/json."
-        )
+        raise _missing(path)
     with Image.open(path) as image:
         return image.convert("RGBA").crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > 20)).getbbox())
 

@@ -29,8 +29,9 @@ from ...utils.measure import command, environment
 from ...utils.options import parse_grid_option
 from ...utils.script import run
 from ..evaluation import answer_about, summary
+from .art import concepts_of
 from .questions import KINDS, PAIR_KINDS, Question, questions, recall, score
-from .scenes import SPLITS, Scene, concepts_of, render, single
+from .scenes import SPLITS, Scene, render, single
 
 PICTURES_AT_A_TIME = 32
 MAX_NEW_TOKENS = 128  # the description of six things takes up to 80

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 
-from .art import SETS, icon, icon_names
+from .art import SETS, concepts_of, icon, icon_names
 from .colours import main_colour, recoloured
 from .concepts import CONCEPTS
 
@@ -101,12 +101,6 @@ def single(split: str, concept: str, index: int, *, seed: int = 0, size: int = I
     colour = main_colour(drawn)
     picture.paste(drawn, place, drawn)
     return Scene(picture, (Thing(concept, _box(drawn, place, size), colour),))
-
-
-@lru_cache(maxsize=len(SPLITS))
-def concepts_of(split: str) -> tuple[str, ...]:
-    """The concepts that a split's artists have drawn."""
-    return tuple(concept for concept in CONCEPTS if icon_names(split, concept))
 
 
 def _concepts(split: str, num_things: int, rng: np.random.Generator) -> list[tuple[str, int]]:

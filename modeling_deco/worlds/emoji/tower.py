@@ -43,10 +43,11 @@ from ...projectors import AvgPoolProjector, sine_positions
 from ...utils.script import run
 from ..boxes import box_iou
 from ..training_state import load_state, save_state
+from .art import concepts_of
 from .colours import COLOURS
 from .concepts import CONCEPTS
 from .efficientnet_lite0 import image_processor, load_efficientnet_lite0
-from .scenes import IMAGE_SIZE, Scene, concepts_of, render, single
+from .scenes import IMAGE_SIZE, Scene, render, single
 
 logger = logging.getLogger(__name__)
 
