@@ -24,11 +24,11 @@ from pathlib import Path
 
 from modeling_deco.utils.errors import InputError
 from modeling_deco.utils.program import run
+from modeling_deco.worlds.emoji.tower import TowerArguments
 
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent
-TOWER_STEPS = 1000
 NUM_CAPTIONS = 1200
 NUM_PICTURES = 2400  # of stage 2, with about eight questions each
 
@@ -80,7 +80,7 @@ def steps(args: argparse.Namespace) -> Iterator[tuple[str, Path | None, list[str
 
     tower, joined = out / "tower", out / "joined"
     yield "art", None, program("worlds.emoji.art", *(["--iconify", args.iconify] if args.iconify else []))
-    arguments = ("--output_dir", tower, "--num_steps", scaled(TOWER_STEPS), "--seed", seed)
+    arguments = ("--output_dir", tower, "--num_steps", scaled(TowerArguments.num_steps), "--seed", seed)
     yield "tower", tower / "projector.safetensors", program("worlds.emoji.tower", *arguments)
     yield "joining", joined / "config.json", program("worlds.emoji.join", "--tower", tower, "--out", joined)
     yield from data(1, NUM_CAPTIONS, "--captions")

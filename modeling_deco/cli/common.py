@@ -16,8 +16,8 @@ from ..utils.options import parse_grid_option
 from ..utils.program import print_error
 
 MODEL_HELP = (
-    "Folder or Hub id of a DeCo or of a llava-hf LLaVA. Default: deco-everyday, or deco-digits where the language "
-    "model of the former is not installed"
+    "Folder or Hub id of a DeCo or of a llava-hf LLaVA. Default: deco-everyday, or deco-digits where that is "
+    "not available"
 )
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help=f"{MODEL_HELP}.")]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.")]

@@ -45,8 +45,8 @@ def find_smollm2() -> Path | None:
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a folder for `AutoModelForCausalLM` and `AutoTokenizer`, made once in 10 seconds.
 
-    The weights are those of the GGUF file, exactly, in float32. In bfloat16 1.3 % of its next tokens would be others,
-    in float16 0.4 %, and on CPUs without such arithmetic a prompt would take four times as long.
+    The weights are those of the GGUF file, exactly, in float32. In 16 bits some of its next tokens would be others,
+    and a prompt would take longer on CPUs without such arithmetic.
 
     The tokenizer has `<image>`, in place of a token without use, and pads with `<|endoftext|>`. The chat template
     shows images, marks answers for training, and renders text as SmolLM2's own does.

@@ -59,6 +59,16 @@ def test_the_loss_falls_where_tokens_are_the_names():
     assert after < 0.2
 
 
+def test_pictures_without_a_clear_colour_have_a_finite_loss():
+    heads = tower.NameHeads(8, torch.randn(len(CONCEPTS), 16), 2.0)
+    things = {
+        "concepts": torch.tensor([[5]]),
+        "boxes": torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]),
+        "colours": torch.tensor([[-100]]),
+    }
+    assert heads.loss(torch.randn(1, 8, 12, 12), things, 3).isfinite()
+
+
 def arguments(folder, **changes):
     fields = {"num_steps": 4, "batch_size": 2, "eval_steps": 2, "num_workers": 0, "warmup_steps": 1}
     return tower.TowerArguments(str(folder), split="test", **{**fields, **changes})
